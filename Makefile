@@ -1,0 +1,73 @@
+# What the README names: `make demo` and `make test`. Each sets up what it needs, once.
+#
+#   PYTHON        the Python 3.11 or newer that environments are made with
+#   TORCH_INDEX   another place to take torch from; the CPU build is a tenth of the size:
+#                 make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   CONSTRAINTS   the versions to install; empty for the newest that pyproject.toml allows
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+CONSTRAINTS ?= constraints-dev.txt
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+MERGEKIT := .venv-mergekit
+MERGEKIT_READY := $(MERGEKIT)/ready
+
+# Byte-compiling 1.5 GB of packages takes longer than installing them; modules are compiled when first imported instead.
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --no-compile
+TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format parity bench clean clean-venv
+
+help:  ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
+
+setup: $(READY)  ## make the virtual environment .venv with all that the other targets need
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergekit-ray needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
+	@echo "Setting up $(VENV) (once; one to five minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) $(CONSTRAINTS_OPTION) $(TORCH_OPTION) --editable '.[dev,demo]'
+	@touch $@
+
+demo: $(READY)  ## merge two fine-tunes of a real model from S3 to S3 through Ray, then talk to the result
+	@$(BIN)/python -m demo.run
+
+test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)  ## style, types and layering
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	PATH=$(BIN):$$PATH $(BIN)/lint-imports
+
+format: $(READY)  ## put the code into the form that `check` wants
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# mergekit is LGPL and pins much: it lives apart, is only ever run as a program, and its environment is made only for this.
+$(MERGEKIT_READY): tests/parity/requirements.txt
+	@echo "Setting up $(MERGEKIT) (once; one to five minutes)"
+	@test -x $(MERGEKIT)/bin/python || $(PYTHON) -m venv $(MERGEKIT)
+	@$(MERGEKIT)/bin/python $(PIP_INSTALL) $(TORCH_OPTION) --requirement tests/parity/requirements.txt
+	@touch $@
+
+parity: $(READY) $(MERGEKIT_READY)  ## compare our results with mergekit's, tensor by tensor
+	MERGEKIT_PYTHON=$(CURDIR)/$(MERGEKIT)/bin/python $(BIN)/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
+
+bench: $(READY) $(MERGEKIT_READY)  ## mergekit and mergekit-ray side by side on a 1.1B model (13 GB of disk, 30 minutes)
+	$(BIN)/python -m benchmarks.side_by_side --mergekit-python $(MERGEKIT)/bin/python
+
+clean:  ## delete caches, and the models that demo and bench made
+	rm -rf .demo .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+clean-venv:  ## delete the virtual environments
+	rm -rf $(VENV) $(MERGEKIT)

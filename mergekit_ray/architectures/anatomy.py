@@ -1,0 +1,207 @@
+"""The anatomy of a checkpoint: its layer stacks, what comes before and after them, its embedding and its head.
+
+Names of Hugging Face checkpoints are regular: ``<stack>.<layer>.<rest>`` for everything that repeats, anything else
+stands outside. So the layers of a family we have never heard of are found by looking, not by a definition file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.tensors import TensorSpec
+
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Names under which ``config.json`` gives the number of layers of the main stack."""
+
+TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Sub-configs that describe the language model inside a multimodal one."""
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|token_embedding|shared)\.weight$"
+)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")
+_BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|project_in|rotary_emb)(\.|$)")
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb|rotary_embs|rotary_pos_emb)\.(inv_freq|cos_cached|sin_cached)$"
+    r"|(^|\.)(attention|attn|self_attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"
+    r"|(^|\.)position_ids$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor stands in a stack: ``<stack>.<layer>.<rest>``."""
+
+    stack: str
+    layer: int
+    rest: str
+
+    @property
+    def name(self) -> str:
+        """The full tensor name."""
+        return f"{self.stack}.{self.layer}.{self.rest}"
+
+
+def place_of(name: str) -> Place | None:
+    """The layer a name belongs to by its first numeric component (experts and such lie deeper), None if it has none."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and 0 < i < len(parts) - 1:
+            return Place(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
+    return None
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a constant that models recompute (rotary frequencies, causal masks): copied, never merged."""
+    return _BUFFER.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one checkpoint.
+
+    Attributes:
+        stacks: number of layers of each stack, by prefix.
+        main: prefix of the stack that ``num_hidden_layers`` counts and ``slices`` cut; None if there are no layers.
+        layers: per stack, per layer, the names below the layer (``self_attn.q_proj.weight``).
+        before: names outside all stacks that come before the main one (embeddings), sorted.
+        after: names outside all stacks that come after it (final norm, head), sorted.
+        embedding: name of the input embedding.
+        head: name of the output projection, if the checkpoint holds one.
+        tied: whether the head's weight is the embedding's.
+        vocabulary: names whose first dimension is the vocabulary.
+        redundant: names in the file that a tied model ignores (a stored copy of the embedding as head).
+    """
+
+    stacks: Mapping[str, int]
+    main: str | None
+    layers: Mapping[str, tuple[tuple[str, ...], ...]]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    embedding: str | None
+    head: str | None
+    tied: bool
+    vocabulary: frozenset[str]
+    redundant: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the main stack."""
+        return self.stacks[self.main] if self.main is not None else 0
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model: itself, or its ``text_config``."""
+    if not any(key in config for key in LAYER_COUNT_KEYS):
+        for key in TEXT_CONFIG_KEYS:
+            inner = config.get(key)
+            if isinstance(inner, Mapping):
+                return inner
+    return config
+
+
+def configured_layers(config: Mapping[str, Any]) -> int | None:
+    """The number of layers ``config.json`` states, None if it states none."""
+    inner = language_config(config)
+    for key in LAYER_COUNT_KEYS:
+        value = inner.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Anatomy:
+    """Read the parts of a checkpoint off its tensor names and config.
+
+    Args:
+        specs: all tensors of the checkpoint.
+        config: its ``config.json``.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: layers are missing from the main stack.
+    """
+    found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    outside: list[str] = []
+    for name in specs:
+        place = place_of(name)
+        if place is None:
+            outside.append(name)
+        else:
+            found[place.stack][place.layer].append(place.rest)
+    expected = configured_layers(config)
+    main = _main_stack(found, expected, specs)
+    stacks: dict[str, int] = {}
+    layers: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for stack, by_layer in found.items():
+        num_layers = max(by_layer) + 1
+        if stack == main and expected is not None:
+            # Layers beyond the configured ones (multi-token prediction heads) are not part of the stack proper.
+            extra = [i for i in by_layer if i >= expected]
+            outside += [f"{stack}.{i}.{rest}" for i in extra for rest in by_layer[i]]
+            num_layers = expected
+        missing = [i for i in range(num_layers) if i not in by_layer]
+        if missing and stack == main:
+            raise CheckpointError(
+                f"layers {_ranges(missing)} of {stack!r} have no tensors; config.json says {expected} layers",
+                where=where,
+                remedy="download the checkpoint again, or correct num_hidden_layers in its config.json",
+            )
+        stacks[stack] = num_layers
+        layers[stack] = tuple(tuple(sorted(by_layer.get(i, ()))) for i in range(num_layers))
+    outside.sort()
+    embedding = _embedding(outside, specs)
+    head = next((n for n in outside if _HEAD.search(n) and n.endswith(".weight")), None)
+    flag = config.get("tie_word_embeddings", language_config(config).get("tie_word_embeddings"))
+    tied = embedding is not None and (bool(flag) if flag is not None else head is None)
+    redundant = frozenset({head}) if tied and head is not None and flag else frozenset()
+    vocabulary = frozenset(n for n in outside if n == embedding or _HEAD.search(n))
+    return Anatomy(
+        stacks=stacks,
+        main=main,
+        layers=layers,
+        before=tuple(n for n in outside if _BEFORE.search(n) and not _HEAD.search(n)),
+        after=tuple(n for n in outside if _HEAD.search(n) or not _BEFORE.search(n)),
+        embedding=embedding,
+        head=None if redundant else head,
+        tied=tied,
+        vocabulary=vocabulary,
+        redundant=redundant,
+    )
+
+
+def _main_stack(
+    found: Mapping[str, Mapping[int, list[str]]], expected: int | None, specs: Mapping[str, TensorSpec]
+) -> str | None:
+    """The stack the config counts: of those long enough, the one with the most parameters."""
+    if not found:
+        return None
+
+    def num_elements(stack: str) -> int:
+        return sum(
+            specs[f"{stack}.{layer}.{rest}"].num_elements for layer, rests in found[stack].items() for rest in rests
+        )
+
+    fitting = [s for s, by_layer in found.items() if expected is None or max(by_layer) + 1 == expected]
+    return max(fitting or list(found), key=lambda s: (num_elements(s), s))
+
+
+def _embedding(outside: Iterable[str], specs: Mapping[str, TensorSpec]) -> str | None:
+    candidates = [n for n in outside if _EMBEDDING.search(n) and len(specs[n].shape) == 2]
+    return max(candidates, key=lambda n: specs[n].shape[0]) if candidates else None
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``3, 7-9`` for a sorted list of integers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,60 @@
+"""``model.safetensors.index.json``: which file holds which tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergekit_ray.checkpoint.strict_json import parse_object
+from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.storage.names import is_confined
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
+"""A weight map of a million tensors has about 100 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """The content of an index.
+
+    Attributes:
+        weight_map: file of each tensor.
+    """
+
+    weight_map: dict[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        """All files named, sorted."""
+        return sorted(set(self.weight_map.values()))
+
+
+def parse_index(data: bytes, where: str) -> WeightIndex:
+    """Parse an index.
+
+    Raises:
+        CheckpointError: not JSON, no ``weight_map``, or it names something that is not a safetensors file inside the
+            checkpoint.
+    """
+    found = parse_object(data, where, "index")
+    weight_map = found.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(
+            "there is no weight_map from tensors to files", where=where, remedy="download the index again"
+        )
+    if not weight_map:
+        raise CheckpointError("the weight_map is empty", where=where, remedy="download the index again")
+    for file in set(weight_map.values()):
+        if not is_confined(file) or "\\" in file or ":" in file:
+            raise CheckpointError(
+                f"the weight_map names {file!r}, which is not a file of this checkpoint",
+                where=where,
+                remedy="do not use this checkpoint unless you know why it points elsewhere",
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"the weight_map names {file!r}, which is not a safetensors file",
+                where=where,
+                remedy="convert the weights",
+            )
+    return WeightIndex(weight_map)

@@ -1,0 +1,217 @@
+"""Opening a checkpoint: from a store to specs and places of all tensors, by headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_ray.checkpoint.header import Header, read_pinned_header
+from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
+from mergekit_ray.checkpoint.side_files import CONFIG_NAME, side_files
+from mergekit_ray.checkpoint.strict_json import parse_object
+from mergekit_ray.core.errors import CheckpointError, ModelError
+from mergekit_ray.core.spelling import nearest
+from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.storage.protocols import FileStat, Source
+
+SINGLE_NAME = "model.safetensors"
+_SUFFIX = ".safetensors"
+_MAX_CONFIG_BYTES = 16 << 20
+_NUM_THREADS = 16
+_MAX_NAMED = 5
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A model's files as they were when it was opened.
+
+    Attributes:
+        source: where they are.
+        reference: the model as the recipe names it.
+        files: the weight files, by name, pinned to their versions.
+        tensors: spec and place of every tensor, by name.
+        config: the content of ``config.json``.
+        side_files: what travels with the weights: tokenizer, templates, generation config, code, licences.
+        unindexed: names of tensors that are in a weight file but not in the index, which transformers does not load.
+            They are not among ``tensors``. A second copy of an indexed tensor is named with its file.
+        warnings: what the user should know, in words.
+    """
+
+    source: Source
+    reference: str
+    files: Mapping[str, FileStat]
+    tensors: Mapping[str, tuple[TensorSpec, Location]]
+    config: Mapping[str, Any]
+    side_files: Sequence[FileStat]
+    unindexed: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class _Weights:
+    files: dict[str, FileStat]
+    tensors: dict[str, tuple[TensorSpec, Location]]
+    unindexed: list[str] = field(default_factory=list)
+
+
+def open_checkpoint(source: Source, reference: str) -> Checkpoint:
+    """Read the config, the index and all headers of a checkpoint, concurrently; no weights.
+
+    ``model.safetensors`` is used if it is there, as transformers does; else the files of the index; else all
+    safetensors files of the folder, which must then be complete and disjoint.
+
+    Args:
+        source: its store.
+        reference: the model as the user named it, for messages.
+
+    Raises:
+        ModelError: nothing is there, ``config.json`` is missing, or it is an adapter rather than a model.
+        CheckpointError: the weights are not safetensors, or malformed, incomplete or contradictory.
+        StorageError: the store failed.
+    """
+    listing = {file.name: file for file in source.list()}
+    if not listing:
+        raise ModelError("there are no files", where=_place(source, reference), remedy="check the path or prefix")
+    config = _read_config(source, listing, reference)
+    warnings = []
+    if SINGLE_NAME in listing and INDEX_NAME in listing and not _is_indexed(source, SINGLE_NAME):
+        warnings.append(
+            f"{reference} holds both {SINGLE_NAME} and {INDEX_NAME}; {SINGLE_NAME} is read, as transformers does"
+        )
+    if SINGLE_NAME in listing and (INDEX_NAME not in listing or warnings):
+        weights = _gather(_read_headers(source, [SINGLE_NAME]))
+    elif INDEX_NAME in listing:
+        weights = _open_indexed(source, listing)
+    else:
+        weights = _gather(_read_headers(source, _find_files(source, listing, reference)))
+    if not weights.tensors:
+        raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
+    return Checkpoint(
+        source=source,
+        reference=reference,
+        files=weights.files,
+        tensors=weights.tensors,
+        config=config,
+        side_files=side_files(listing.values()),
+        unindexed=weights.unindexed,
+        warnings=warnings,
+    )
+
+
+def _place(source: Source, reference: str) -> str:
+    return source.uri if source.uri == reference else f"{reference} ({source.uri})"
+
+
+def _read_config(source: Source, listing: Mapping[str, FileStat], reference: str) -> dict[str, Any]:
+    where = f"{source.uri}/{CONFIG_NAME}"
+    if CONFIG_NAME not in listing:
+        if "adapter_config.json" in listing:
+            raise ModelError(
+                "this is a LoRA adapter, not a model",
+                where=_place(source, reference),
+                remedy="name the model it was trained on, with the adapter after a '+': base+adapter",
+            )
+        raise ModelError(
+            f"there is no {CONFIG_NAME}{nearest(CONFIG_NAME, listing)}",
+            where=_place(source, reference),
+            remedy="a model is a folder with config.json and safetensors files; check the path or prefix",
+        )
+    return parse_object(source.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES), where, "config")
+
+
+def _is_indexed(source: Source, file: str) -> bool:
+    data = source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
+    return file in parse_index(data, f"{source.uri}/{INDEX_NAME}").files
+
+
+def _open_indexed(source: Source, listing: Mapping[str, FileStat]) -> _Weights:
+    where = f"{source.uri}/{INDEX_NAME}"
+    weight_map = parse_index(source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES), where).weight_map
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if file not in listing]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(files)} weight files are missing: {_some(missing)}",
+            where=source.uri,
+            remedy="the checkpoint is incomplete: download or copy the rest",
+        )
+    headers = _read_headers(source, files)
+    absent = [name for name, file in weight_map.items() if name not in headers[file][0].tensors]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} tensors are not in the files the index names for them: "
+            f"{_some(f'{name} in {weight_map[name]}' for name in absent)}",
+            where=where,
+            remedy="index and files are of different versions: download or copy both again",
+        )
+    tensors = {name: headers[file][0].tensors[name] for name, file in weight_map.items()}
+    unindexed = [
+        f"{name} (a copy in {file})" if name in weight_map else name
+        for file in files
+        for name in headers[file][0].tensors
+        if weight_map.get(name) != file
+    ]
+    return _Weights({file: headers[file][1] for file in files}, tensors, unindexed)
+
+
+def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str) -> list[str]:
+    """The weight files of a folder without an index."""
+    files = sorted(
+        name for name in listing if "/" not in name and name.endswith(_SUFFIX) and not name.startswith("adapter_")
+    )
+    if not files:
+        pickled = sorted(name for name in listing if "/" not in name and name.endswith(_PICKLED))
+        if pickled:
+            raise CheckpointError(
+                f"the weights are pickled ({_some(pickled)}); loading such files can run code, so they are not read",
+                where=_place(source, reference),
+                remedy="convert them: load the model with transformers and save it with save_pretrained()",
+            )
+        raise CheckpointError(
+            "there are no safetensors files",
+            where=_place(source, reference),
+            remedy="a model is a folder with config.json and safetensors files",
+        )
+    numbered = [match for name in files if (match := _NUMBERED.fullmatch(name))]
+    for stem, count in sorted({(match["stem"], match["count"]) for match in numbered}):
+        there = {int(match["number"]) for match in numbered if (match["stem"], match["count"]) == (stem, count)}
+        if len(there) < int(count):
+            raise CheckpointError(
+                f"there is no {INDEX_NAME}, and of the {int(count)} files {stem}-*-of-{count}{_SUFFIX} "
+                f"only {len(there)} are there",
+                where=_place(source, reference),
+                remedy="the checkpoint is incomplete: download or copy the rest",
+            )
+    return files
+
+
+def _read_headers(source: Source, files: Sequence[str]) -> dict[str, tuple[Header, FileStat]]:
+    with ThreadPoolExecutor(min(_NUM_THREADS, len(files)), thread_name_prefix="headers") as pool:
+        return dict(zip(files, pool.map(lambda name: read_pinned_header(source, name), files), strict=True))
+
+
+def _gather(headers: Mapping[str, tuple[Header, FileStat]]) -> _Weights:
+    """All tensors of all files, which must have different names."""
+    weights = _Weights({file: stat for file, (_, stat) in headers.items()}, {})
+    for file, (header, _) in headers.items():
+        for name, found in header.tensors.items():
+            if name in weights.tensors:
+                raise CheckpointError(
+                    f"tensor {name!r} is both in {weights.tensors[name][1].file} and in {file}",
+                    where=file,
+                    remedy=f"remove the files that do not belong to the model, or add {INDEX_NAME}",
+                )
+            weights.tensors[name] = found
+    return weights
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - _MAX_NAMED} more" if len(listed) > _MAX_NAMED else ""
+    return ", ".join(listed[:_MAX_NAMED]) + more

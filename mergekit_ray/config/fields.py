@@ -1,0 +1,168 @@
+"""Types of the fields that dense and MoE recipes share, and the base of all recipe models."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, found
+from mergekit_ray.config.settings import Issue, Level, Setting, dump_setting, parse_setting
+from mergekit_ray.config.sizes import format_size, parse_size
+from mergekit_ray.config.yaml_source import format_path
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.spelling import nearest
+
+DEFAULT_MAX_SHARD_BYTES = 2_000_000_000
+
+COLLECTING = {"collecting": True}
+"""Validation context under which models leave checks across fields to the caller, who reports all of them at once."""
+
+
+class ComputeDType(enum.Enum):
+    """What arithmetic is done in, whatever is stored."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    INPUTS = "inputs"
+    """The dtype that mergekit would compute in: the recipe's ``dtype``, or that of the inputs."""
+
+
+class RecipeModel(BaseModel):
+    """Base of every part of a recipe: frozen, and without keys that mean nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def raise_findings(findings: list[Finding]) -> None:
+    """Make pydantic report ``findings``; nothing if there are only warnings.
+
+    Raises:
+        PydanticCustomError: at least one finding is an error.
+    """
+    errors = [finding for finding in findings if not finding.is_warning]
+    if errors:
+        parts = (": ".join(filter(None, (format_path(f.path), f.what, f.hint))) for f in errors)
+        raise PydanticCustomError("recipe", "{text}", {"text": "; ".join(parts)})
+
+
+def _parse_settings(value: object) -> Level:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a mapping from parameters to values, found {found(value)}")
+    level: dict[str, Setting] = {}
+    issues: list[Issue] = []
+    for name, raw in value.items():
+        setting, wrong = parse_setting(raw)
+        issues += [((str(name), *path), what, hint) for path, what, hint in wrong]
+        if setting is not None:
+            level[str(name)] = setting
+    if issues:
+        text = "; ".join(f"{format_path(path)}: {what}" for path, what, _ in issues)
+        raise PydanticCustomError(SETTINGS_ERROR, "{text}", {"text": text, "issues": issues})
+    return level
+
+
+def _dump_settings(level: Level) -> dict[str, Any]:
+    return {name: dump_setting(setting) for name, setting in level.items()}
+
+
+def _parse_dtype(value: object) -> DType:
+    if isinstance(value, DType) and value.is_floating:
+        return value
+    return DType.parse(value if isinstance(value, str) else str(value)[:60])
+
+
+def _parse_compute_dtype(value: object) -> ComputeDType:
+    if isinstance(value, ComputeDType):
+        return value
+    accepted = [dtype.value for dtype in ComputeDType]
+    spelt = {"fp32": "float32", "float": "float32", "fp64": "float64", "double": "float64"}
+    text = str(value).removeprefix("torch.").lower()
+    text = spelt.get(text, text)
+    if text not in accepted:
+        raise ValueError(
+            f"unknown compute_dtype {found(value)}; accepted: {', '.join(accepted)}{nearest(text, accepted)}"
+        )
+    return ComputeDType(text)
+
+
+def _parse_layer_range(value: object) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        shown = found(value) if not isinstance(value, list | tuple) else f"{len(value)} values"
+        raise ValueError(f"expected [first layer, layer after the last], found {shown}\nwrite for example [0, 16]")
+    bounds: list[int] = []
+    for bound in value:
+        number: object = bound
+        if isinstance(number, str) and number.strip().isdecimal() and len(number) < 10:
+            number = int(number)
+        if isinstance(number, float) and number.is_integer():
+            number = int(number)
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"expected whole numbers of layers, found {found(bound)}")
+        if abs(number) > 1 << 31:
+            raise ValueError("expected whole numbers of layers, found one that no model has")
+        bounds.append(number)
+    start, end = bounds
+    if start < 0 or end < 0:
+        raise ValueError(
+            f"layers are counted from 0, found [{start}, {end}]\nwrite the layers out; nothing counts from the end"
+        )
+    if start >= end:
+        what = "is empty" if start == end else "runs backwards"
+        raise ValueError(f"the layer range [{start}, {end}] {what}; the end is not included\nwrite [first, last + 1]")
+    return start, end
+
+
+def _parse_text(value: object) -> object:
+    """A name may look like a number; a path may be a `Path`."""
+    if isinstance(value, PurePath) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return str(value)
+    return value
+
+
+ParameterSettings = Annotated[Level, PlainValidator(_parse_settings), PlainSerializer(_dump_settings)]
+"""``parameters`` at one place: names to parsed settings; null is none."""
+
+FloatDType = Annotated[DType, PlainValidator(_parse_dtype), PlainSerializer(lambda dtype: dtype.config_name)]
+"""A floating dtype by any of its names."""
+
+ArithmeticDType = Annotated[
+    ComputeDType, PlainValidator(_parse_compute_dtype), PlainSerializer(lambda dtype: dtype.value)
+]
+
+LayerRange = Annotated[tuple[int, int], PlainValidator(_parse_layer_range), PlainSerializer(list)]
+"""First layer and the layer after the last, counted from 0."""
+
+ByteSize = Annotated[int, PlainValidator(parse_size), PlainSerializer(format_size)]
+"""A number of bytes, written as ``2GB`` and the like (see `mergekit_ray.config.sizes`)."""
+
+Name = Annotated[str, BeforeValidator(_parse_text), Field(min_length=1)]
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class OutputOptions(RecipeModel):
+    """Where the result goes. ``output: ./merged`` is short for ``output: {path: ./merged}``.
+
+    Attributes:
+        path: a folder or ``s3://bucket/prefix``; None if the command line says it.
+        max_shard_size: bytes of the largest output file, unless one layer is larger.
+    """
+
+    path: Name | None = None
+    max_shard_size: ByteSize = DEFAULT_MAX_SHARD_BYTES
+
+
+def _parse_output(value: object) -> object:
+    if value is None:
+        return OutputOptions()
+    return {"path": value} if isinstance(value, str | PurePath) else value
+
+
+Output = Annotated[OutputOptions, BeforeValidator(_parse_output)]

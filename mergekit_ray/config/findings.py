@@ -1,0 +1,217 @@
+"""What is wrong with a recipe, before it is known on which line: findings, their wording, and their way into a ConfigError."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from mergekit_ray.config.yaml_source import Document, YamlPath, format_path
+from mergekit_ray.core.errors import ConfigError, Problem
+from mergekit_ray.core.spelling import closest
+
+SETTINGS_ERROR = "recipe_settings"
+"""Type of the pydantic error whose context lists what is wrong below one ``parameters``."""
+
+_MISSING_HINTS = {
+    "merge_method": "write for example `merge_method: linear`; `mergekit-ray methods` lists them all",
+    "model": "write `model: org/name`, a folder, or s3://bucket/prefix",
+    "source_model": "write `source_model: org/name`, a folder, or s3://bucket/prefix",
+    "base_model": "write `base_model: org/name`: the model that gives everything but the experts' feed-forward layers",
+    "layer_range": "write `layer_range: [0, 16]` for the first 16 layers; the end is not included",
+    "sources": "a slice lists its `sources`, each with `model` and `layer_range`",
+    "experts": "list `experts`, each with `source_model` and `positive_prompts`",
+}
+
+_EXPECTED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing wrong, or worth a warning.
+
+    Attributes:
+        path: where in the recipe.
+        what: what was found and what is accepted.
+        hint: the nearest accepted spelling or another remedy.
+        is_unknown_key: mergekit would have ignored it; a warning where a recipe is read leniently.
+        is_warning: never an error.
+        depends: parts of the recipe it is drawn from. If one of them is itself wrong, the finding may only be an echo of that
+            and is not told. Empty means ``path``.
+    """
+
+    path: YamlPath
+    what: str
+    hint: str = ""
+    is_unknown_key: bool = False
+    is_warning: bool = False
+    depends: tuple[YamlPath, ...] = ()
+
+    def below(self, prefix: YamlPath) -> Finding:
+        """The same finding in a recipe that stands inside another one."""
+        depends = tuple(prefix + path for path in self.depends)
+        return replace(self, path=prefix + self.path, depends=depends)
+
+
+def found(value: object) -> str:
+    """An unsuitable value as a message shows it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: str, accepted: Iterable[str]) -> str:
+    """``did you mean 'x'?``, or nothing."""
+    near = closest(word, accepted)
+    return f"did you mean {near!r}?" if near else ""
+
+
+def unknown_key(path: YamlPath, accepted: Collection[str], parameters: Collection[str] = ()) -> Finding:
+    """The finding for a key that means nothing where it stands.
+
+    Args:
+        path: down to the key.
+        accepted: the keys that would mean something.
+        parameters: names of the method's parameters, which people forget to write under ``parameters``.
+    """
+    key = str(path[-1])
+    hint = did_you_mean(key, accepted)
+    if not hint and key in parameters and "parameters" in accepted:
+        hint = f"{key} is a parameter: write it under `parameters:`"
+    what = f"unknown key {found(key)}; accepted: {', '.join(sorted(accepted))}"
+    return Finding(path, what, hint, is_unknown_key=True)
+
+
+def findings_of(error: ValidationError, root: type[BaseModel], parameters: Collection[str] = ()) -> list[Finding]:
+    """Pydantic's errors in a recipe's own words.
+
+    Args:
+        error: what pydantic raised.
+        root: the model that was validated.
+        parameters: names of the method's parameters.
+    """
+    findings: list[Finding] = []
+    details = error.errors(include_url=False)
+    unknown = {d["loc"] for d in details if d["type"] == "extra_forbidden"}
+    for detail in details:
+        path = detail["loc"]
+        if detail["type"] == "extra_forbidden":
+            findings.append(unknown_key(path, _accepted_keys(root, path), parameters))
+        elif detail["type"] == SETTINGS_ERROR:
+            findings += [Finding((*path, *below), what, hint) for below, what, hint in detail["ctx"]["issues"]]
+        elif detail["type"] == "missing":
+            key = str(path[-1])
+            siblings = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
+            if not any(closest(sibling, _accepted_keys(root, path)) == key for sibling in siblings):
+                findings.append(Finding(path, f"{key!r} is missing", _MISSING_HINTS.get(key, "")))
+        else:
+            findings.append(Finding(path, *_wording(detail)))
+    return findings
+
+
+def _wording(detail: ErrorDetails) -> tuple[str, str]:
+    value = detail["input"]
+    kind = detail["type"]
+    if kind in _EXPECTED:
+        hint = ""
+        if kind == "model_type" and isinstance(value, str) and detail["loc"][-2:-1] in (("models",), ("experts",)):
+            hint = f"write `- {'model' if detail['loc'][-2] == 'models' else 'source_model'}: {value[:60]}`"
+        elif kind == "string_type" and isinstance(value, bool | int | float):
+            hint = "quote it"
+        return f"expected {_EXPECTED[kind]}, found {found(value)}", hint
+    if kind == "too_short":
+        return "an empty list" if not isinstance(
+            value, Mapping
+        ) else "an empty mapping", "list at least one, or remove it"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind.startswith(("greater_than", "less_than")):
+        message = f"{message[:1].lower()}{message[1:].replace('Input ', '')}".replace("input should", "should")
+        return f"{message}, found {found(value)}", ""
+    what, _, hint = message.partition("\n")
+    return what, hint
+
+
+def _accepted_keys(root: type[BaseModel], path: YamlPath) -> list[str]:
+    """Keys of the model that holds the last key of ``path``."""
+    current: Any = root
+    for part in path[:-1]:
+        current = _plain_type(current)
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            if field is None:
+                return []
+            current = field.annotation
+        else:
+            arguments = [argument for argument in get_args(current) if argument is not Ellipsis]
+            if not arguments:
+                return []
+            current = arguments[-1]
+    current = _plain_type(current)
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _plain_type(annotation: Any) -> Any:
+    """``X`` of ``Annotated[X | None, ...]``."""
+    while (origin := get_origin(annotation)) in (Annotated, Union, types.UnionType):
+        arguments = get_args(annotation)
+        annotation = (
+            next((a for a in arguments if a is not type(None)), None) if origin is not Annotated else arguments[0]
+        )
+    return annotation
+
+
+def without_echoes(findings: Iterable[Finding], damaged: Collection[YamlPath]) -> list[Finding]:
+    """The findings that do not rest on a part of the recipe that is itself wrong."""
+
+    def is_sound(finding: Finding) -> bool:
+        subjects = finding.depends or (finding.path,)
+        return not any(
+            wrong[: len(subject)] == subject or subject[: len(wrong)] == wrong
+            for subject in subjects
+            for wrong in damaged
+        )
+
+    return [finding for finding in findings if is_sound(finding)]
+
+
+def to_problems(findings: Sequence[Finding], document: Document) -> list[Problem]:
+    """Findings with their lines, in file order, each once."""
+    keyed: dict[Problem, tuple[int, int]] = {}
+    for finding in findings:
+        position = document.position(finding.path)
+        problem = Problem(document.where(position), format_path(finding.path), finding.what, finding.hint)
+        keyed.setdefault(problem, position or (0, 0))
+    for path, position, what, hint in document.problems:
+        keyed.setdefault(Problem(document.where(position), format_path(path), what, hint), position)
+    return sorted(keyed, key=lambda problem: keyed[problem])
+
+
+def config_error(problems: Sequence[Problem], file: str) -> ConfigError:
+    """One error for all problems of a recipe."""
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(f"{count} in the recipe", where=file or None, problems=problems)

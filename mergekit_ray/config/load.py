@@ -1,0 +1,232 @@
+"""`load_recipe`: a recipe from a file, a text or a mapping, with everything that is wrong with it said at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mergekit_ray.config.collect import Collected, collect, delete_at, plain
+from mergekit_ray.config.fields import RecipeModel
+from mergekit_ray.config.findings import Finding, config_error, found, to_problems, without_echoes
+from mergekit_ray.config.method_checks import method_findings
+from mergekit_ray.config.moe_recipe import MOE_KEYS, MoeRecipe, moe_findings
+from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
+from mergekit_ray.config.reference import IGNORED_KEYS
+from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES, Document, YamlPath, read_yaml, too_large
+from mergekit_ray.core.declaration import MethodDeclaration
+from mergekit_ray.core.errors import ConfigError, Problem
+from mergekit_ray.core.registry import METHODS, Registry
+from mergekit_ray.core.spelling import nearest
+
+Recipe: TypeAlias = DenseRecipe | MoeRecipe
+Methods: TypeAlias = Registry[type[MethodDeclaration]]
+
+_SUFFIXES = (".yml", ".yaml")
+_WHAT_TO_WRITE = "a dense merge has `merge_method` and `models` (or `slices` or `modules`); a Mixture of Experts has `base_model` and `experts`"
+
+
+class RecipeWarning(UserWarning):
+    """Something in a recipe that has no effect."""
+
+
+def load_recipe(
+    source: Path | str | Mapping[str, Any] | Recipe,
+    *,
+    lenient: bool = False,
+    on_warning: Callable[[Problem], None] | None = None,
+    methods: Methods = METHODS,
+) -> Recipe:
+    """Read a recipe, dense or Mixture of Experts.
+
+    Args:
+        source: a path; a string, which is a path if it ends in ``.yml`` or ``.yaml`` or names a file, and YAML text if it has
+            a line break or ``": "``; a mapping such as ``yaml.safe_load`` gives; or a recipe built in Python, which is
+            checked against its merge method.
+        lenient: turn unknown keys and parameters into warnings: mergekit ignored them.
+        on_warning: called with each thing that has no effect; `warnings.warn` with a `RecipeWarning` if None.
+        methods: where merge methods are found.
+
+    Returns:
+        The recipe, sound as far as can be told without looking at a model.
+
+    Raises:
+        ConfigError: with all that is wrong as `ConfigError.problems`, in file order.
+    """
+    if isinstance(source, RecipeModel):
+        return _tell(Collected(source), Document(None), _semantic(source, methods), on_warning)
+    document = _document(source)
+    data = document.data
+    kind = _kind(data)
+    if isinstance(kind, Finding):
+        raise config_error(to_problems([kind], document), document.file)
+    names = _parameter_names(data.get("merge_method"), methods)
+    collected = collect(kind, data, names, lenient=lenient)
+    findings = [*collected.findings, *_ignored_keys(data)]
+    if collected.recipe is not None:
+        semantic = without_echoes(_semantic(collected.recipe, methods), collected.damaged)
+        findings += semantic
+        unknown = [finding for finding in semantic if finding.is_unknown_key]
+        if lenient and unknown:
+            # Without them the recipe is another one: a parameter that is missing may only now be seen to be.
+            for finding in unknown:
+                delete_at(data, finding.path)
+            again = collect(kind, data, names, lenient=lenient)
+            if again.recipe is not None:
+                findings = [*collected.findings, *_ignored_keys(data), *unknown]
+                findings += without_echoes(_semantic(again.recipe, methods), again.damaged)
+                collected = Collected(again.recipe, collected.findings, [*collected.damaged, *again.damaged])
+    if lenient:
+        findings = [_as_warning(finding) if finding.is_unknown_key else finding for finding in findings]
+    return _tell(collected, document, findings, on_warning)
+
+
+def check_recipe(recipe: Recipe, *, methods: Methods = METHODS) -> None:
+    """Check a recipe built in Python against its merge method; warnings are left out.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
+    load_recipe(recipe, on_warning=lambda _: None, methods=methods)
+
+
+def _tell(
+    collected: Collected, document: Document, findings: list[Finding], on_warning: Callable[[Problem], None] | None
+) -> Recipe:
+    errors = [finding for finding in findings if not finding.is_warning]
+    problems = to_problems(errors, document)
+    for warning in to_problems(
+        [f for f in findings if f.is_warning], Document(None, document.file, document.positions)
+    ):
+        if on_warning is None:
+            warnings.warn(str(warning), RecipeWarning, stacklevel=3)
+        else:
+            on_warning(warning)
+    if problems:
+        raise config_error(problems, document.file)
+    assert isinstance(collected.recipe, DenseRecipe | MoeRecipe)  # collect() finds a problem wherever it gives up
+    return collected.recipe
+
+
+def _as_warning(finding: Finding) -> Finding:
+    return Finding(finding.path, f"{finding.what} (ignored)", finding.hint, is_warning=True)
+
+
+def _semantic(recipe: object, methods: Methods) -> list[Finding]:
+    if isinstance(recipe, MoeRecipe):
+        findings = moe_findings(recipe)
+        if recipe.backbone is not None:
+            findings += [finding.below(("backbone",)) for finding in method_findings(recipe.backbone, methods)]
+        return findings
+    assert isinstance(recipe, DenseRecipe)
+    return [*structure_findings(recipe), *method_findings(recipe, methods)]
+
+
+def _parameter_names(merge_method: object, methods: Methods) -> set[str]:
+    if not isinstance(merge_method, str) or merge_method not in methods:
+        return set()
+    return set(methods.get(merge_method).parameter_names())
+
+
+def _kind(data: object) -> type[DenseRecipe | MoeRecipe] | Finding:
+    """Which kind of recipe ``data`` is, or why that cannot be told."""
+    if not isinstance(data, dict):
+        return Finding((), f"a recipe is a mapping, found {found(data)}", _WHAT_TO_WRITE)
+    bodies = [key for key in BODIES if data.get(key) is not None]
+    method = data.get("merge_method")
+    if "experts" in data or method == MOE_METHOD:
+        if bodies:
+            sign = "experts" if "experts" in data else f"merge_method: {MOE_METHOD}"
+            what = (
+                f"both kinds of recipe in one: `{sign}` of a Mixture of Experts beside `{bodies[0]}` of a dense merge"
+            )
+            return Finding((bodies[0],), what, f"{_WHAT_TO_WRITE} (and may have a dense recipe as its `backbone`)")
+        return MoeRecipe
+    if bodies or method is not None:
+        return DenseRecipe
+    if MOE_KEYS & data.keys():
+        return MoeRecipe
+    if not data:
+        return Finding((), "the recipe is empty", _WHAT_TO_WRITE)
+    keys = ", ".join(list(data)[:8])
+    spelt = "".join(nearest(key, (*BODIES, "experts", "merge_method")) for key in list(data)[:8] if key != "name")
+    return Finding((), f"neither kind of recipe; its keys are {keys[:200]}{spelt[:200]}", _WHAT_TO_WRITE)
+
+
+def _ignored_keys(data: object, path: YamlPath = ()) -> list[Finding]:
+    """Warnings for the keys of model references that mean nothing here."""
+    findings: list[Finding] = []
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key in IGNORED_KEYS and ("model" in data or "path" in data):
+                what = f"{key} has no effect: layers are found by looking at the checkpoint"
+                findings.append(Finding((*path, key), what, is_warning=True))
+            findings += _ignored_keys(value, (*path, key))
+    elif isinstance(data, list):
+        for index, item in enumerate(data):
+            findings += _ignored_keys(item, (*path, index))
+    return findings
+
+
+def _document(source: object) -> Document:
+    if isinstance(source, Mapping):
+        return Document(plain(source))
+    if isinstance(source, Path):
+        return _read_file(source)
+    if not isinstance(source, str):
+        raise ConfigError(
+            f"a recipe is a path, YAML text or a mapping, found {type(source).__name__}",
+            remedy="pass a pathlib.Path, a str or a dict",
+        )
+    if "\n" in source:
+        return read_yaml(source)
+    if source.lower().endswith(_SUFFIXES) or _is_file(source):
+        return _read_file(Path(source))
+    if ": " in source:
+        return read_yaml(source)
+    raise ConfigError(
+        f"no file is called {found(source)}, and it is not YAML text either",
+        remedy="name a recipe's file, such as merge.yml; text is taken for YAML if it has a line break or ': '",
+    )
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or holding a null character
+        return False
+
+
+def _read_file(path: Path) -> Document:
+    name = str(path)
+    try:
+        with path.expanduser().open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError("there is no such recipe", where=name, remedy=_siblings(path)) from None
+    except IsADirectoryError:
+        raise ConfigError("this is a folder", where=name, remedy="name the recipe's file in it") from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~` without a home
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"the recipe cannot be read: {reason}", where=name[:200]) from None
+    if len(content) > MAX_TEXT_BYTES:
+        raise too_large(name)
+    try:
+        return read_yaml(content.decode("utf-8-sig"), name)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"not UTF-8 text: byte 0x{content[error.start]:02x} at line {line}",
+            where=f"{name}:{line}",
+            remedy="save the recipe as UTF-8",
+        ) from None
+
+
+def _siblings(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix in _SUFFIXES]
+    except (OSError, ValueError):
+        return "check the path"
+    near = nearest(path.name, names).removeprefix("; ")
+    return near or "check the path"

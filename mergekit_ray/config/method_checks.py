@@ -1,0 +1,209 @@
+"""What is wrong with a dense recipe in the light of its merge method's declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit_ray.config.findings import Finding, did_you_mean, found
+from mergekit_ray.config.normal import NormalSlice, NormalSource, normalise_for
+from mergekit_ray.config.recipe import DenseRecipe, SliceRecipe, groups
+from mergekit_ray.config.settings import Level, Setting, coerce, gradients, is_set, scalars
+from mergekit_ray.config.yaml_source import YamlPath, format_path
+from mergekit_ray.core.declaration import BaseUse, MethodDeclaration, Parameters
+from mergekit_ray.core.errors import ConfigError
+from mergekit_ray.core.registry import Registry
+from mergekit_ray.core.spelling import closest
+
+IGNORED_PARAMETERS = {"int8_mask": "it saves mergekit memory and never changes the result"}
+"""Parameters that mergekit's recipes hold for methods that have no use for them."""
+
+
+def method_findings(recipe: DenseRecipe, methods: Registry[type[MethodDeclaration]]) -> list[Finding]:
+    """All that the recipe's method has to say about it.
+
+    Args:
+        recipe: one whose structure is sound.
+        methods: where its method is found.
+    """
+    if recipe.merge_method not in methods:
+        name = recipe.merge_method
+        what = f"unknown merge method {found(name)}; accepted: {', '.join(methods.names())}"
+        return [Finding(("merge_method",), what, did_you_mean(name, methods.names()))]
+    try:
+        method = methods.get(recipe.merge_method)
+    except ConfigError as error:  # a method that cannot be loaded tells why
+        return [Finding(("merge_method",), error.what, error.remedy or "")]
+    findings: list[Finding] = []
+    misspelt: set[str] = set()
+    for path, level in _levels(recipe):
+        for name, setting in level.items():
+            findings += _parameter_findings(method, name, setting, (*path, name), misspelt)
+    findings += _ignored_bases(recipe, method)
+    for module in normalise_for(recipe, method):
+        for piece in module.slices:
+            findings += _slice_findings(recipe, method, piece, misspelt)
+    return findings
+
+
+def _levels(recipe: DenseRecipe) -> Iterator[tuple[YamlPath, Level]]:
+    """Every ``parameters`` of the recipe with its path."""
+    yield ("parameters",), recipe.parameters
+    for name, module in (recipe.modules or {}).items():
+        yield ("modules", name, "parameters"), module.parameters
+    for path, _, group in groups(recipe):
+        for index, piece in enumerate(group):
+            yield (*path, index, "parameters"), piece.parameters
+            if isinstance(piece, SliceRecipe):
+                for i, source in enumerate(piece.sources):
+                    yield (*path, index, "sources", i, "parameters"), source.parameters
+
+
+def _parameter_findings(
+    method: type[MethodDeclaration], name: str, setting: Setting, path: YamlPath, misspelt: set[str]
+) -> list[Finding]:
+    """A parameter's name and values; adds to ``misspelt`` the name that was probably meant."""
+    scopes = method.parameter_names()
+    if name not in scopes:
+        if name in IGNORED_PARAMETERS:
+            what = f"{name} has no effect on {method.name}: {IGNORED_PARAMETERS[name]}"
+            return [Finding(path, what, is_warning=True)]
+        meant = closest(name, scopes)
+        if meant is not None:
+            misspelt.add(meant)
+        accepted = ", ".join(sorted(scopes)) or "none"
+        what = f"{method.name} has no parameter {found(name)}; accepted: {accepted}"
+        return [Finding(path, what, f"did you mean {meant!r}?" if meant else "remove it", is_unknown_key=True)]
+    declared = _declared(method, scopes[name])
+    findings: list[Finding] = []
+    for below, value in scalars(setting):
+        try:
+            coerce(declared, name, value)
+        except ValueError as error:
+            findings.append(Finding((*path, *below), f"{error}, found {found(value)}"))
+    if findings:
+        return findings
+    for gradient in gradients(setting):
+        for start, end in zip(gradient, gradient[1:], strict=False):
+            try:
+                # Somewhere between two neighbours: a field that takes 0 and 1 alone does not take this.
+                coerce(declared, name, start + (end - start) * 0.381966 if start != end else start)
+            except ValueError:
+                what = f"{name} cannot vary gradually over the layers: no values lie between {start:g} and {end:g}"
+                return [Finding(path, what, "write one value, or {filter, value} entries")]
+    return []
+
+
+def _declared(method: type[MethodDeclaration], scope: str) -> type[Parameters]:
+    return method.model_parameters if scope == "model" else method.global_parameters
+
+
+def _ignored_bases(recipe: DenseRecipe, method: type[MethodDeclaration]) -> Iterator[Finding]:
+    for path, _, group in groups(recipe):
+        for index, piece in enumerate(group):
+            if not isinstance(piece, SliceRecipe):
+                continue
+            if piece.base_model is not None and method.base is BaseUse.FORBIDDEN:
+                what = f"base_model of a slice has no effect: {method.name} works without a base"
+                yield Finding((*path, index, "base_model"), what, is_warning=True)
+            if piece.residual_weight is not None:
+                yield Finding((*path, index, "residual_weight"), "residual_weight has no effect", is_warning=True)
+
+
+def _slice_findings(
+    recipe: DenseRecipe, method: type[MethodDeclaration], piece: NormalSlice, misspelt: set[str]
+) -> Iterator[Finding]:
+    yield from _base_findings(recipe, method, piece)
+    base_damage: tuple[YamlPath, ...] = (("base_model",), (*piece.path, "base_model"))
+    outer = (("parameters",), (*piece.path, "parameters"), (*piece.path[:2], "parameters"))
+    num_inputs = len(piece.inputs)
+    beside = " beside the base model" if piece.base is not None else ""
+    wanted = _wanted(method)
+    if num_inputs < method.min_models:
+        what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
+        yield Finding(_listing(piece), what, "list more models", depends=(piece.path, *base_damage))
+    elif method.max_models is not None and num_inputs > method.max_models:
+        what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
+        if method.base_is_input and piece.base is not None and num_inputs == method.max_models + 1:
+            names = " and ".join(str(source.model) for source in piece.inputs[:2])
+            what = f"{method.name} merges the base model with one other; base_model {piece.base} is neither of {names}"
+            hint = "make one of the two the base_model"
+        else:
+            hint = "remove models, or choose a method that takes more"
+        yield Finding(_listing(piece), what, hint, depends=(piece.path, *base_damage))
+    for name, scope in method.parameter_names().items():
+        field = next(
+            info for key, info in _declared(method, scope).model_fields.items() if str(info.alias or key) == name
+        )
+        is_needed = field.is_required() and name not in misspelt
+        if scope == "global":
+            yield from _global_findings(recipe, piece, name, is_needed=is_needed, method=method)
+        elif is_needed:
+            for source in piece.inputs:
+                if not is_set(source.levels, name):
+                    yield _missing(source, name, method, (source.path, *outer, *base_damage))
+
+
+def _missing(
+    source: NormalSource, name: str, method: type[MethodDeclaration], depends: tuple[YamlPath, ...]
+) -> Finding:
+    what = f"{method.name} needs {name!r} for each model; {source.model} has none"
+    hint = f"write `parameters: {{{name}: 0.5}}` beside the model, or {name} under the recipe's `parameters`"
+    return Finding((*source.path, "parameters", name), what, hint, depends=depends)
+
+
+def _global_findings(
+    recipe: DenseRecipe, piece: NormalSlice, name: str, *, is_needed: bool, method: type[MethodDeclaration]
+) -> Iterator[Finding]:
+    """A parameter that a slice has once: not missing, and not set differently beside two of its models."""
+    if is_needed and not is_set(piece.levels, name):
+        hint = f"write `parameters: {{{name}: 0.5}}` in the recipe or the slice"
+        depends = (("parameters",), piece.path, ("base_model",), ("modules",))
+        path = ("parameters", name) if recipe.parameters else ("parameters",)
+        yield Finding(path, f"{method.name} needs the parameter {name!r}", hint, depends=depends)
+    inner = [(path, level[name]) for path, level in _levels(recipe) if _is_source_of(path, piece) and name in level]
+    if not inner:
+        return
+    num_inner = len(inner)
+    wider = [level for level in piece.levels if name in level][:-num_inner]
+    if wider:
+        what = f"{name} has no effect here: {method.name} has one for all models, and a wider level sets it"
+        for path, _ in inner:
+            yield Finding((*path, name), what, is_warning=True)
+    for path, setting in inner[1:]:
+        if setting != inner[0][1] and not wider:
+            what = f"{method.name} has one {name} for all models, but {format_path(inner[0][0])} sets another"
+            yield Finding((*path, name), what, "set it once, under the recipe's `parameters`")
+
+
+def _is_source_of(path: YamlPath, piece: NormalSlice) -> bool:
+    """Whether ``path`` is the ``parameters`` of one model of the slice (not of the slice itself)."""
+    is_below = path[: len(piece.path)] == piece.path
+    return is_below and len(path) > len(piece.path) + 1 and path[-1] == "parameters"
+
+
+def _base_findings(recipe: DenseRecipe, method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:
+    if method.base is BaseUse.REQUIRED and piece.base is None:
+        what = f"{method.name} needs a base model"
+        hint = "write `base_model: org/name`"
+        if method.base_is_input:
+            hint += ", one of the two models"
+        yield Finding(("base_model",), what, hint, depends=(("base_model",), (*piece.path, "base_model")))
+    is_sliced = any(source.layer_range is not None for source in piece.inputs)
+    if piece.base is not None and is_sliced and piece.base_layer_range is None:
+        what = f"which layers of the base model {piece.base} belong here is open: the sources' layer ranges differ"
+        hint = "list the base model among the sources, with its layer_range"
+        yield Finding((*piece.path, "sources"), what, hint, depends=(piece.path, ("base_model",)))
+
+
+def _listing(piece: NormalSlice) -> YamlPath:
+    """The list whose length is wrong."""
+    return piece.path if isinstance(piece.path[-1], str) else (*piece.path, "sources")
+
+
+def _wanted(method: type[MethodDeclaration]) -> str:
+    low, high = method.min_models, method.max_models
+    if high is None:
+        return f"at least {low} model{'s' if low != 1 else ''}"
+    if low == high:
+        return f"exactly {low} model{'s' if low != 1 else ''}"
+    return f"{low} to {high} models"

@@ -1,0 +1,226 @@
+"""The YAML of a Mixture of Experts made of dense models, as data.
+
+The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layout``, ``allow_identical_experts``, ``output``,
+``seed``, ``compute_dtype``.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from mergekit_ray.config.fields import (
+    ArithmeticDType,
+    ComputeDType,
+    FloatDType,
+    Name,
+    Output,
+    OutputOptions,
+    RecipeModel,
+    Seed,
+    raise_findings,
+)
+from mergekit_ray.config.findings import Finding, did_you_mean, found
+from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.yaml_source import YamlPath
+
+MOE_KEYS = frozenset({"experts", "shared_experts", "gate_mode", "experts_per_token", "backbone", "expert_layout"})
+"""Keys that only an MoE recipe has."""
+
+
+class GateMode(enum.Enum):
+    """How the router vectors are made."""
+
+    HIDDEN = "hidden"
+    """From the base model's hidden states at the prompts' last tokens; the same as `HIDDEN_LAST`."""
+    HIDDEN_AVG = "hidden_avg"
+    HIDDEN_LAST = "hidden_last"
+    CHEAP_EMBED = "cheap_embed"
+    """From the prompts' input embeddings."""
+    RANDOM = "random"
+    """Standard normal."""
+    UNIFORM_RANDOM = "uniform_random"
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether router vectors come from prompts."""
+        return self not in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
+
+
+def _parse_gate_mode(value: object) -> GateMode:
+    if isinstance(value, GateMode):
+        return value
+    accepted = [mode.value for mode in GateMode]
+    if not isinstance(value, str) or value not in accepted:
+        hint = did_you_mean(value, accepted) if isinstance(value, str) else ""
+        raise ValueError(f"unknown gate_mode {found(value)}; accepted: {', '.join(accepted)}\n{hint}")
+    return GateMode(value)
+
+
+def _parse_prompts(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):  # one prompt, written without its dash
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of prompts, found {found(value)}")
+    for index, prompt in enumerate(value):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {index + 1} is not text but {found(prompt)}\nquote it")
+        if not prompt.strip():
+            raise ValueError(f"prompt {index + 1} is empty")
+    return tuple(value)
+
+
+Prompts = Annotated[tuple[str, ...], PlainValidator(_parse_prompts), PlainSerializer(list)]
+
+
+class ExpertRecipe(RecipeModel):
+    """One expert.
+
+    Attributes:
+        source_model: the dense model whose feed-forward layers it gets.
+        positive_prompts: what it is to be chosen for; required unless the routers are random.
+        negative_prompts: what it is not to be chosen for.
+        noise_scale: standard deviation of normal noise added to its feed-forward weights.
+        residual_scale: factor on its down projection.
+    """
+
+    source_model: ModelReference
+    positive_prompts: Prompts = ()
+    negative_prompts: Prompts = ()
+    noise_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    residual_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+def _parse_merge_method(value: object) -> object:
+    if value is not None and value != MOE_METHOD:
+        raise ValueError(f"the recipe lists experts, so merge_method is `moe` or left out, found {found(value)}")
+    return MOE_METHOD
+
+
+class MoeRecipe(RecipeModel):
+    """A Mixture of Experts whose experts are the feed-forward layers of dense models.
+
+    Attributes:
+        merge_method: always ``moe``; may be left out of the YAML.
+        base_model: gives everything outside the feed-forward layers, config and tokenizer.
+        experts: at least one.
+        shared_experts: at most one, active for every token.
+        gate_mode: how the routers are made.
+        experts_per_token: how many experts each token uses; None for `num_active`'s default.
+        architecture: name of the MoE family; None to infer it.
+        dtype: what is stored; None for the base model's own.
+        backbone: a dense recipe that gives the tensors outside the feed-forward layers in place of ``base_model``
+            (Branch-Train-MiX, arXiv 2403.07816).
+        expert_layout: one tensor per expert and projection, or all experts packed into one.
+        allow_identical_experts: accept experts that no router can tell apart, for those who train afterwards.
+        name, output, seed, compute_dtype: as in a dense recipe.
+    """
+
+    merge_method: Annotated[Literal["moe"], BeforeValidator(_parse_merge_method)] = MOE_METHOD
+    base_model: ModelReference
+    experts: Annotated[tuple[ExpertRecipe, ...], Field(min_length=1)]
+    shared_experts: tuple[ExpertRecipe, ...] | None = None
+    gate_mode: Annotated[GateMode, PlainValidator(_parse_gate_mode), PlainSerializer(lambda m: m.value)] = (
+        GateMode.HIDDEN
+    )
+    experts_per_token: Annotated[int, Field(ge=1)] | None = None
+    architecture: Name | None = None
+    dtype: FloatDType | None = None
+    backbone: DenseRecipe | None = None
+    expert_layout: Literal["separate", "packed"] = "separate"
+    allow_identical_experts: bool = False
+    name: Name | None = None
+    output: Output = OutputOptions()
+    seed: Seed = 0
+    compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_moe(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "experts" not in data and any(data.get(key) is not None for key in BODIES):
+            raise PydanticCustomError(
+                "recipe_kind",
+                "this is a dense recipe (it has `models`, `slices` or `modules`), not a Mixture of Experts; "
+                "read it with mergekit_ray.load_recipe, which serves both kinds, or DenseRecipe.model_validate",
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        if not info.context:
+            raise_findings(moe_findings(self))
+        return self
+
+    @property
+    def num_active(self) -> int:
+        """Experts per token: as given, else 2, or 1 where there is only one expert."""
+        return self.experts_per_token if self.experts_per_token is not None else min(2, len(self.experts))
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
+        return {"merge_method": MOE_METHOD} | self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+
+    def model_references(self) -> tuple[ModelReference, ...]:
+        """Every model named, once each: ``base_model`` first, then experts, shared experts, and the backbone's."""
+        experts = [*self.experts, *(self.shared_experts or ())]
+        backbone = self.backbone.model_references() if self.backbone is not None else ()
+        return tuple(dict.fromkeys([self.base_model, *(expert.source_model for expert in experts), *backbone]))
+
+    @property
+    def donor(self) -> ModelReference:
+        """The model whose config, tokenizer and side files the output starts from."""
+        return self.base_model
+
+
+def moe_findings(recipe: MoeRecipe) -> list[Finding]:
+    """What is wrong across fields and can be said without looking at a model."""
+    findings: list[Finding] = []
+    num_experts = len(recipe.experts)
+    if recipe.experts_per_token is not None and recipe.experts_per_token > num_experts:
+        what = f"a token cannot use {recipe.experts_per_token} experts of {num_experts}"
+        hint = f"accepted: 1 to {num_experts}"
+        findings.append(Finding(("experts_per_token",), what, hint, depends=(("experts_per_token",), ("experts",))))
+    if recipe.shared_experts and len(recipe.shared_experts) > 1:
+        what = f"at most one shared expert, found {len(recipe.shared_experts)}"
+        findings.append(
+            Finding(("shared_experts", 1), what, "move the others to `experts`", depends=(("shared_experts",),))
+        )
+    if recipe.gate_mode.needs_prompts:
+        findings += _prompt_findings(recipe)
+    if recipe.backbone is not None:
+        findings += [finding.below(("backbone",)) for finding in structure_findings(recipe.backbone)]
+    return findings
+
+
+def _prompt_findings(recipe: MoeRecipe) -> list[Finding]:
+    mode = f"gate_mode {recipe.gate_mode.value!r}"
+    findings = []
+    for index, expert in enumerate(recipe.experts):
+        if not expert.positive_prompts:
+            path: YamlPath = ("experts", index)
+            what = f"{mode} makes the router from prompts, and this expert has no `positive_prompts`"
+            hint = "list positive_prompts, or choose `gate_mode: random`"
+            depends = (("gate_mode",), (*path, "positive_prompts"))
+            findings.append(Finding((*path, "positive_prompts"), what, hint, depends=depends))
+    if len(recipe.experts) == 1 or recipe.allow_identical_experts or findings:
+        return findings
+    hint = "or set `allow_identical_experts: true` if the model is trained afterwards"
+    prompts = {(expert.positive_prompts, expert.negative_prompts) for expert in recipe.experts}
+    if len(prompts) == 1:
+        what = "all experts have the same prompts, so the router cannot tell them apart"
+        findings.append(Finding(("experts",), what, f"give each expert prompts of its own, {hint}"))
+    if len({expert.source_model for expert in recipe.experts}) == 1:
+        noisy = any(expert.noise_scale for expert in recipe.experts)
+        if not noisy:
+            what = (
+                f"all experts are {recipe.experts[0].source_model}, so choosing between them by prompts changes nothing"
+            )
+            findings.append(Finding(("experts",), what, f"name different source models, {hint}"))
+    return findings

@@ -1,0 +1,221 @@
+"""The YAML of a dense merge, as data.
+
+The keys are mergekit's, with ours beside them: ``output``, ``seed``, ``compute_dtype``. What can be said without knowing the
+merge methods is checked here, whether a recipe comes from a file or is built in Python; `mergekit_ray.config.load` adds the
+rest. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from mergekit_ray.config.fields import (
+    ArithmeticDType,
+    ComputeDType,
+    FloatDType,
+    LayerRange,
+    Name,
+    Output,
+    OutputOptions,
+    ParameterSettings,
+    RecipeModel,
+    Seed,
+    raise_findings,
+)
+from mergekit_ray.config.findings import Finding
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.settings import Level
+from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource
+from mergekit_ray.config.yaml_source import YamlPath
+
+MOE_METHOD = "moe"
+BODIES = ("models", "slices", "modules")
+"""The three ways to say what is merged; a recipe uses one of them."""
+
+
+class InputModel(RecipeModel):
+    """One entry of ``models``: a whole model, all its layers."""
+
+    model: ModelReference
+    parameters: ParameterSettings = Field(default_factory=dict)
+
+
+class SliceSource(RecipeModel):
+    """One entry of a slice's ``sources``: a run of one model's layers."""
+
+    model: ModelReference
+    layer_range: LayerRange
+    parameters: ParameterSettings = Field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in the range."""
+        return self.layer_range[1] - self.layer_range[0]
+
+
+class SliceRecipe(RecipeModel):
+    """One entry of ``slices``: a run of the output's layers.
+
+    Attributes:
+        sources: what is merged into it; all have the same number of layers.
+        base_model: in place of the recipe's.
+        residual_weight: accepted, without effect.
+        parameters: for all sources.
+    """
+
+    sources: Annotated[tuple[SliceSource, ...], Field(min_length=1)]
+    base_model: ModelReference | None = None
+    residual_weight: float | None = None
+    parameters: ParameterSettings = Field(default_factory=dict)
+
+
+class ModuleRecipe(RecipeModel):
+    """One entry of ``modules``: a part of a model that is merged by itself, as ``models`` or as ``slices``."""
+
+    models: Annotated[tuple[InputModel, ...], Field(min_length=1)] | None = None
+    slices: Annotated[tuple[SliceRecipe, ...], Field(min_length=1)] | None = None
+    parameters: ParameterSettings = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        if not info.context:
+            raise_findings(_body_findings(self))
+        return self
+
+
+class DenseRecipe(RecipeModel):
+    """A merge of models of one architecture into one more of it.
+
+    Attributes:
+        merge_method: name of the method.
+        models, slices, modules: what is merged; exactly one is given.
+        base_model: the model that task vectors are taken from; also the donor of config and tokenizer.
+        dtype: what inputs are rounded to before the merge and, without ``out_dtype``, what is stored; None for the inputs' own.
+        out_dtype: what is stored.
+        parameters: of the method, for everything that no closer level sets.
+        tokenizer_source, tokenizer: where the vocabulary comes from; at most one is given.
+        chat_template: a template's name, or the template.
+        name: free text.
+        output: where the result goes.
+        seed: of all randomness.
+        compute_dtype: what arithmetic is done in.
+    """
+
+    merge_method: Name
+    models: Annotated[tuple[InputModel, ...], Field(min_length=1)] | None = None
+    slices: Annotated[tuple[SliceRecipe, ...], Field(min_length=1)] | None = None
+    modules: Annotated[Mapping[str, ModuleRecipe], Field(min_length=1)] | None = None
+    base_model: ModelReference | None = None
+    dtype: FloatDType | None = None
+    out_dtype: FloatDType | None = None
+    parameters: ParameterSettings = Field(default_factory=dict)
+    tokenizer_source: TokenizerSource = None
+    tokenizer: TokenizerOptions | None = None
+    chat_template: str | None = None
+    name: Name | None = None
+    output: Output = OutputOptions()
+    seed: Seed = 0
+    compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_dense(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and (data.get("experts") is not None or data.get("merge_method") == MOE_METHOD):
+            raise PydanticCustomError(
+                "recipe_kind",
+                "this is a Mixture-of-Experts recipe (it has `experts` or `merge_method: moe`), not a dense one; "
+                "read it with mergekit_ray.load_recipe, which serves both kinds, or MoeRecipe.model_validate",
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        if not info.context:
+            raise_findings(structure_findings(self))
+        return self
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
+        return self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+
+    def model_references(self) -> tuple[ModelReference, ...]:
+        """Every model that is merged or a base, once each: the recipe's ``base_model`` first, then as listed."""
+        named: dict[ModelReference, None] = {} if self.base_model is None else {self.base_model: None}
+        for _, _, group in groups(self):
+            for model in group:
+                if isinstance(model, SliceRecipe):
+                    named |= {model.base_model: None} if model.base_model is not None else {}
+                    named |= dict.fromkeys(source.model for source in model.sources)
+                else:
+                    named[model.model] = None
+        return tuple(named)
+
+    @property
+    def donor(self) -> ModelReference:
+        """The model whose config, tokenizer and side files the output gets: ``base_model``, or the first model listed."""
+        if self.base_model is not None:
+            return self.base_model
+        for _, _, group in groups(self):
+            for model in group:
+                return model.sources[0].model if isinstance(model, SliceRecipe) else model.model
+        raise ValueError("a recipe without models has no donor")
+
+
+def groups(
+    recipe: DenseRecipe,
+) -> Iterator[tuple[YamlPath, tuple[str | None, Level], tuple[InputModel, ...] | tuple[SliceRecipe, ...]]]:
+    """Each list of models or slices: its path, the module's name and parameters (None and {} if there is none), the list."""
+    bodies: list[tuple[YamlPath, tuple[str | None, Level], DenseRecipe | ModuleRecipe]] = [((), (None, {}), recipe)]
+    for name, module in (recipe.modules or {}).items():
+        bodies.append((("modules", name), (name, module.parameters), module))
+    for path, module_of, body in bodies:
+        if body.models is not None:
+            yield (*path, "models"), module_of, body.models
+        if body.slices is not None:
+            yield (*path, "slices"), module_of, body.slices
+
+
+def structure_findings(recipe: DenseRecipe) -> list[Finding]:
+    """What is wrong across fields, whatever the method."""
+    findings = _body_findings(recipe)
+    for name, module in (recipe.modules or {}).items():
+        findings += [finding.below(("modules", name)) for finding in _body_findings(module)]
+    for path, _, group in groups(recipe):
+        for index, piece in enumerate(group):
+            if isinstance(piece, SliceRecipe):
+                findings += _uneven(piece, (*path, index))
+    if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
+        hint = "keep `tokenizer: {source: ...}`, which says more"
+        findings.append(Finding(("tokenizer_source",), "`tokenizer_source` beside `tokenizer`", hint))
+    return findings
+
+
+def _body_findings(body: DenseRecipe | ModuleRecipe) -> list[Finding]:
+    allowed = BODIES if isinstance(body, DenseRecipe) else BODIES[:2]
+    given = [key for key in allowed if getattr(body, key) is not None]
+    if len(given) == 1:
+        return []
+    accepted = ", ".join(f"`{key}`" for key in allowed[:-1]) + f" or `{allowed[-1]}`"
+    depends = tuple((key,) for key in allowed)
+    if not given:
+        hint = "list whole models under `models:`, or runs of layers under `slices:`"
+        return [Finding((), f"nothing to merge: none of {accepted} is given", hint, depends=depends)]
+    both = " and ".join(f"`{key}`" for key in given)
+    return [Finding((given[-1],), f"{both} are both given; accepted: exactly one of {accepted}", "remove all but one")]
+
+
+def _uneven(piece: SliceRecipe, path: YamlPath) -> list[Finding]:
+    counts = [source.num_layers for source in piece.sources]
+    if len(set(counts)) <= 1:
+        return []
+    shown = ", ".join(
+        f"[{source.layer_range[0]}, {source.layer_range[1]}] ({source.num_layers})" for source in piece.sources
+    )
+    index = next(i for i, count in enumerate(counts) if count != counts[0])
+    what = f"the sources of one slice have different numbers of layers: {shown}"
+    where = (*path, "sources", index, "layer_range")
+    return [Finding(where, what, "give every source a range of the same length", depends=((*path, "sources"),))]

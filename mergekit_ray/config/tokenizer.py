@@ -1,0 +1,121 @@
+"""The tokenizer of a dense recipe: ``tokenizer_source`` and the ``tokenizer`` section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+
+from mergekit_ray.config.fields import RecipeModel
+from mergekit_ray.config.findings import did_you_mean, found
+from mergekit_ray.config.reference import ModelReference
+
+_WORDS = ("union", "base")
+
+
+class ZeroEmbedding(RecipeModel):
+    """A token whose embedding is all zeros."""
+
+    kind: Literal["zero"]
+
+
+class ModelTokenEmbedding(RecipeModel):
+    """A token that takes the embedding of a model's token.
+
+    Attributes:
+        model: whose embedding.
+        token_id, token: which of its tokens; exactly one is given.
+    """
+
+    kind: Literal["model_token"]
+    model: ModelReference
+    token_id: Annotated[int, Field(ge=0)] | None = None
+    token: str | None = None
+
+    @model_validator(mode="after")
+    def _one_token(self) -> Self:
+        if (self.token_id is None) == (self.token is None):
+            raise ValueError("a model's token is named by either `token` or `token_id`")
+        return self
+
+
+TokenSource: TypeAlias = ZeroEmbedding | ModelTokenEmbedding | ModelReference
+
+
+def _parse_token_source(value: object) -> TokenSource | None:
+    if value is None or isinstance(value, ZeroEmbedding | ModelTokenEmbedding | ModelReference):
+        return value
+    if not isinstance(value, Mapping) or "kind" not in value:
+        return ModelReference.from_data(value)
+    kind = value["kind"]
+    kinds = {"zero": ZeroEmbedding, "model_token": ModelTokenEmbedding}
+    if not isinstance(kind, str) or kind not in kinds:
+        hint = did_you_mean(kind, kinds) if isinstance(kind, str) else ""
+        raise ValueError(f"unknown kind {found(kind)}; accepted: {', '.join(kinds)}\n{hint}")
+    model: type[ZeroEmbedding | ModelTokenEmbedding] = kinds[kind]  # type: ignore[assignment]
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {message}" if where else message) from None
+
+
+def _dump_token_source(source: TokenSource | None) -> Any:
+    if isinstance(source, RecipeModel):
+        return source.model_dump(mode="json", exclude_none=True)
+    return None if source is None else str(source)
+
+
+def _parse_tokenizer_source(value: object) -> str | ModelReference | None:
+    if value is None or isinstance(value, ModelReference):
+        return value
+    if isinstance(value, str):
+        word = value.strip()
+        if word in _WORDS:
+            return word
+        # mergekit's first spelling of a model here, still found in recipes.
+        return ModelReference.parse(word.removeprefix("model:"))
+    return ModelReference.from_data(value)
+
+
+def _dump_tokenizer_source(source: str | ModelReference | None) -> str | None:
+    return None if source is None else str(source)
+
+
+TokenizerSource = Annotated[
+    Literal["union", "base"] | ModelReference | None,
+    PlainValidator(_parse_tokenizer_source),
+    PlainSerializer(_dump_tokenizer_source),
+]
+"""``union``, ``base``, or a model."""
+
+
+class TokenEmbedding(RecipeModel):
+    """Where one token's embedding comes from.
+
+    Attributes:
+        source: a model, a model's token, zeros, or None for mergekit's rules.
+        force: take it from there even for models that have the token.
+    """
+
+    source: Annotated[TokenSource | None, PlainValidator(_parse_token_source), PlainSerializer(_dump_token_source)] = (
+        None
+    )
+    force: bool = False
+
+
+class TokenizerOptions(RecipeModel):
+    """The ``tokenizer`` section.
+
+    Attributes:
+        source: where the vocabulary comes from.
+        tokens: embeddings of single tokens.
+        pad_to_multiple_of: the vocabulary is padded to a multiple of this.
+    """
+
+    source: TokenizerSource = "union"
+    tokens: Mapping[str, TokenEmbedding] | None = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None

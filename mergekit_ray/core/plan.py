@@ -1,0 +1,230 @@
+"""A plan: everything a merge will write, decided from headers alone.
+
+Pure data with a JSON round trip and a digest. Two plans with one digest write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import Expression, from_json, loads, spec_from_json, spec_to_json, to_json
+from mergekit_ray.core.tensors import TensorSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of an input as it was when the plan was made.
+
+    Attributes:
+        name: path inside the checkpoint, with ``/``.
+        num_bytes: its size.
+        version: ETag, commit or size-and-mtime; reads are refused when the file no longer has it.
+    """
+
+    name: str
+    num_bytes: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class InputModel:
+    """A model as the plan reads it.
+
+    Attributes:
+        key: short name used by `Load`.
+        reference: the model as the recipe names it.
+        uri: where its files are.
+        files: the weight files that are read, by name.
+    """
+
+    key: str
+    reference: str
+    uri: str
+    files: Mapping[str, InputFile]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of a shard.
+
+    Attributes:
+        expression: computes it; ``spec`` is what is stored.
+        start, end: byte range inside the shard's data section (after the header), end exclusive.
+    """
+
+    spec: TensorSpec
+    expression: Expression
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output safetensors file: the unit of work, of retry and of resume.
+
+    Attributes:
+        file: its name, e.g. ``model-00001-of-00004.safetensors``.
+        header: the complete safetensors header, length prefix included.
+        tensors: in file order, back to back.
+    """
+
+    file: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size of the file, header included."""
+        return len(self.header) + (self.tensors[-1].end if self.tensors else 0)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of input the shard needs."""
+        return sum(load.location.num_bytes for tensor in self.tensors for load in loads(tensor.expression))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Elements of all its tensors."""
+        return sum(tensor.spec.num_elements for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {
+            "file": self.file,
+            "header": self.header.decode("latin-1"),
+            "tensors": [[spec_to_json(t.spec), to_json(t.expression), t.start, t.end] for t in self.tensors],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Shard:
+        """Inverse of `to_json`."""
+        tensors = tuple(
+            OutputTensor(spec_from_json(spec), from_json(expression), start, end)
+            for spec, expression, start, end in data["tensors"]
+        )
+        return cls(data["file"], data["header"].encode("latin-1"), tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file of the donor that is copied beside the weights (tokenizer, generation config, modelling code, ...)."""
+
+    model: str
+    file: InputFile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards with their expressions, and what is published beside them.
+
+    Attributes:
+        inputs: models by key.
+        shards: in file order.
+        config: the output's ``config.json``.
+        side_files: copied from the donor.
+        recipe: the recipe as given, normalised, for the card and the manifest.
+        seed: of all randomness.
+        dropped: input tensors that are not used, with the reason: ``{"<model>: <tensor>": reason}``.
+        aliased: tensors that share another's data: ``{name: the name that carries it}``.
+        warnings: what the user should know, in words.
+    """
+
+    inputs: Mapping[str, InputModel]
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    side_files: tuple[SideFile, ...]
+    recipe: Mapping[str, Any]
+    seed: int
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    aliased: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of weight files written."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of weights read."""
+        return sum(shard.read_bytes for shard in self.shards)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Elements of all output tensors."""
+        return sum(shard.num_parameters for shard in self.shards)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """Content of ``model.safetensors.index.json``, as transformers writes it."""
+        total = sum(tensor.spec.num_bytes for shard in self.shards for tensor in shard.tensors)
+        weight_map = {tensor.spec.name: shard.file for shard in self.shards for tensor in shard.tensors}
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {
+            "format": FORMAT,
+            "inputs": {
+                key: {
+                    "reference": model.reference,
+                    "uri": model.uri,
+                    "files": [[f.name, f.num_bytes, f.version] for f in model.files.values()],
+                }
+                for key, model in self.inputs.items()
+            },
+            "shards": [shard.to_json() for shard in self.shards],
+            "config": self.config,
+            "side_files": [[s.model, s.file.name, s.file.num_bytes, s.file.version] for s in self.side_files],
+            "recipe": self.recipe,
+            "seed": self.seed,
+            "dropped": self.dropped,
+            "aliased": self.aliased,
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: written by another version of the format.
+        """
+        if data.get("format") != FORMAT:
+            raise PlanError(
+                f"plan format {data.get('format')!r} is not {FORMAT}",
+                remedy="make the plan again with this version of mergekit-ray",
+            )
+        inputs = {
+            key: InputModel(
+                key, m["reference"], m["uri"], {name: InputFile(name, size, ver) for name, size, ver in m["files"]}
+            )
+            for key, m in data["inputs"].items()
+        }
+        return cls(
+            inputs=inputs,
+            shards=tuple(Shard.from_json(shard) for shard in data["shards"]),
+            config=data["config"],
+            side_files=tuple(SideFile(key, InputFile(name, size, ver)) for key, name, size, ver in data["side_files"]),
+            recipe=data["recipe"],
+            seed=data["seed"],
+            dropped=data["dropped"],
+            aliased=data["aliased"],
+            warnings=tuple(data["warnings"]),
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that decides the output's bytes: everything but the warnings."""
+        data = self.to_json()
+        del data["warnings"]
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,41 @@
+"""What a finished shard leaves behind: proof of what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """Digests of one output file, hashed while it was written.
+
+    Attributes:
+        file: its name.
+        num_bytes: its size.
+        sha256: of the whole file, hex; what ``sha256sum`` prints.
+        tensors: SHA-256 (hex) of each tensor's data.
+        version: the store's version of the file after commit; empty where it is not known (in a manifest).
+    """
+
+    file: str
+    num_bytes: int
+    sha256: str
+    tensors: Mapping[str, str]
+    version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {
+            "file": self.file,
+            "num_bytes": self.num_bytes,
+            "sha256": self.sha256,
+            "tensors": dict(self.tensors),
+            "version": self.version,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ShardRecord:
+        """Inverse of `to_json`."""
+        return cls(data["file"], data["num_bytes"], data["sha256"], data["tensors"], data.get("version", ""))

@@ -1,0 +1,52 @@
+"""Weighted sums: their coefficients (in Python's double precision) and their terms (in compute dtype)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_ray.core.errors import MergeError
+
+if TYPE_CHECKING:
+    import torch
+
+_CANCELLED = 1e-12
+"""A sum of weights below this part of the sum of their magnitudes is rounding, not a number to divide by."""
+
+
+def coefficients(weights: Sequence[float], *, normalize: bool, scale: float = 1.0) -> list[float]:
+    """``scale * w_i``, over ``Σ w_i`` if ``normalize``.
+
+    Raises:
+        MergeError: the weights are to be normalised and sum to zero.
+    """
+    if not normalize:
+        return [scale * weight for weight in weights]
+    total = math.fsum(weights)
+    if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in weights):
+        raise MergeError(
+            f"the weights {list(weights)} sum to 0 and cannot be normalised",
+            remedy="set `normalize: false`, or change the models' `weight`",
+        )
+    return [scale * weight / total for weight in weights]
+
+
+def add_scaled_(total: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+    """``total += factor * x`` in place; ``x`` is scratch and may be overwritten.
+
+    In 16-bit dtypes torch's fused form rounds the last elements of a run otherwise than the rest (vector and scalar
+    code differ), which would make results depend on the chunk size; there the product is taken by itself.
+    """
+    if total.itemsize < 4:  # bytes
+        total.add_(x.mul_(factor))
+    else:
+        total.add_(x, alpha=factor)
+
+
+def weighted_sum_(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+    """``Σ factor_i * term_i``, in order, into the first term; the others are scratch."""
+    total = terms[0].mul_(factors[0])
+    for term, factor in zip(terms[1:], factors[1:], strict=True):
+        add_scaled_(total, term, factor)
+    return total

@@ -1,0 +1,133 @@
+"""DARE: drop changes at random and rescale what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from mergekit_ray.core.declaration import Access, BaseUse
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.random_mask import MaskSpace, RandomMask
+from mergekit_ray.methods.sign import add_elected_
+from mergekit_ray.methods.sums import partial_sums, total
+from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+NEGLIGIBLE_NORM = 1e-7
+"""L1 norms below this are not rescaled by or to."""
+
+
+class DareParameters(ScaledParameters):
+    """Global parameters of `DareLinear` and `DareTies`."""
+
+    normalize: bool = Field(False, description="divide by the sum of the weights (dare_ties: of those that agree)")
+    rescale: bool = Field(True, description="scale what is kept to the task vector's L1 norm")
+
+
+class _Dare(ReduceMethod):
+    """Random trim of task vectors: each element is kept with probability ``density`` (Yu et al. 2024)."""
+
+    reference = "https://arxiv.org/abs/2311.03099"
+    base = BaseUse.REQUIRED
+    model_parameters = TrimmedParameters
+    global_parameters = DareParameters
+
+    @classmethod
+    def effective_access(cls, parameters: dict[str, Any]) -> Access:
+        """Without rescaling any run of elements alone will do."""
+        rescale = cls.global_parameters.model_validate(parameters).model_dump()["rescale"]
+        return Access.REDUCE if rescale else Access.ELEMENTWISE
+
+    def statistics(self, operands: Operands) -> list[float]:
+        """``‖δ‖₁ / ‖δ̃‖₁`` of each model, 1 where either is below `NEGLIGIBLE_NORM` or nothing is rescaled."""
+        factors = [1.0] * operands.num_inputs
+        masks = _masks(operands)
+        trimmed = [index for index, mask in enumerate(masks) if not mask.keeps_all and mask.density > 0]
+        if not operands.parameters.rescale or not trimmed:
+            return factors
+
+        def measure(chunk: Chunk) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            space = MaskSpace.like(chunk.inputs[0], chunk.scratch)
+            return [_norms(chunk, index, masks[index], space) for index in trimmed]
+
+        blocks = operands.map_blocks(measure)
+        for place, index in enumerate(trimmed):
+            whole, kept = (total(block[place][side] for block in blocks) for side in (0, 1))
+            if whole >= NEGLIGIBLE_NORM and kept >= NEGLIGIBLE_NORM:
+                factors[index] = whole / kept
+        return factors
+
+
+def _norms(chunk: Chunk, index: int, mask: RandomMask, space: MaskSpace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial L1 sums of a task vector before and after its mask."""
+    magnitude = task_vector(chunk, index).abs_()
+    return partial_sums(magnitude), partial_sums(mask.apply_(magnitude, chunk.start, space))
+
+
+def _masks(operands: Operands) -> list[RandomMask]:
+    return [
+        RandomMask(key, parameters.density)
+        for key, parameters in zip(operands.keys, operands.input_parameters, strict=True)
+    ]
+
+
+def _trimmed(chunk: Chunk, operands: Operands) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The base's run and the trimmed task vectors, not rescaled."""
+    base, deltas = task_vectors(chunk)
+    space = MaskSpace.like(base, chunk.scratch)
+    for delta, mask in zip(deltas, _masks(operands), strict=True):
+        mask.apply_(delta, chunk.start, space)
+    return base, deltas
+
+
+def _rescaling(statistics: Any, operands: Operands) -> Sequence[float]:
+    """Factors of the models; without a pass of statistics there is nothing to rescale."""
+    return [1.0] * operands.num_inputs if statistics is None else statistics
+
+
+@METHODS.register("dare_linear")
+class DareLinear(_Dare):
+    """``b + λ Σ w_i δ̃_i``, ``δ̃`` a task vector with elements dropped at random and rescaled."""
+
+    name = "dare_linear"
+    summary = "Drop changes at random, rescale, weighted sum."
+    formula = "b + λ·Σ w_i·δ̃_i, divided by Σ w_i if normalize; δ̃ keeps each element with probability density"
+
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """See `ElementwiseMethod.combine`; ``statistics`` is the factors of the models, or None for all 1.
+
+        Raises:
+            MergeError: the weights sum to zero and are to be normalised.
+        """
+        settings = operands.parameters
+        weights = [parameters.weight for parameters in operands.input_parameters]
+        factors = coefficients(weights, normalize=settings.normalize, scale=settings.lambda_)
+        rescaling = _rescaling(statistics, operands)
+        base, deltas = _trimmed(chunk, operands)
+        return base.add_(weighted_sum_(deltas, [f * r for f, r in zip(factors, rescaling, strict=True)]))
+
+
+@METHODS.register("dare_ties")
+class DareTies(_Dare):
+    """As `DareLinear`, the sum taken by sign election (see `mergekit_ray.methods.sign`)."""
+
+    name = "dare_ties"
+    summary = "Drop changes at random, rescale, elect a sign per element, merge what agrees."
+    formula = "b + λ·Σ m_i·w_i·δ̃_i, over Σ m_i·w_i if normalize; m_i = [sign(w_i·δ̃_i) = elected sign]"
+
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """See `ElementwiseMethod.combine`; ``statistics`` is the factors of the models, or None for all 1."""
+        settings = operands.parameters
+        weights = [parameters.weight for parameters in operands.input_parameters]
+        base, deltas = _trimmed(chunk, operands)
+        for delta, weight, factor in zip(deltas, weights, _rescaling(statistics, operands), strict=True):
+            delta.mul_(weight * factor)
+        return add_elected_(
+            base, deltas, weights, normalize=settings.normalize, scale=settings.lambda_, scratch=chunk.scratch
+        )

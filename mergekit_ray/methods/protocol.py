@@ -1,0 +1,116 @@
+"""What a merge method's arithmetic looks like, and what the evaluator gives it.
+
+A method sees tensors only: no YAML, no storage, no Ray. It subclasses one of three bases:
+
+- `ElementwiseMethod`: `combine` fills a run of output elements from the same run of the inputs.
+- `ReduceMethod`: first `statistics` over the whole tensor (in fixed blocks, so that the result does not depend on how the
+  tensor is later cut), then `combine`.
+- `WholeMethod`: `combine_whole` gets everything at once.
+
+All tensors handed to a method are 1-D in `compute_dtype` for runs, or in the tensor's shape for whole ones; rounding to the
+output dtype is the evaluator's. torch is imported for annotations only, so that declarations can be read without it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from mergekit_ray.core.declaration import Access, MethodDeclaration
+
+if TYPE_CHECKING:
+    import torch
+
+R = TypeVar("R")
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements in a block of `Operands.map_blocks`. Fixed, whatever the chunk size: sums taken per block and added in block order
+are the same for every chunk size and number of threads."""
+
+
+class Scratch(Protocol):
+    """Reused working memory of one thread. What it gives is valid until the current call of the method returns."""
+
+    def like(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised tensor of the shape of ``x`` on its device, in ``dtype`` or that of ``x``."""
+        ...
+
+
+class Chunk(Protocol):
+    """A run of elements ``[start, stop)`` of the flattened tensor.
+
+    Attributes:
+        start, stop: flat element indices in the whole tensor.
+        inputs: one 1-D tensor per model in compute dtype. They are scratch: the method may overwrite them.
+        base: the base's run, or None. May be overwritten too.
+        scratch: more working memory.
+    """
+
+    start: int
+    stop: int
+    inputs: Sequence[torch.Tensor]
+    base: torch.Tensor | None
+    scratch: Scratch
+
+
+class Operands(Protocol):
+    """The tensor being merged, as a method sees it beside the elements themselves.
+
+    Attributes:
+        shape: of the output tensor (and of every input).
+        num_elements: product of the shape.
+        num_inputs: models beside the base.
+        parameters: the method's global parameters here (an instance of its ``global_parameters``).
+        input_parameters: per-model parameters, one per input.
+        keys: one string per input, to seed randomness with.
+        compute_dtype: torch dtype of all arithmetic.
+    """
+
+    shape: tuple[int, ...]
+    num_elements: int
+    num_inputs: int
+    parameters: Any
+    input_parameters: Sequence[Any]
+    keys: Sequence[str]
+    compute_dtype: torch.dtype
+
+    def map_blocks(self, function: Callable[[Chunk], R]) -> list[R]:
+        """``function`` over all blocks of `BLOCK_ELEMENTS` (the last may be shorter), in parallel; results in order."""
+        ...
+
+    def block(self, index: int, function: Callable[[Chunk], R]) -> R:
+        """``function`` over one block."""
+        ...
+
+
+class ElementwiseMethod(MethodDeclaration):
+    """A method that fills any run of elements from the same run of its inputs."""
+
+    access: ClassVar[Access] = Access.ELEMENTWISE
+
+    @abstractmethod
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """The merged run: a 1-D tensor in compute dtype, which may be one of the chunk's own tensors."""
+
+
+class ReduceMethod(ElementwiseMethod):
+    """A method that needs statistics of the whole tensor before it fills runs of elements."""
+
+    access: ClassVar[Access] = Access.REDUCE
+
+    @abstractmethod
+    def statistics(self, operands: Operands) -> Any:
+        """Whatever `combine` needs, computed with `Operands.map_blocks`."""
+
+
+class WholeMethod(MethodDeclaration):
+    """A method that cannot be cut: it gets and returns whole tensors."""
+
+    access: ClassVar[Access] = Access.WHOLE
+
+    @abstractmethod
+    def combine_whole(
+        self, inputs: Sequence[torch.Tensor], base: torch.Tensor | None, operands: Operands
+    ) -> torch.Tensor:
+        """The merged tensor in compute dtype and in ``operands.shape``."""

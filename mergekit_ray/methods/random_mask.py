@@ -1,0 +1,169 @@
+"""Random masks that are a pure function of a key and an element's index.
+
+The same element gets the same answer on any device, for any chunk size, number of workers, order or retry; there is no
+generator whose state could differ.
+
+A 32-bit word per element: flat indices are cut into blocks of 2^16. For each block, SHA-256 of the key's digest and the
+block number gives two words ``a`` and ``b``; for the offset ``i`` within the block
+
+    x = mix(i) + a;  x ^= x >> 16;  x *= 0x7feb352d;  x += b;  x ^= x >> 15;  x *= 0x846ca68b    (mod 2^32, >> logical)
+
+where ``mix`` is the full lowbias32 hash, tabulated once. Together that is two rounds of lowbias32 around a key, less
+the last shift, which moves low bits only; an element is kept if ``x + 2^31 (mod 2^32) < ⌊density · 2^32⌋`` (the offset
+makes it one signed comparison). Constants: C. Wellons, "Prospecting for Hash Functions",
+https://nullprogram.com/blog/2018/07/31/ (public domain).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergekit_ray.methods.protocol import Scratch
+
+if TYPE_CHECKING:
+    import torch
+
+HASH_BLOCK = 1 << 16
+"""Elements that share the two key words. Part of the definition of the masks: not tied to `BLOCK_ELEMENTS`."""
+
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # as a signed 32-bit number, which torch's int32 wants
+_SHIFT_1, _SHIFT_2, _SHIFT_3 = 16, 15, 16
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpace:
+    """Two runs of int32, reused from mask to mask."""
+
+    words: torch.Tensor
+    spare: torch.Tensor
+
+    @classmethod
+    def like(cls, run: torch.Tensor, scratch: Scratch) -> MaskSpace:
+        """Space for masks of runs such as ``run``."""
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
+        return cls(scratch.like(run, torch.int32), scratch.like(run, torch.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class RandomMask:
+    """Keeps each element with probability ``density``, independently.
+
+    Attributes:
+        key: seeds it; different keys give independent masks.
+        density: probability of being kept; 1 or more keeps all, 0 or less none.
+    """
+
+    key: str
+    density: float
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is dropped."""
+        return self.density >= 1.0
+
+    def apply_(self, values: torch.Tensor, start: int, space: MaskSpace) -> torch.Tensor:
+        """Zero what is not kept, in place.
+
+        Args:
+            values: 1-D run of floating numbers.
+            start: flat index of its first element.
+            space: working memory for a run of that length.
+        """
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
+        if self.keeps_all:
+            return values
+        limit = math.floor(self.density * (1 << 32))
+        if limit <= 0:
+            return values.zero_()
+        words = hash_words(self.key, start, space.words, space.spare)
+        # All ones where kept, all zeros elsewhere: `and` on the bits of the values.
+        words.lt_(limit - (1 << 31)).neg_()
+        same_width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+        values.view(same_width).bitwise_and_(words.to(same_width))
+        return values
+
+
+def hash_words(key: str, start: int, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """One 32-bit word for each element ``[start, start + len(out))`` of the stream ``key``.
+
+    Args:
+        key: names the stream.
+        start: flat index of the first element, of any size.
+        out: 1-D int32, filled.
+        scratch: int32 of the same length.
+    """
+    import torch  # noqa: PLC0415
+
+    digest = hashlib.sha256(key.encode()).digest()
+    table = _mixed_offsets(out.device)
+    for place, block, first, length in _runs(start, out.numel()):
+        rows = max(1, length // HASH_BLOCK)
+        shape = (rows, length // rows)
+        x = out[place : place + length].view(shape)
+        shifted = scratch[place : place + length].view(shape)
+        addend_1, addend_2 = _block_words(digest, block, rows, out.device)
+        torch.add(table[first : first + shape[1]], addend_1, out=x)
+        _fold_(x, shifted, _SHIFT_1)
+        x.mul_(_MULTIPLIER_1).add_(addend_2)
+        _fold_(x, shifted, _SHIFT_2)
+        x.mul_(_MULTIPLIER_2)
+    return out
+
+
+def _fold_(x: torch.Tensor, scratch: torch.Tensor, shift: int) -> None:
+    """``x ^= x >> shift`` with a logical shift (torch's int32 shift is arithmetic)."""
+    import torch  # noqa: PLC0415
+
+    torch.bitwise_right_shift(x, shift, out=scratch)
+    x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def _runs(start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(place in the run, block, offset in the block, length)``: parts of blocks, and whole blocks together."""
+    place = 0
+    while place < length:
+        block, first = divmod(start + place, HASH_BLOCK)
+        left = length - place
+        run = left // HASH_BLOCK * HASH_BLOCK if first == 0 and left >= HASH_BLOCK else min(left, HASH_BLOCK - first)
+        yield place, block, first, run
+        place += run
+
+
+def _block_words(
+    digest: bytes, block: int, num_blocks: int, device: torch.device
+) -> tuple[int | torch.Tensor, int | torch.Tensor]:
+    """The two key words of consecutive blocks: numbers for one block, columns for several."""
+    import torch  # noqa: PLC0415
+
+    words = [
+        struct.unpack_from("<ii", hashlib.sha256(digest + index.to_bytes(8, "little")).digest())
+        for index in range(block, block + num_blocks)
+    ]
+    if num_blocks == 1:
+        return words[0]
+    columns = torch.tensor(words, dtype=torch.int32, device=device)
+    return columns[:, :1], columns[:, 1:]
+
+
+@functools.lru_cache(maxsize=16)
+def _mixed_offsets(device: torch.device) -> torch.Tensor:
+    """lowbias32 of all offsets in a block."""
+    import torch  # noqa: PLC0415
+
+    x = torch.arange(HASH_BLOCK, dtype=torch.int32, device=device)
+    scratch = torch.empty_like(x)
+    _fold_(x, scratch, _SHIFT_1)
+    x.mul_(_MULTIPLIER_1)
+    _fold_(x, scratch, _SHIFT_2)
+    x.mul_(_MULTIPLIER_2)
+    _fold_(x, scratch, _SHIFT_3)
+    return x

@@ -1,0 +1,97 @@
+"""Spherical interpolation between two models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from mergekit_ray.core.declaration import BaseUse, Parameters
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.accumulate import weighted_sum_
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.sums import partial_sums, total
+
+if TYPE_CHECKING:
+    import torch
+
+COLINEAR_COSINE = 0.9995
+"""Above this ``|cos θ|`` the arc is as good as its chord, and ``1/sin θ`` loses digits."""
+
+ZERO_NORM = 1e-8
+"""A vector this short has no direction to speak of and is not divided by its norm."""
+
+
+class SlerpParameters(Parameters):
+    """Global parameters of `Slerp`."""
+
+    t: float = Field(description="place on the arc: 0 is the base model, 1 the other", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Arc:
+    """How far two vectors are apart.
+
+    Attributes:
+        cosine: of the angle between them, 0 where one of them is zero.
+        is_colinear: whether they are interpolated along the chord.
+    """
+
+    cosine: float
+    is_colinear: bool
+
+
+@METHODS.register("slerp")
+class Slerp(ReduceMethod):
+    """Interpolation along the arc between the base and one other model (Shoemake 1985), each tensor as one flat vector.
+
+    Norms and the dot product are summed in float64 whatever the compute dtype, so the two factors are exact to double
+    precision before they are rounded to it.
+    """
+
+    name = "slerp"
+    summary = "Spherical interpolation between the base model and one other."
+    formula = "sin((1-t)θ)/sinθ·b + sin(tθ)/sinθ·x, θ the angle between b and x; (1-t)·b + t·x if |cosθ| > 0.9995"
+    reference = "https://doi.org/10.1145/325165.325242"
+    base = BaseUse.REQUIRED
+    base_is_input = True
+    max_models = 1
+    global_parameters = SlerpParameters
+    propagates_non_finite = True
+
+    def statistics(self, operands: Operands) -> Arc:
+        """The angle between base and model over the whole tensor."""
+        blocks = operands.map_blocks(_products)
+        base_norm, norm = (math.sqrt(total(block[i] for block in blocks)) for i in (0, 1))
+        dot = total(block[2] for block in blocks)
+        cosine = dot / (base_norm if base_norm > ZERO_NORM else 1.0) / (norm if norm > ZERO_NORM else 1.0)
+        return Arc(cosine, abs(cosine) > COLINEAR_COSINE)
+
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """See `ElementwiseMethod.combine`; ``statistics`` is the `Arc`."""
+        arc: Arc = statistics
+        assert chunk.base is not None  # held by the declaration: base REQUIRED
+        (x,) = chunk.inputs
+        t = float(operands.parameters.t)
+        if arc.is_colinear:
+            return chunk.base.lerp_(x, t)
+        theta = math.acos(arc.cosine)
+        sine = math.sin(theta)
+        return weighted_sum_([chunk.base, x], [math.sin((1.0 - t) * theta) / sine, math.sin(t * theta) / sine])
+
+
+def _products(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial sums of ``b·b``, ``x·x`` and ``b·x`` in float64."""
+    import torch  # noqa: PLC0415 - declarations are read without torch
+
+    assert chunk.base is not None
+    base, x, product = (chunk.scratch.like(chunk.base, torch.float64) for _ in range(3))
+    base.copy_(chunk.base)
+    x.copy_(chunk.inputs[0])
+    return (
+        partial_sums(torch.mul(base, base, out=product)),
+        partial_sums(torch.mul(x, x, out=product)),
+        partial_sums(torch.mul(base, x, out=product)),
+    )

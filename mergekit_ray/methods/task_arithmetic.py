@@ -1,0 +1,53 @@
+"""Weighted sum of task vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from mergekit_ray.core.declaration import BaseUse
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
+from mergekit_ray.methods.task_vectors import ScaledParameters, WeightedParameters, task_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TaskArithmeticParameters(ScaledParameters):
+    """Global parameters of `TaskArithmetic`."""
+
+    normalize: bool = Field(False, description="divide by the sum of the weights")
+
+
+@METHODS.register("task_arithmetic")
+class TaskArithmetic(ElementwiseMethod):
+    """``b + λ Σ w_i δ_i``, over ``Σ w_i`` if normalised (Ilharco et al. 2023).
+
+    The task vectors are summed by themselves and added to the base last: where no model differs from the base the
+    result is the base, bit for bit, and elsewhere rounding is in proportion to the change, not to the weight.
+    """
+
+    name = "task_arithmetic"
+    summary = "Base plus a weighted sum of task vectors."
+    formula = "b + λ·Σ w_i·(x_i - b), divided by Σ w_i if normalize"
+    reference = "https://arxiv.org/abs/2212.04089"
+    base = BaseUse.REQUIRED
+    model_parameters = WeightedParameters
+    global_parameters = TaskArithmeticParameters
+    propagates_non_finite = True
+
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """See `ElementwiseMethod.combine`.
+
+        Raises:
+            MergeError: the weights sum to zero and are to be normalised.
+        """
+        del statistics
+        settings = operands.parameters
+        weights = [parameters.weight for parameters in operands.input_parameters]
+        factors = coefficients(weights, normalize=settings.normalize, scale=settings.lambda_)
+        base, deltas = task_vectors(chunk)
+        return base.add_(weighted_sum_(deltas, factors))

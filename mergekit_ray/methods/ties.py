@@ -1,0 +1,62 @@
+"""TIES: trim, elect sign, disjoint merge."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from mergekit_ray.core.declaration import BaseUse
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.selection import Selection, select_largest
+from mergekit_ray.methods.sign import add_elected_
+from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TiesParameters(ScaledParameters):
+    """Global parameters of `Ties`."""
+
+    normalize: bool = Field(True, description="divide by the weights of the models that agree with the elected sign")
+    int8_mask: bool = Field(False, description="accepted, without effect on the result")
+
+
+@METHODS.register("ties")
+class Ties(ReduceMethod):
+    """Keep the ``⌊density·n⌋`` largest changes of each model, elect a sign per element, average what agrees.
+
+    Yadav et al. 2023, "TIES-Merging". Of equal magnitudes at the threshold the lowest flat index is kept first.
+    """
+
+    name = "ties"
+    summary = "Trim task vectors by magnitude, elect a sign per element, merge what agrees."
+    formula = (
+        "b + λ·Σ m_i·w_i·δ̃_i, over Σ m_i·w_i if normalize; δ̃ the ⌊density·n⌋ largest |δ|; m_i = [sign(w_i·δ̃_i) = s]"
+    )
+    reference = "https://arxiv.org/abs/2306.01708"
+    base = BaseUse.REQUIRED
+    model_parameters = TrimmedParameters
+    global_parameters = TiesParameters
+
+    def statistics(self, operands: Operands) -> list[Selection]:
+        """What is kept of each model's task vector."""
+        num_elements = operands.num_elements
+        counts = [math.floor(parameters.density * num_elements) for parameters in operands.input_parameters]
+        return select_largest(operands, counts, task_vector)
+
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """See `ElementwiseMethod.combine`; ``statistics`` is one `Selection` per model."""
+        selections: list[Selection] = statistics
+        settings = operands.parameters
+        weights = [parameters.weight for parameters in operands.input_parameters]
+        base, deltas = task_vectors(chunk)
+        for delta, weight, selection in zip(deltas, weights, selections, strict=True):
+            selection.trim_(delta, chunk.start)
+            delta.mul_(weight)
+        return add_elected_(
+            base, deltas, weights, normalize=settings.normalize, scale=settings.lambda_, scratch=chunk.scratch
+        )

@@ -1,0 +1,1 @@
+"""Recipes and headers -> plans: pure, without torch."""

@@ -1,0 +1,507 @@
+"""A dense recipe -> expressions: which input tensors make each output tensor, and how.
+
+Works on the normal form of a recipe (modules of slices of sources) and the headers of the models, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mergekit_ray.architectures.anatomy import Anatomy, is_buffer
+from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.config.normal import NormalModule, NormalSlice
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.settings import Resolver, gradient_position
+from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
+from mergekit_ray.core.dtypes import DType, promote
+from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
+from mergekit_ray.core.tensors import Location, TensorSpec
+
+_MAX_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Model:
+    """An input as planning sees it: headers, config, and what its names mean."""
+
+    key: str
+    reference: ModelReference
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What the recipe says of numbers.
+
+    Attributes:
+        stored: dtype of the output, None for that of the inputs.
+        inputs: dtype mergekit would do arithmetic in (``dtype``), None for that of the inputs.
+        compute: dtype of all arithmetic, None for the inputs' own.
+        seed: of all randomness.
+    """
+
+    stored: DType | None
+    inputs: DType | None
+    compute: DType | None
+    seed: int
+
+
+@dataclass
+class Lowering:
+    """The outcome: output tensors in model order, each with its expression.
+
+    Attributes:
+        groups: what comes before the layers, each layer, what comes after; empty groups are left out.
+        expressions: by output name.
+        layers: source of each output layer of the main stack: the model and its layer; None where they are the donor's.
+        tied: whether the output's head is its embedding; None if there is no embedding.
+        vocab_size: rows of the output's embedding where inputs had to be cut, else None.
+        dropped, aliased, warnings: as in `core.plan.Plan`.
+    """
+
+    groups: list[list[TensorSpec]] = field(default_factory=list)
+    expressions: dict[str, Expression] = field(default_factory=dict)
+    layers: list[tuple[Model, int]] | None = None
+    tied: bool | None = None
+    vocab_size: int | None = None
+    dropped: dict[str, str] = field(default_factory=dict)
+    aliased: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """One model's contribution to one output tensor: the tensor called ``name`` there."""
+
+    model: Model
+    name: str
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A slice with its models looked up: which layers of which model it takes."""
+
+    sources: tuple[Model, ...]
+    first_layers: tuple[int, ...]
+    base: Model | None
+    base_first_layer: int
+    num_layers: int
+    is_all: bool
+    parameters: Resolver
+    source_parameters: tuple[Resolver, ...]
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """The sources, and the base if there is one."""
+        return self.sources if self.base is None else (*self.sources, self.base)
+
+    @property
+    def donor(self) -> Model:
+        """Who gives what is not merged: the base, or the first source."""
+        return self.base or self.sources[0]
+
+
+def lower(
+    modules: Sequence[NormalModule],
+    method: type[MethodDeclaration],
+    models: Mapping[ModelReference, Model],
+    donor: Model,
+    arithmetic: Arithmetic,
+) -> Lowering:
+    """Lower a recipe.
+
+    Args:
+        modules: the normal form of the recipe.
+        method: the recipe's merge method.
+        models: every model the recipe names.
+        donor: whose config the output gets.
+        arithmetic: dtypes and seed.
+
+    Raises:
+        ModelError: models that do not fit together; all mismatches are listed.
+        PlanError: layer ranges beyond a model, modules that match nothing.
+    """
+    return _DenseLowering(method, models, donor, arithmetic).run(modules)
+
+
+class _DenseLowering:
+    def __init__(
+        self,
+        method: type[MethodDeclaration],
+        models: Mapping[ModelReference, Model],
+        donor: Model,
+        arithmetic: Arithmetic,
+    ) -> None:
+        self._method = method
+        self._models = models
+        self._donor = donor
+        self._arithmetic = arithmetic
+        self._result = Lowering()
+        self._problems: list[str] = []
+        self._used: set[tuple[str, str]] = set()
+        self._reasons: dict[tuple[str, str], str] = {}
+        self._cut_rows: dict[str, set[int]] = {}
+
+    def run(self, modules: Sequence[NormalModule]) -> Lowering:
+        named = [module for module in modules if module.name is not None]
+        for module in modules:
+            prefix = None if module.name is None else self._module_prefix(module.name)
+            self._module([self._cut(s) for s in module.slices], prefix)
+        if named:
+            self._check_all_covered()
+        if self._problems:
+            shown = self._problems[:_MAX_LISTED]
+            rest = len(self._problems) - len(shown)
+            listed = "\n  ".join([*shown, *([f"... and {rest} more"] if rest else [])])
+            raise ModelError(
+                f"the models do not fit together:\n  {listed}",
+                remedy="merge models of one architecture and shape, or leave out the layers that differ with slices",
+            )
+        self._name_unused()
+        for name, rows in sorted(self._cut_rows.items()):
+            few, many = min(rows), max(rows)
+            self._result.warnings.append(
+                f"{name} has between {few} and {many} rows in the models: the first {few} are merged, the rest left out"
+            )
+        return self._result
+
+    # -- slices ---------------------------------------------------------------------------------------------------
+
+    def _cut(self, recipe: NormalSlice) -> _Cut:
+        sources = tuple(self._models[source.model] for source in recipe.inputs)
+        base = None if recipe.base is None else self._models[recipe.base]
+        ranges = [source.layer_range for source in recipe.inputs]
+        is_all = all(r is None for r in ranges)
+        counts = {}
+        for source, model in zip(recipe.inputs, sources, strict=True):
+            first, last = source.layer_range or (0, model.anatomy.num_layers)
+            if last > model.anatomy.num_layers:
+                raise PlanError(
+                    f"layer_range [{first}, {last}] goes beyond the model's {model.anatomy.num_layers} layers",
+                    where=f"model {model.reference}",
+                    remedy=f"layer ranges are end exclusive: at most [0, {model.anatomy.num_layers}]",
+                )
+            counts[str(model.reference)] = last - first
+        if is_all and base is not None:
+            counts.setdefault(str(base.reference), base.anatomy.num_layers)
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+            raise ModelError(
+                f"the models have different numbers of layers ({listed})",
+                remedy="merge models of one depth, or say with slices which layers go together",
+            )
+        firsts = tuple((source.layer_range or (0, 0))[0] for source in recipe.inputs)
+        method = self._method
+        return _Cut(
+            parameters=Resolver(method.global_parameters, recipe.levels, f"method {method.name}"),
+            source_parameters=tuple(
+                Resolver(method.model_parameters, source.levels, f"model {source.model}") for source in recipe.inputs
+            ),
+            sources=sources,
+            first_layers=firsts,
+            base=base,
+            base_first_layer=self._base_first_layer(recipe, base),
+            num_layers=next(iter(counts.values())),
+            is_all=is_all,
+        )
+
+    @staticmethod
+    def _base_first_layer(recipe: NormalSlice, base: Model | None) -> int:
+        if base is None:
+            return 0
+        if recipe.base_layer_range is not None:
+            return recipe.base_layer_range[0]
+        if any(source.layer_range is not None for source in recipe.inputs):
+            firsts = ", ".join(str(source.layer_range) for source in recipe.inputs)
+            raise PlanError(
+                f"the sources of a slice take different layers ({firsts}), and the base model's are not given",
+                where=f"base_model {base.reference}",
+                remedy="add the base model to the slice's sources with the layer_range to use",
+            )
+        return 0
+
+    # -- modules --------------------------------------------------------------------------------------------------
+
+    def _module_prefix(self, name: str) -> str | None:
+        """The tensors a module name means: all, or those whose names have it as a leading component."""
+        if name == "default":
+            return None
+        anatomy = self._donor.anatomy
+        if name in ("text_decoder", "decoder", "language_model") and len(anatomy.stacks) == 1:
+            return None
+        prefixes = sorted({".".join(n.split(".")[:i]) for n in self._donor.checkpoint.tensors for i in (1, 2)})
+        for prefix in prefixes:
+            if prefix == name or prefix.split(".")[-1] == name:
+                return prefix
+        raise PlanError(
+            f"no tensors belong to a module {name!r}",
+            where=f"model {self._donor.reference}",
+            remedy=f"use 'default' for the whole model, or one of: {', '.join(prefixes[:_MAX_LISTED])}",
+        )
+
+    def _module(self, cuts: list[_Cut], prefix: str | None) -> None:
+        first, last = cuts[0], cuts[-1]
+        anatomy = first.donor.anatomy
+        stack = anatomy.main
+        if prefix is not None and (stack is None or not _below(stack, prefix)):
+            stack = max((s for s in anatomy.stacks if _below(s, prefix)), key=lambda s: anatomy.stacks[s], default=None)
+        self._outside(first, self._names(first, "before", prefix), is_last=False)
+        layers: list[tuple[Model, int]] = []
+        for cut in cuts:
+            if stack is None:
+                continue
+            num_layers = cut.donor.anatomy.stacks.get(stack, 0) if cut.is_all else cut.num_layers
+            for i in range(num_layers):
+                donor_first = cut.base_first_layer if cut.base is not None else cut.first_layers[0]
+                self._layer(cut, stack, i, num_layers, len(layers))
+                layers.append((cut.donor, donor_first + i))
+        for other, count in anatomy.stacks.items():
+            if other != stack and (prefix is None or _below(other, prefix)):
+                whole = self._uncut(first)
+                for i in range(count):
+                    self._layer(whole, other, i, count, i)
+        self._outside(last, self._names(last, "after", prefix), is_last=True, first=first)
+        if stack == self._donor.anatomy.main and not (len(cuts) == 1 and cuts[0].is_all):
+            self._result.layers = layers
+
+    @staticmethod
+    def _uncut(cut: _Cut) -> _Cut:
+        """The same models over all their layers: for stacks that slices do not speak of."""
+        return replace(
+            cut, first_layers=tuple(0 for _ in cut.first_layers), base_first_layer=0, num_layers=0, is_all=True
+        )
+
+    def _names(self, cut: _Cut, side: str, prefix: str | None) -> list[str]:
+        names: dict[str, None] = {}
+        for model in cut.models:
+            for name in getattr(model.anatomy, side):
+                if name in model.anatomy.redundant:
+                    continue
+                if prefix is None or _below(name, prefix):
+                    names[name] = None
+        return sorted(names)
+
+    def _check_all_covered(self) -> None:
+        missing = [
+            name
+            for name in self._donor.checkpoint.tensors
+            if name not in self._result.expressions
+            and name not in self._donor.anatomy.redundant
+            and not is_buffer(name)
+            and (self._donor.anatomy.main is None or not _below(name, self._donor.anatomy.main))
+        ]
+        if missing:
+            raise PlanError(
+                f"no module covers {len(missing)} tensors, the first is {missing[0]!r}",
+                remedy="add modules for them, or use 'default' for the whole model",
+            )
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+
+    def _layer(self, cut: _Cut, stack: str, i: int, num_layers: int, out_layer: int) -> None:
+        t = gradient_position(i, num_layers)
+        places = [first + i for first in cut.first_layers]
+        base_place = cut.base_first_layer + i
+        rests: dict[str, None] = {}
+        for model, layer in [*zip(cut.sources, places, strict=True), *([(cut.base, base_place)] if cut.base else [])]:
+            layers = model.anatomy.layers.get(stack, ())
+            rests |= dict.fromkeys(layers[layer] if layer < len(layers) else ())
+        group = []
+        for rest in sorted(rests):
+            operands = [_Operand(m, f"{stack}.{layer}.{rest}") for m, layer in zip(cut.sources, places, strict=True)]
+            base = None if cut.base is None else _Operand(cut.base, f"{stack}.{base_place}.{rest}")
+            group += self._tensor(f"{stack}.{out_layer}.{rest}", operands, base, cut, t)
+        self._add_group(group)
+
+    def _outside(self, cut: _Cut, names: list[str], *, is_last: bool, first: _Cut | None = None) -> None:
+        group = []
+        anatomy = cut.donor.anatomy
+        embedding = anatomy.embedding
+        if is_last and first is not None and embedding is not None and self._head_names(first, cut):
+            tied = self._is_tied(first, cut)
+            self._result.tied = tied
+            heads = self._head_names(first, cut)
+            if tied:
+                for model in {m.key: m for m in (*first.models, *cut.models)}.values():
+                    for name in model.anatomy.redundant:
+                        self._result.aliased[name] = embedding
+                        self._used.add((model.key, name))
+            elif heads[0] not in names:
+                names = sorted([*names, heads[0]])
+        for name in names:
+            operands = [self._outside_operand(model, name) for model in cut.sources]
+            base = None if cut.base is None else self._outside_operand(cut.base, name)
+            group += self._tensor(name, operands, base, cut, 0.0)
+        self._add_group(group)
+
+    @staticmethod
+    def _head_names(first: _Cut, last: _Cut) -> list[str]:
+        """Name of the output projection, if any model has one or is tied."""
+        models = (*last.models, *first.models)
+        named = [m.anatomy.head for m in models if m.anatomy.head is not None]
+        named += [name for m in models for name in m.anatomy.redundant]
+        return named or (["lm_head.weight"] if any(m.anatomy.tied for m in models) else [])
+
+    def _is_tied(self, first: _Cut, last: _Cut) -> bool:
+        """The output is tied if every input is and head and embedding are made from the same models."""
+        if not all(model.anatomy.tied for model in (*first.models, *last.models)):
+            return False
+        return first.sources == last.sources and first.base == last.base
+
+    @staticmethod
+    def _outside_operand(model: Model, name: str) -> _Operand:
+        """A tied model's head is its embedding."""
+        anatomy = model.anatomy
+        stored = model.checkpoint.tensors
+        is_head = name == anatomy.head or (name not in stored or name in anatomy.redundant)
+        if (
+            is_head
+            and anatomy.tied
+            and anatomy.embedding is not None
+            and name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
+        ):
+            return _Operand(model, anatomy.embedding)
+        return _Operand(model, name)
+
+    def _tensor(
+        self, name: str, operands: list[_Operand], base: _Operand | None, cut: _Cut, t: float
+    ) -> list[TensorSpec]:
+        """Add one output tensor; returns its spec, or nothing if it is left out (and named)."""
+        everyone = [*operands, *([base] if base is not None else [])]
+        absent = [o for o in everyone if o.name not in o.model.checkpoint.tensors]
+        for operand in everyone:
+            self._used.add((operand.model.key, operand.name))
+        if is_buffer(name):
+            if absent:
+                for operand in everyone:
+                    if operand not in absent:
+                        self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
+                            "a constant that the model computes itself, and not all models store it"
+                        )
+                return []
+            return self._copy(name, base or operands[0])
+        if absent:
+            having = [o for o in everyone if o not in absent]
+            self._problems.append(
+                f"{name}: in {', '.join(sorted({str(o.model.reference) for o in having}))}, "
+                f"not in {', '.join(sorted({str(o.model.reference) for o in absent}))}"
+            )
+            return []
+        specs = [o.model.checkpoint.tensors[o.name][0] for o in everyone]
+        if not all(spec.dtype.is_floating for spec in specs):
+            return self._not_floating(name, everyone, specs, base or operands[0])
+        shape = self._common_shape(name, everyone, specs)
+        if shape is None:
+            return []
+        inputs = [self._load(o, shape) for o in operands]
+        base_load = None if base is None else self._load(base, shape)
+        dtypes = [spec.dtype for spec in specs]
+        spec = TensorSpec(name, self._arithmetic.stored or self._arithmetic.inputs or promote(dtypes), shape)
+        self._result.expressions[name] = self._expression(spec, inputs, base_load, cut, t)
+        return [spec]
+
+    def _expression(self, spec: TensorSpec, inputs: list[Load], base: Load | None, cut: _Cut, t: float) -> Expression:
+        method = self._method
+        dtypes = [load.spec.dtype for load in (*inputs, *([base] if base else []))]
+        compute = self._arithmetic.compute or self._arithmetic.inputs or promote(dtypes)
+        if method.name == "passthrough":
+            scale = cut.source_parameters[0].at(spec.name, t)["scale"]
+            if scale is not None and float(scale) != 1.0:
+                return Scale(inputs[0], float(scale), spec.dtype, compute)
+            return inputs[0] if inputs[0].spec.dtype is spec.dtype else Cast(inputs[0], spec.dtype)
+        seen: Counter[str] = Counter()
+        keys = []
+        for model in cut.sources:
+            label = str(model.reference)
+            seen[label] += 1
+            keys.append(
+                f"{self._arithmetic.seed}\n{spec.name}\n{label}" + (f"\n{seen[label]}" if seen[label] > 1 else "")
+            )
+        return Merge(
+            method=method.name,
+            spec=spec,
+            inputs=tuple(inputs),
+            base=base if method.base is not BaseUse.FORBIDDEN else None,
+            parameters=cut.parameters.at(spec.name, t),
+            input_parameters=tuple(source.at(spec.name, t) for source in cut.source_parameters),
+            keys=tuple(keys),
+            compute_dtype=compute,
+        )
+
+    def _copy(self, name: str, operand: _Operand) -> list[TensorSpec]:
+        spec, location = operand.model.checkpoint.tensors[operand.name]
+        self._result.expressions[name] = Load(operand.model.key, spec, location)
+        return [TensorSpec(name, spec.dtype, spec.shape)]
+
+    def _not_floating(
+        self, name: str, everyone: list[_Operand], specs: list[TensorSpec], donor: _Operand
+    ) -> list[TensorSpec]:
+        """Integers and booleans are no weights: the donor's are copied. Codes of 8-bit floats are refused."""
+        for operand, spec in zip(everyone, specs, strict=True):
+            if spec.dtype in (DType.F8_E4M3, DType.F8_E5M2):
+                self._problems.append(
+                    f"{name}: stored as 8-bit floats ({spec.dtype.value}) in {operand.model.reference}; "
+                    "convert it to bfloat16 first"
+                )
+                return []
+        if len({(spec.dtype, spec.shape) for spec in specs}) > 1:
+            found = ", ".join(
+                f"{o.model.reference}: {s.dtype.value} {list(s.shape)}" for o, s in zip(everyone, specs, strict=True)
+            )
+            self._problems.append(f"{name}: not a weight (not floating point), and not alike: {found}")
+            return []
+        for operand in everyone:
+            if operand.model is not donor.model:
+                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
+                    f"not floating point: that of {donor.model.reference} is copied"
+                )
+        return self._copy(name, donor)
+
+    def _common_shape(self, name: str, everyone: list[_Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
+        """The shape all share; for the vocabulary's tensors, the common leading rows."""
+        shapes = {spec.shape for spec in specs}
+        if len(shapes) == 1:
+            return specs[0].shape
+        is_vocabulary = all(o.name in o.model.anatomy.vocabulary for o in everyone)
+        if is_vocabulary and len({shape[1:] for shape in shapes}) == 1:
+            rows = {shape[0] for shape in shapes}
+            self._cut_rows[name] = rows
+            self._result.vocab_size = min(rows)
+            return (min(rows), *specs[0].shape[1:])
+        found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))
+        self._problems.append(f"{name}: different shapes ({found})")
+        return None
+
+    @staticmethod
+    def _load(operand: _Operand, shape: tuple[int, ...]) -> Load:
+        spec, location = operand.model.checkpoint.tensors[operand.name]
+        if spec.shape != shape:
+            # Fewer rows of a row-major tensor are its leading bytes.
+            spec = TensorSpec(spec.name, spec.dtype, shape)
+            location = Location(location.file, location.start, location.start + spec.num_bytes)
+        return Load(operand.model.key, spec, location)
+
+    def _add_group(self, group: list[TensorSpec]) -> None:
+        if group:
+            self._result.groups.append(group)
+
+    def _name_unused(self) -> None:
+        """Every input tensor is used, aliased, or named as dropped."""
+        read = {model_key for model_key, _ in self._used}
+        for model in self._models.values():
+            if model.key not in read:
+                continue
+            for name in model.checkpoint.tensors:
+                if (model.key, name) not in self._used:
+                    reason = (
+                        "a stored copy of the embedding" if name in model.anatomy.redundant else "no slice takes it"
+                    )
+                    self._result.dropped.setdefault(f"{model.reference}: {name}", reason)
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")

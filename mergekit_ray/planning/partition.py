@@ -1,0 +1,35 @@
+"""Expressions -> shards: pack on layer boundaries, fix every name and offset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mergekit_ray.checkpoint.layout import encode_header, pack, shard_names
+from mergekit_ray.core.expressions import Expression
+from mergekit_ray.core.plan import OutputTensor, Shard
+from mergekit_ray.core.tensors import TensorSpec
+
+
+def partition(
+    groups: Sequence[Sequence[TensorSpec]], expressions: Mapping[str, Expression], max_shard_bytes: int
+) -> tuple[Shard, ...]:
+    """Pack output tensors into files.
+
+    Args:
+        groups: the output tensors in model order, a group for what comes before the layers, one for each layer, one for
+            what comes after. A group is kept in one file where it fits.
+        expressions: by tensor name.
+        max_shard_bytes: most data bytes in a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The shards, with complete headers and every offset.
+    """
+    packed = pack(groups, max_shard_bytes)
+    shards = []
+    for file, specs in zip(shard_names(len(packed)), packed, strict=True):
+        tensors, offset = [], 0
+        for spec in specs:
+            tensors.append(OutputTensor(spec, expressions[spec.name], offset, offset + spec.num_bytes))
+            offset += spec.num_bytes
+        shards.append(Shard(file, encode_header(specs), tuple(tensors)))
+    return tuple(shards)

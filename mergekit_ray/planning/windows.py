@@ -1,0 +1,167 @@
+"""How a shard's work is cut so that it fits in memory: pure arithmetic on the plan.
+
+A *window* is a run of elements of one output tensor that is read, computed and written at one go. Tensors whose
+expression is elementwise all the way down are cut into windows of bounded size; others are one window each. A *batch*
+is consecutive windows whose reads are issued together, so that small tensors do not cost a request each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mergekit_ray.core.declaration import Access
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale, is_copy, loads
+from mergekit_ray.core.plan import OutputTensor, Plan, Shard
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.core.sizes import format_bytes
+
+WINDOW_BYTES = 48 << 20
+"""Aim for the inputs and output of one window of an elementwise tensor."""
+
+BATCH_BYTES = 64 << 20
+"""Aim for the inputs and outputs of one batch."""
+
+FIXED_BYTES = 96 << 20
+"""Allowance of a worker beside its windows: scratch of the compute threads and parts being uploaded."""
+
+_WINDOW_ALIGNMENT = 1 << 16
+"""Windows start at multiples of this many elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Elements ``[start, stop)`` of one output tensor."""
+
+    tensor: OutputTensor
+    start: int
+    stop: int
+
+    @property
+    def num_elements(self) -> int:
+        """Elements computed."""
+        return self.stop - self.start
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of output."""
+        return self.num_elements * self.tensor.spec.dtype.itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of input."""
+        return sum(self.num_elements * load.spec.dtype.itemsize for load in loads(self.tensor.expression))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held while it is worked on: inputs, output (a copy needs none of its own), whole-tensor scratch."""
+        if is_copy(self.tensor.expression):
+            return self.read_bytes
+        return self.read_bytes + self.write_bytes + scratch_bytes(self.tensor.expression)
+
+
+def access(expression: Expression) -> Access:
+    """What an expression must see at once: the most that any node of it needs."""
+    match expression:
+        case Load():
+            return Access.ELEMENTWISE
+        case Cast(x) | Scale(x):
+            return access(x)
+        case Merge(method, _, inputs, base, parameters):
+            own = METHODS.get(method).effective_access(dict(parameters))
+            below = [access(x) for x in (*inputs, *([base] if base is not None else []))]
+            order = [Access.ELEMENTWISE, Access.REDUCE, Access.WHOLE]
+            return max([own, *below], key=order.index)
+
+
+def scratch_bytes(expression: Expression) -> int:
+    """Bytes of temporaries that grow with the tensor: whole tensors in compute dtype, for methods that need them."""
+    if access(expression) is not Access.WHOLE or not isinstance(expression, Merge):
+        return 0
+    held = len(expression.inputs) + (expression.base is not None) + 1
+    return held * expression.spec.num_elements * expression.compute_dtype.itemsize
+
+
+def windows(tensor: OutputTensor, max_bytes: int = WINDOW_BYTES) -> Iterator[Window]:
+    """Cut one tensor. An empty tensor has no windows."""
+    num_elements = tensor.spec.num_elements
+    if num_elements == 0:
+        return
+    whole = Window(tensor, 0, num_elements)
+    if access(tensor.expression) is not Access.ELEMENTWISE:
+        yield whole
+        return
+    per_element = whole.memory_bytes / num_elements
+    step = max(1, int(max_bytes / per_element) // _WINDOW_ALIGNMENT) * _WINDOW_ALIGNMENT
+    for start in range(0, num_elements, step):
+        yield Window(tensor, start, min(start + step, num_elements))
+
+
+def batches(shard: Shard, memory_bytes: int) -> Iterator[list[Window]]:
+    """The shard's windows in file order, grouped for reading.
+
+    Args:
+        shard: to be cut.
+        memory_bytes: the worker's budget. A batch takes at most a third of it where its windows allow, so that one can
+            be read while another is computed and a third is written.
+    """
+    limit = max(1, min(BATCH_BYTES, (memory_bytes - FIXED_BYTES) // 3))
+    batch: list[Window] = []
+    held = 0
+    for tensor in shard.tensors:
+        for window in windows(tensor, min(WINDOW_BYTES, limit)):
+            if batch and held + window.memory_bytes > limit:
+                yield batch
+                batch, held = [], 0
+            batch.append(window)
+            held += window.memory_bytes
+    if batch:
+        yield batch
+
+
+def largest_window(tensors: Sequence[OutputTensor]) -> Window | None:
+    """The window that needs the most memory, None if there is nothing to compute."""
+    found = (window for tensor in tensors for window in _first(tensor))
+    return max(found, key=lambda window: window.memory_bytes, default=None)
+
+
+def memory_needed(plan: Plan) -> int:
+    """Least budget of a worker, in bytes, that can run every shard of the plan."""
+    largest = largest_window([tensor for shard in plan.shards for tensor in shard.tensors])
+    return FIXED_BYTES + _rounded(0 if largest is None else largest.memory_bytes)
+
+
+def comfortable_memory(plan: Plan) -> int:
+    """A budget, in bytes, in which reading, computing and writing overlap."""
+    return max(768 << 20, memory_needed(plan) + 3 * BATCH_BYTES)
+
+
+def check_memory(plan: Plan, memory_bytes: int) -> None:
+    """Refuse a budget that is too small for the plan.
+
+    Raises:
+        PlanError: naming the tensor that does not fit and the bytes it needs.
+    """
+    needed = memory_needed(plan)
+    if needed <= memory_bytes:
+        return
+    largest = largest_window([tensor for shard in plan.shards for tensor in shard.tensors])
+    name = "" if largest is None else largest.tensor.spec.name
+    raise PlanError(
+        f"a memory budget of {format_bytes(memory_bytes)} per worker is too small: this tensor needs "
+        f"{format_bytes(needed)} ({needed} bytes) with its inputs",
+        where=f"tensor {name!r}",
+        remedy=f"pass --memory {-(-needed // 1_000_000)}MB or more",
+    )
+
+
+def _first(tensor: OutputTensor) -> Iterator[Window]:
+    for window in windows(tensor):
+        yield window
+        return
+
+
+def _rounded(num_bytes: int) -> int:
+    """Buffers are taken in size classes up to an eighth larger than asked."""
+    return num_bytes + num_bytes // 8

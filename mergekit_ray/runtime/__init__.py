@@ -1,0 +1,1 @@
+"""Carrying plans out: evaluation, workers, the driver, executors, publishing."""

@@ -1,0 +1,173 @@
+"""`mergekit_ray.merge` and `mergekit_ray.plan`: the command line's twins in Python."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
+from mergekit_ray.config import load_recipe
+from mergekit_ray.config.moe_recipe import MoeRecipe
+from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.planning.windows import check_memory, comfortable_memory
+from mergekit_ray.storage.opening import open_sink, open_source
+
+RecipeLike = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]
+
+_MAX_LOCAL_THREADS: Final = 16
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a merge is run. Nothing here but ``seed`` changes the bytes written.
+
+    Attributes:
+        executor: ``local`` threads, ``ray`` actors, or None: Ray inside a Ray job or when an address is given.
+        address: of the Ray cluster.
+        num_workers: shards in work at a time; None for 1 locally, and as many as the CPUs allow on Ray.
+        memory_bytes: budget of each worker; None for what the plan needs to overlap its work.
+        overwrite: replace another model that is at the output.
+        allow_non_finite: let NaN and infinities pass.
+        chunk_elements: elements computed at a time; None for the default.
+    """
+
+    executor: Literal["local", "ray"] | None = None
+    address: str | None = None
+    num_workers: int | None = None
+    memory_bytes: int | None = None
+    overwrite: bool = False
+    allow_non_finite: bool = False
+    chunk_elements: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        uri: where the model is.
+        plan: what was carried out.
+        num_resumed: shards that an earlier run had finished.
+        seconds: from planning to publishing.
+    """
+
+    uri: str
+    plan: Plan
+    num_resumed: int
+    seconds: float
+
+
+def open_models(references: list[ModelReference]) -> dict[ModelReference, Checkpoint]:
+    """Headers and configs of models, fetched concurrently.
+
+    Raises:
+        ModelError, CheckpointError, StorageError: naming the model.
+    """
+
+    def open_one(reference: ModelReference) -> Checkpoint:
+        source = open_source(reference.path, revision=reference.revision)
+        return open_checkpoint(source, str(reference))
+
+    with ThreadPoolExecutor(max_workers=max(1, len(references))) as executor:
+        return dict(zip(references, executor.map(open_one, references), strict=True))
+
+
+def plan(recipe: RecipeLike, *, seed: int | None = None) -> Plan:
+    """Plan a merge: everything that would be written, from headers alone.
+
+    Args:
+        recipe: a recipe, or whatever `mergekit_ray.load_recipe` takes.
+        seed: overrides the recipe's.
+
+    Raises:
+        MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
+    """
+    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
+    dense = check_plannable(loaded)
+    if seed is not None:
+        dense = dense.model_copy(update={"seed": seed})
+    return make_plan(dense, open_models(referenced_models(dense)))
+
+
+def merge(
+    recipe: RecipeLike,
+    output: str | Path | None = None,
+    *,
+    seed: int | None = None,
+    options: MergeOptions | None = None,
+    reporter: Any = None,
+    stop: threading.Event | None = None,
+) -> MergeResult:
+    """Merge models as a recipe says and publish the result.
+
+    Args:
+        recipe: a recipe, or whatever `mergekit_ray.load_recipe` takes.
+        output: folder or URI; None for the recipe's own ``output``.
+        seed: of all randomness; overrides the recipe's.
+        options: how to run it.
+        reporter: told what happens (`runtime.driver.Reporter`); None for silence.
+        stop: set it from another thread to stop the merge; running it again resumes.
+
+    Returns:
+        Where the model is, and what was done.
+
+    Raises:
+        MergekitRayError: nothing is published; finished shards are kept for the next run.
+    """
+    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
+    target = target_of(loaded, output)
+    planned = plan(loaded, seed=seed)
+    return run_plan(planned, target, options or MergeOptions(), reporter=reporter, stop=stop)
+
+
+def target_of(recipe: DenseRecipe | MoeRecipe, output: str | Path | None) -> str:
+    """Where the result goes: ``output``, or what the recipe says.
+
+    Raises:
+        PlanError: neither names a place, or the recipe is of a kind that cannot be merged.
+    """
+    if output is not None:
+        return str(output)
+    path = check_plannable(recipe).output.path
+    if path is None:
+        raise PlanError(
+            "no output is named", remedy="give one after the recipe, or add `output: path-or-uri` to the recipe"
+        )
+    return path
+
+
+def run_plan(
+    planned: Plan,
+    output: str,
+    options: MergeOptions,
+    *,
+    reporter: Any = None,
+    stop: threading.Event | None = None,
+) -> MergeResult:
+    """Carry a plan out: write its shards, check them, publish. See `merge`."""
+    memory_bytes = options.memory_bytes or comfortable_memory(planned)
+    check_memory(planned, memory_bytes)
+    # torch and the rest of the machinery are only paid for once there is something to run.
+    from mergekit_ray.runtime.run import carry_out  # noqa: PLC0415
+
+    sink = open_sink(output)
+    return carry_out(planned, sink, replace(options, memory_bytes=memory_bytes), reporter, stop or threading.Event())
+
+
+def available_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def local_threads(num_workers: int) -> int:
+    """Compute threads of each of ``num_workers`` local workers: together no more than there are CPUs."""
+    return max(1, min(_MAX_LOCAL_THREADS, available_cpus() // num_workers))

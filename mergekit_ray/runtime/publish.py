@@ -1,0 +1,121 @@
+"""Publishing: everything beside the weights, the index last. Until the index is there, no reader sees a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import yaml
+
+from mergekit_ray import __version__
+from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.runtime.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, Destination
+from mergekit_ray.storage.protocols import Source
+
+MAX_SIDE_FILE_BYTES = 256 << 20
+
+
+def check_records(plan: Plan, destination: Destination, records: Mapping[str, ShardRecord]) -> None:
+    """See that every shard is there as the plan and its record say.
+
+    Raises:
+        StorageError: a shard is missing, or changed after it was written.
+    """
+    for shard in plan.shards:
+        record = records.get(shard.file)
+        stat = destination.sink.stat(shard.file)
+        if record is None or stat is None or stat.num_bytes != shard.num_bytes or stat.version != record.version:
+            found = "it is missing" if stat is None else f"found {stat.num_bytes} bytes, version {stat.version}"
+            raise StorageError(
+                f"the shard is not as it was written ({shard.num_bytes} bytes): {found}",
+                where=f"{destination.sink.uri}/{shard.file}",
+                remedy="something else writes to this place; run the same command again to restore the shard",
+            )
+
+
+def publish(
+    plan: Plan, destination: Destination, records: Mapping[str, ShardRecord], sources: Mapping[str, Source]
+) -> None:
+    """Write config, tokenizer and other side files, card, manifest, and the index last; then drop the records."""
+    sink = destination.sink
+    sink.put("config.json", _json_bytes(plan.config))
+    for side in plan.side_files:
+        source = sources[side.model]
+        stat = source.stat(side.file.name)
+        if stat is None or stat.version != side.file.version:
+            raise CheckpointError(
+                "the file is gone or was replaced after the merge was planned",
+                where=f"{source.uri}/{side.file.name}",
+                remedy="run the merge again",
+            )
+        sink.put(side.file.name, source.read(side.file.name, max_bytes=MAX_SIDE_FILE_BYTES))
+    sink.put(CARD_FILE, model_card(plan).encode())
+    sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records)))
+    sink.put(INDEX_FILE, _json_bytes(plan.index))
+    sink.delete([stat.name for stat in sink.list() if stat.name.startswith(f"{RECORD_ROOT}/")])
+
+
+def manifest(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, Any]:
+    """What was merged from what: pinned inputs, recipe, seed, software, digests of every shard and tensor."""
+    return {
+        "format": 1,
+        "plan_digest": plan.digest,
+        "software": {"mergekit-ray": __version__, "torch": metadata.version("torch")},
+        "seed": plan.seed,
+        "recipe": plan.recipe,
+        "inputs": {
+            model.reference: {
+                "uri": model.uri,
+                "files": {f.name: {"num_bytes": f.num_bytes, "version": f.version} for f in model.files.values()},
+            }
+            for model in plan.inputs.values()
+        },
+        "num_parameters": plan.num_parameters,
+        "dropped": dict(plan.dropped),
+        "aliased": dict(plan.aliased),
+        "shards": [_without_version(records[shard.file]) for shard in plan.shards],
+    }
+
+
+def _without_version(record: ShardRecord) -> dict[str, Any]:
+    """A record without what differs between two places that hold the same bytes."""
+    data = record.to_json()
+    del data["version"]
+    return data
+
+
+def model_card(plan: Plan) -> str:
+    """A README.md as the Hugging Face Hub expects it: YAML front matter, how the model came about, the recipe.
+
+    Source: https://huggingface.co/docs/hub/model-cards.
+    """
+    models = [model.reference for model in plan.inputs.values()]
+    on_hub = [name.split("@")[0] for name in models if _is_hub_name(name)]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergekit-ray", "merge"]}
+    if on_hub:
+        front = {"base_model": on_hub, **front}
+    method = plan.recipe.get("merge_method", "modules")
+    recipe = yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)
+    listed = "\n".join(f"- {name}" for name in models)
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# Merged model\n\n"
+        f"Made with mergekit-ray {__version__} by the merge method `{method}` from\n\n{listed}\n\n"
+        f"{plan.num_parameters:,} parameters, {format_bytes(plan.num_bytes)}. Digests of every tensor and the exact "
+        f"versions of the inputs are in `{MANIFEST_FILE}`.\n\n"
+        f"## Recipe\n\n```yaml\n{recipe}```\n"
+    )
+
+
+def _is_hub_name(reference: str) -> bool:
+    name = reference.split("@", maxsplit=1)[0].split("+", maxsplit=1)[0]
+    return "://" not in name and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,267 @@
+"""The Ray executor: a worker is an actor. The only module that imports ray.
+
+Actors are spread over the nodes. A lost actor is restarted by Ray; the shard it had goes back to the driver's queue.
+Weights never pass through Ray: actors read from and write to the stores, only plans and records travel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import SchedulingStrategyT
+
+from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
+from mergekit_ray.core.plan import Shard
+from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.runtime.cluster import in_ray_cluster
+from mergekit_ray.runtime.driver import Job, Outcome
+from mergekit_ray.runtime.local import open_sources
+from mergekit_ray.runtime.worker import Progress, Worker, single_threaded_torch
+from mergekit_ray.storage.opening import open_sink
+
+MAX_CPUS_PER_WORKER: Final = 4
+"""CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
+
+_SPREAD: Final[SchedulingStrategyT] = "SPREAD"
+_RESCALE_SECONDS: Final = 5.0
+_NO_WORKER_SECONDS: Final = 300.0
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"control": 2})
+class RayWorker:
+    """A `Worker` with an address. ``run`` calls are one at a time; control calls get through meanwhile."""
+
+    def __init__(self, job: Job) -> None:
+        self._stop = threading.Event()
+        self._threads = single_threaded_torch()
+        self._threads.__enter__()
+        self._worker = Worker(
+            job.inputs, open_sources(job.inputs), open_sink(job.output), job.record_folder, job.options
+        )
+
+    def run(self, shard: dict[str, Any]) -> ShardRecord | MergekitRayError:
+        """Write one shard. Errors come back as values, so that they arrive as they were raised."""
+        try:
+            return self._worker.run(Shard.from_json(shard), self._stop)
+        except MergekitRayError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - the driver must hear of it, whatever it is
+            return InternalError.wrap(error)
+
+    @ray.method(concurrency_group="control")
+    def node(self) -> str:
+        """Where this worker runs; answers once it is ready."""
+        return str(ray.util.get_node_ip_address())
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> Progress:
+        """What has been done so far."""
+        return self._worker.progress
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Abandon the running shard, leaving nothing behind."""
+        self._stop.set()
+
+
+@dataclass
+class _Actor:
+    """An actor as the driver sees it: starting (``ready`` pending), idle, or busy with ``shard``."""
+
+    name: str
+    handle: Any
+    ready: Any
+    node: str | None = None
+    shard: Shard | None = None
+    result: Any = None
+    progress: Progress = field(default_factory=Progress)
+    progress_call: Any = None
+    base: Progress = field(default_factory=Progress)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.ready is None and self.shard is None
+
+
+class RayExecutor:
+    """Runs shards on actors of a Ray cluster.
+
+    Args:
+        address: of the cluster; None for ``RAY_ADDRESS``, the cluster of the running job, or else a new local one.
+        num_workers: actors; None for as many as the cluster's CPUs allow, growing when nodes join.
+        cpus_per_worker: CPUs each actor reserves and computes on; None for at most `MAX_CPUS_PER_WORKER`.
+    """
+
+    def __init__(
+        self, address: str | None = None, num_workers: int | None = None, cpus_per_worker: int | None = None
+    ) -> None:
+        self._num_wanted = num_workers
+        self._started_ray = False
+        self._actors: list[_Actor] = []
+        self._job: Any = None
+        self._max_actors = 0
+        self._rescaled = 0.0
+        self._last_ready = time.monotonic()
+        if not ray.is_initialized():
+            _connect(address)
+            self._started_ray = True
+        smallest = min((int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()), default=1)
+        self.cpus_per_worker = cpus_per_worker or max(1, min(MAX_CPUS_PER_WORKER, smallest))
+
+    @property
+    def num_workers(self) -> int:
+        """Actors that are up."""
+        return sum(actor.ready is None for actor in self._actors)
+
+    def start(self, job: Job, num_shards: int) -> None:
+        """Create the actors."""
+        self._job = ray.put(job)
+        self._memory_bytes = job.options.memory_bytes
+        self._max_actors = max(1, num_shards)
+        self._scale()
+
+    def idle(self) -> int:
+        """Actors that are up and have no shard."""
+        return sum(actor.is_idle for actor in self._actors)
+
+    def submit(self, shard: Shard) -> None:
+        """Give a shard to an idle actor."""
+        actor = next(actor for actor in self._actors if actor.is_idle)
+        actor.shard = shard
+        actor.result = actor.handle.run.remote(shard.to_json())
+
+    def wait(self, seconds: float) -> Sequence[Outcome]:
+        """What has ended; notices actors that came up or were lost.
+
+        Raises:
+            StorageError: no worker has been there for minutes.
+        """
+        self._scale()
+        refs = [ref for actor in self._actors for ref in (actor.ready, actor.result) if ref is not None]
+        if not refs:
+            time.sleep(seconds)
+            return []
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=seconds)
+        finished = set(done)
+        outcomes = []
+        for actor in self._actors:
+            if actor.ready in finished:
+                self._note_ready(actor)
+            elif actor.result in finished:
+                outcomes.append(self._outcome(actor))
+        if self.num_workers:
+            self._last_ready = time.monotonic()
+        elif time.monotonic() - self._last_ready > _NO_WORKER_SECONDS:
+            raise StorageError(
+                f"no worker came up within {_NO_WORKER_SECONDS:.0f} s: {self.cpus_per_worker} CPUs and "
+                f"{self._memory_bytes} bytes of memory were asked for each",
+                where="the Ray cluster",
+                remedy="check `ray status`; ask for less with --memory, or add nodes",
+            )
+        return outcomes
+
+    def progress(self) -> Progress:
+        """Sum over all actors, as of their last answers."""
+        for actor in self._actors:
+            if actor.ready is not None:
+                continue
+            if actor.progress_call is None:
+                actor.progress_call = actor.handle.progress.remote()
+            elif ray.wait([actor.progress_call], timeout=0)[0]:
+                try:
+                    actor.progress = ray.get(actor.progress_call)
+                except RayError:
+                    actor.base = Progress.total([actor.base, actor.progress])
+                    actor.progress = Progress()
+                actor.progress_call = None
+        return Progress.total([part for actor in self._actors for part in (actor.base, actor.progress)])
+
+    def stop(self) -> None:
+        """Ask all actors to abandon their shards."""
+        for actor in self._actors:
+            if actor.ready is None:
+                actor.handle.stop.remote()
+
+    def close(self) -> None:
+        """End the actors, and Ray if it was started here."""
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors.clear()
+        if self._started_ray:
+            ray.shutdown()
+
+    def _scale(self) -> None:
+        """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""
+        now = time.monotonic()
+        if self._actors and now - self._rescaled < _RESCALE_SECONDS:
+            return
+        self._rescaled = now
+        wanted = self._num_wanted
+        if wanted is None:
+            cpus = [int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()]
+            wanted = max(1, sum(cpu // self.cpus_per_worker for cpu in cpus))
+        for i in range(len(self._actors), min(wanted, self._max_actors)):
+            handle = RayWorker.options(  # type: ignore[attr-defined]
+                num_cpus=self.cpus_per_worker, memory=self._memory_bytes, scheduling_strategy=_SPREAD
+            ).remote(self._job)
+            self._actors.append(_Actor(f"worker-{i}", handle, handle.node.remote()))
+
+    def _note_ready(self, actor: _Actor) -> None:
+        try:
+            actor.node = ray.get(actor.ready)
+            actor.ready = None
+        except RayActorError as error:
+            # Died while starting. Ray restarts it unless the constructor itself raised: that would only repeat.
+            cause = getattr(error, "cause", None) or error.__cause__
+            if isinstance(cause, MergekitRayError):
+                raise cause from None
+            actor.ready = actor.handle.node.remote()
+            time.sleep(0.1)
+
+    def _outcome(self, actor: _Actor) -> Outcome:
+        shard, actor.shard = actor.shard, None
+        result, actor.result = actor.result, None
+        if shard is None:
+            raise InternalError("an actor without a shard gave a result", where=actor.name)
+        name = f"{actor.name} on {actor.node}"
+        try:
+            value = ray.get(result)
+        except RayError as error:
+            actor.base = Progress.total([actor.base, actor.progress])
+            actor.progress, actor.progress_call = Progress(), None
+            actor.ready = actor.handle.node.remote()
+            reason = str(error).strip().splitlines()[0]
+            lost = StorageError(f"{name} was lost: {reason}", where=shard.file, remedy="see `ray status` and the logs")
+            return Outcome(shard.file, name, error=lost, lost=True)
+        if isinstance(value, ShardRecord):
+            return Outcome(shard.file, name, record=value)
+        return Outcome(shard.file, name, error=value)
+
+
+def _connect(address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address=address or ("auto" if in_ray_cluster() else None),
+            log_to_driver=False,
+            logging_level="error",
+            include_dashboard=False if address is None and not in_ray_cluster() else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StorageError(
+            f"cannot connect to Ray: {str(error).splitlines()[0]}",
+            where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
+            remedy="check the address, or use --executor local",
+        ) from error
+
+
+def _compute_nodes() -> list[dict[str, Any]]:
+    """Live nodes that have CPUs to schedule on."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]

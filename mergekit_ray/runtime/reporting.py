@@ -1,0 +1,164 @@
+"""What a person or a log sees of a merge: a live bar on a terminal, timed lines elsewhere, JSON lines, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from mergekit_ray.runtime import worker  # only named here: a bar must not wait for torch
+
+_LINE_SECONDS: Final = 10.0
+
+
+class Meter:
+    """Rates and remaining time from the workers' counters, over a sliding window."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._samples: list[tuple[float, int]] = []
+
+    def update(self, progress: worker.Progress) -> tuple[float, float | None]:
+        """Bytes per second read and written together, and seconds to go (None while unknown)."""
+        now, done = time.monotonic(), progress.read_bytes + progress.written_bytes
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > _LINE_SECONDS:
+            self._samples.pop(0)
+        then, before = self._samples[0]
+        rate = (done - before) / (now - then) if now > then else 0.0
+        return rate, (max(0, self._total_bytes - done) / rate if rate > 0 else None)
+
+
+class LineReporter:
+    """A line per event, and one every ten seconds: for logs and pipes."""
+
+    def __init__(self, plan: Plan, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._began = time.monotonic()
+        self._last = self._began
+        self._meter = Meter(plan.read_bytes + plan.num_bytes)
+        self._total = plan.num_bytes
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """One line."""
+        del kind, fields
+        self._line(message)
+
+    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+        """A line every ten seconds."""
+        rate, remaining = self._meter.update(progress)
+        if time.monotonic() - self._last < _LINE_SECONDS:
+            return
+        self._last = time.monotonic()
+        left = "" if remaining is None else f", {_duration(remaining)} to go"
+        self._line(
+            f"{format_bytes(progress.written_bytes)} of {format_bytes(self._total)} written, "
+            f"{num_done} of {num_shards} shards, {format_bytes(rate)}/s{left}"
+        )
+
+    def _line(self, message: str) -> None:
+        print(f"[{time.monotonic() - self._began:7.1f}s] {message}", file=self._stream, flush=True)
+
+
+class JsonReporter:
+    """A JSON object per line on standard output."""
+
+    def __init__(self, plan: Plan, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._began = time.monotonic()
+        self._last = 0.0
+        self._meter = Meter(plan.read_bytes + plan.num_bytes)
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """``{"event": kind, "seconds": ..., "message": ..., ...}``."""
+        self._emit({"event": kind, "message": message, **fields})
+
+    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+        """A ``progress`` event once a second."""
+        rate, remaining = self._meter.update(progress)
+        if time.monotonic() - self._last < 1.0:
+            return
+        self._last = time.monotonic()
+        self._emit(
+            {
+                "event": "progress",
+                "read_bytes": progress.read_bytes,
+                "written_bytes": progress.written_bytes,
+                "num_tensors": progress.num_tensors,
+                "shards_done": num_done,
+                "num_shards": num_shards,
+                "bytes_per_second": round(rate),
+                "remaining_seconds": None if remaining is None else round(remaining, 1),
+            }
+        )
+
+    def _emit(self, data: dict[str, Any]) -> None:
+        line = {"seconds": round(time.monotonic() - self._began, 3), **data}
+        print(json.dumps(line), file=self._stream, flush=True)
+
+
+class LiveReporter:
+    """A live bar on a terminal: bytes written, rate of reading and writing, tensors, time to go."""
+
+    def __init__(self, plan: Plan, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._meter = Meter(plan.read_bytes + plan.num_bytes)
+        self._num_tensors = sum(len(shard.tensors) for shard in plan.shards)
+        self._bar = Progress(
+            TextColumn("merging"),
+            BarColumn(),
+            TextColumn("{task.fields[written]}"),
+            TextColumn("{task.fields[rate]}"),
+            MofNCompleteColumn(),
+            TextColumn("tensors"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._plan = plan
+        self._task: TaskID | None = None
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """A line above the bar; finished shards move the bar only."""
+        del fields
+        if kind in ("published", "publishing", "checking", "already_done"):
+            self._bar.stop()
+        if kind not in ("shard_done", "checking", "publishing"):
+            self._console.print(Text(message))
+
+    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+        """Move the bar."""
+        del num_done, num_shards
+        rate, remaining = self._meter.update(progress)
+        fields: dict[str, Any] = {
+            "written": f"{format_bytes(progress.written_bytes)} of {format_bytes(self._plan.num_bytes)}",
+            "rate": f"{format_bytes(rate)}/s",
+            "eta": "" if remaining is None else f"{_duration(remaining)} to go",
+        }
+        if self._task is None:
+            self._task = self._bar.add_task("merge", total=self._num_tensors, **fields)
+            self._bar.start()
+        self._bar.update(self._task, completed=progress.num_tensors, **fields)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"

@@ -1,0 +1,145 @@
+"""Plans and methods as tables for a person, and as JSON data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_ray.core.declaration import MethodDeclaration
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, memory_needed
+
+_MAX_ROWS = 40
+_MAX_DROPPED = 8
+
+
+def print_plan(plan: Plan) -> None:
+    """Inputs, shards with what they read, write and hold, and the sums."""
+    console = Console()
+    inputs = Table(title="Inputs", title_justify="left")
+    for column in ("model", "where", "files read"):
+        inputs.add_column(column, overflow="fold")
+    for model in plan.inputs.values():
+        inputs.add_row(model.reference, model.uri, str(len(model.files)))
+    console.print(inputs)
+
+    shards = Table(title="Shards", title_justify="left")
+    shards.add_column("file")
+    for column in ("tensors", "parameters", "to read", "to write", "peak memory"):
+        shards.add_column(column, justify="right")
+    for shard in plan.shards[:_MAX_ROWS]:
+        largest = largest_window(shard.tensors)
+        held = FIXED_BYTES + (0 if largest is None else largest.memory_bytes)
+        shards.add_row(
+            shard.file,
+            str(len(shard.tensors)),
+            f"{shard.num_parameters:,}",
+            format_bytes(shard.read_bytes),
+            format_bytes(shard.num_bytes),
+            format_bytes(held),
+        )
+    if len(plan.shards) > _MAX_ROWS:
+        shards.add_row(f"... and {len(plan.shards) - _MAX_ROWS} more", "", "", "", "", "")
+    shards.add_section()
+    shards.add_row(
+        f"{len(plan.shards)} shards",
+        str(sum(len(shard.tensors) for shard in plan.shards)),
+        f"{plan.num_parameters:,}",
+        format_bytes(plan.read_bytes),
+        format_bytes(plan.num_bytes),
+        format_bytes(memory_needed(plan)),
+    )
+    console.print(shards)
+    console.print(
+        f"Memory of a worker: at least {format_bytes(memory_needed(plan))}; "
+        f"{format_bytes(comfortable_memory(plan))} if --memory is not given."
+    )
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    for title, named in (("Not used", plan.dropped), ("Shared", plan.aliased)):
+        for i, (name, reason) in enumerate(named.items()):
+            if i == _MAX_DROPPED:
+                console.print(f"{title}: ... and {len(named) - i} more (all with --json)")
+                break
+            console.print(f"{title}: {name} ({reason})", highlight=False)
+
+
+def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
+    """Declarations of all methods, or of one, as plain data.
+
+    Raises:
+        ConfigError: no method of this name.
+    """
+    return [_describe(METHODS.get(each)) for each in ([name] if name is not None else METHODS.names())]
+
+
+def print_methods() -> None:
+    """One row per method."""
+    table = Table()
+    for column in ("method", "base model", "models", "parameters", "what it does"):
+        table.add_column(column, overflow="fold")
+    for method in describe_methods():
+        parameters = ", ".join(p["name"] for p in method["parameters"])
+        table.add_row(method["name"], method["base"], method["models"], parameters, method["summary"])
+    Console().print(table)
+
+
+def print_method(name: str) -> None:
+    """One method with its formula, source and parameters."""
+    console = Console()
+    [method] = describe_methods(name)
+    console.print(f"[bold]{method['name']}[/bold]  {method['summary']}\n", highlight=False)
+    console.print(f"  result      {method['formula']}", highlight=False, markup=False)
+    if method["reference"]:
+        console.print(f"  source      {method['reference']}", highlight=False, markup=False)
+    console.print(f"  base model  {method['base']}", highlight=False)
+    console.print(f"  models      {method['models']}\n", highlight=False)
+    if not method["parameters"]:
+        console.print("It has no parameters.")
+        return
+    table = Table()
+    for column in ("parameter", "looked up", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for parameter in method["parameters"]:
+        scope = "per model" if parameter["scope"] == "model" else "per tensor"
+        default = "required" if parameter["required"] else str(parameter["default"])
+        table.add_row(parameter["name"], scope, default, parameter["description"])
+    console.print(table)
+
+
+def _describe(method: type[MethodDeclaration]) -> dict[str, Any]:
+    parameters = []
+    for scope, declared in (("model", method.model_parameters), ("global", method.global_parameters)):
+        for name, info in declared.model_fields.items():
+            required = info.default is PydanticUndefined and info.default_factory is None
+            parameters.append(
+                {
+                    "name": info.alias or name,
+                    "scope": scope,
+                    "required": required,
+                    "default": None if required else info.get_default(call_default_factory=True),
+                    "description": info.description or "",
+                }
+            )
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "formula": method.formula,
+        "reference": method.reference,
+        "base": method.base.value,
+        "models": _models(method),
+        "parameters": parameters,
+    }
+
+
+def _models(method: type[MethodDeclaration]) -> str:
+    if method.base_is_input:
+        return "2, one of them the base"
+    if method.max_models == method.min_models:
+        return str(method.min_models)
+    return f"{method.min_models} or more" if method.max_models is None else f"{method.min_models}-{method.max_models}"

@@ -1,0 +1,91 @@
+"""From what a user writes to a store: a path, a URI, or a name on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import threading
+from pathlib import Path
+
+from mergekit_ray.core.errors import ConfigError, ModelError
+from mergekit_ray.storage.protocols import Sink, Source
+from mergekit_ray.storage.schemes import SCHEMES, Opener
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?", re.ASCII)
+_LOCK = threading.Lock()
+
+
+def open_source(reference: str, revision: str | None = None) -> Source:
+    """The store that holds a model.
+
+    Args:
+        reference: a folder; ``file://``, ``s3://bucket/prefix`` or ``hf://org/name[@revision]``; or ``org/name``, which
+            is a folder if there is one and else a repository of the Hub.
+        revision: branch, tag or commit, for the Hub.
+
+    Raises:
+        ConfigError: an unknown scheme.
+        ModelError: no such folder or repository.
+    """
+    scheme = _SCHEME.match(reference)
+    if scheme:
+        return _opener(scheme[1].lower())(reference, revision)
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _opener("file")(reference, revision)
+    if path.exists():
+        raise ModelError(
+            "a model is a folder, and this is a file", where=reference, remedy=f"name {path.parent} instead"
+        )
+    if _HUB_NAME.fullmatch(reference) and not reference.endswith("/"):
+        try:
+            return _opener("hf")(f"hf://{reference}", revision)
+        except ModelError as error:
+            folder = _nearest_folder(path)
+            if folder is None:
+                raise
+            raise ModelError(
+                error.what, where=error.where, remedy=f"{error.remedy}; or did you mean {folder}?"
+            ) from error
+    folder = _nearest_folder(path)
+    raise ModelError(
+        "no such folder",
+        where=reference,
+        remedy=f"did you mean {folder}?"
+        if folder
+        else "give the folder that holds config.json and the safetensors files",
+    )
+
+
+def open_sink(reference: str) -> Sink:
+    """The store to write to: a path, ``file://`` or another writable scheme. A folder need not exist yet.
+
+    Raises:
+        ConfigError: an unknown scheme, or one that can only be read.
+        ModelError: the place cannot be opened.
+    """
+    scheme = _SCHEME.match(reference)
+    store = _opener(scheme[1].lower() if scheme else "file")(reference, None)
+    if not isinstance(store, Sink):
+        raise ConfigError(
+            "this place can only be read", where=reference, remedy="write to a folder or to s3://bucket/prefix"
+        )
+    return store
+
+
+def _opener(scheme: str) -> Opener:
+    # A registry discovers its entries at the first look-up; two threads must not race through that.
+    with _LOCK:
+        return SCHEMES.get(scheme)
+
+
+def _nearest_folder(path: Path) -> Path | None:
+    """The existing sibling of ``path`` that is spelt most like it."""
+    try:
+        siblings = {entry.name: entry for entry in path.parent.iterdir() if entry.is_dir()}
+    except OSError:
+        return None
+    by_folded = {name.lower(): name for name in siblings}
+    found = difflib.get_close_matches(path.name.lower(), sorted(by_folded), n=1, cutoff=0.6)
+    return siblings[by_folded[found[0]]] if found else None

@@ -1,0 +1,131 @@
+"""What a store can do. One class per URI scheme implements these; `mergekit_ray.storage.open_store` picks it.
+
+Names are relative to the store's root (a folder, an S3 prefix, a cached snapshot) and use ``/``. Ranges are end exclusive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+WritableBuffer: TypeAlias = memoryview
+"""A contiguous, writable memoryview of bytes (format ``B``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """A file as a store sees it now.
+
+    Attributes:
+        name: relative to the store's root.
+        num_bytes: its size.
+        version: changes whenever the content does: an ETag, a commit, or size and modification time.
+    """
+
+    name: str
+    num_bytes: int
+    version: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Somewhere checkpoints are read from. All methods may be called from several threads at once.
+
+    Transient faults are retried inside (range by range, with jittered backoff) and become `StorageError` when they
+    outlast the retries. A file that is not there is a `CheckpointError` on reading, None on `stat`.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Where this is, as a user would write it; never holds a credential."""
+        ...
+
+    def list(self) -> list[FileStat]:
+        """All files below the root, sorted by name. Empty if the root does not exist."""
+        ...
+
+    def stat(self, name: str) -> FileStat | None:
+        """Size and version of one file, None if there is none of this name."""
+        ...
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """A whole small file.
+
+        Raises:
+            CheckpointError: it is not there, or larger than ``max_bytes``.
+        """
+        ...
+
+    def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
+        """The first ``num_bytes`` (or all, if the file is shorter) with size and version, in one round trip.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        ...
+
+    def read_ranges(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        buffers: Sequence[WritableBuffer],
+        *,
+        version: str | None = None,
+    ) -> None:
+        """Read byte ranges straight into the caller's buffers, each exactly as long as its range.
+
+        Ranges that lie close are fetched as one request; requests run concurrently; only what failed is retried.
+
+        Args:
+            version: if given, what `FileStat.version` was when the plan was made.
+
+        Raises:
+            CheckpointError: the file is not there, is shorter than a range, or is no longer at ``version``.
+            StorageError: the store failed after retries. The buffers' content is then undefined.
+        """
+        ...
+
+
+class Upload(Protocol):
+    """One file being written, in order. Nothing is visible under its name before `commit`."""
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append. ``data`` may be reused as soon as this returns."""
+        ...
+
+    def commit(self) -> FileStat:
+        """Make the file visible, durable and complete.
+
+        Raises:
+            StorageError: it could not be stored, or fewer or more bytes than announced were written.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Leave nothing behind. Safe to call twice, and after a failed `commit`; does nothing after a successful one."""
+        ...
+
+
+@runtime_checkable
+class Sink(Source, Protocol):
+    """A source that can be written to."""
+
+    def open(self, name: str, num_bytes: int) -> Upload:
+        """Start writing a file of exactly ``num_bytes``. An existing file of that name stays until commit."""
+        ...
+
+    def put(self, name: str, data: bytes) -> FileStat:
+        """Write a small file atomically, replacing an existing one."""
+        ...
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Write a small file atomically unless one exists: of several racers exactly one gets True.
+
+        Where a store cannot promise that, the class says so in its docstring.
+        """
+        ...
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove files; those that are not there are ignored. Emptied folders below the root go too."""
+        ...

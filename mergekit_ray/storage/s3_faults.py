@@ -1,0 +1,171 @@
+"""What can go wrong between this process and an S3 server: what is worth another try, and what to tell the user."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mergekit_ray.core.errors import StorageError
+
+T = TypeVar("T")
+
+_TRANSIENT_CODES = {
+    "ConditionalRequestConflict",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+}
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+
+_CREDENTIALS = (
+    "give credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, by AWS_PROFILE, in ~/.aws/credentials, or by the "
+    "role of the machine"
+)
+_REMEDY_BY_CODE = {
+    "AccessDenied": "these credentials may not do this here: check the bucket's policy and the role",
+    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
+    "ExpiredToken": "the session has expired: log in again, and run again to resume",
+    "InvalidAccessKeyId": "the server does not know this access key: check the credentials and AWS_ENDPOINT_URL",
+    "NoSuchBucket": "create the bucket, or check its name and AWS_ENDPOINT_URL",
+    "PermanentRedirect": "set AWS_REGION to the bucket's region",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "SignatureDoesNotMatch": "the secret key is wrong: check the credentials",
+}
+
+
+class ShortBodyError(OSError):
+    """An answer that ended before it was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter.
+
+    Attributes:
+        max_attempts: including the first.
+        base_seconds: upper bound of the first pause; it doubles with each.
+        max_seconds: upper bound of any pause.
+    """
+
+    max_attempts: int = 8
+    base_seconds: float = 0.2
+    max_seconds: float = 20.0
+
+    def pause(self, attempt: int, error: Exception) -> float:
+        """Seconds to wait after the failure of attempt ``attempt`` (from 1); no less than a server asks for."""
+        bound = min(self.base_seconds * 2.0 ** (attempt - 1), self.max_seconds)
+        return max(random.uniform(0.0, bound), min(_retry_after(error), self.max_seconds))
+
+
+def with_retries(policy: RetryPolicy, attempt: Callable[[int], T], *, doing: str, where: str) -> T:
+    """``attempt(number)`` until it succeeds; numbers start at 1.
+
+    Args:
+        policy: how often and how soon.
+        attempt: sends the request.
+        doing: what the request is for, in words: "reading".
+        where: the URI it concerns.
+
+    Raises:
+        StorageError: a fault that another try will not cure, or one that outlasted the policy.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - boto3 loads only when used
+
+    number = 0
+    while True:
+        number += 1
+        try:
+            return attempt(number)
+        except (BotoCoreError, ClientError, OSError) as error:
+            if not is_transient(error) or number >= policy.max_attempts:
+                raise explain(error, doing=doing, where=where, num_attempts=number) from error
+            time.sleep(policy.pause(number, error))
+
+
+def status_of(error: Exception) -> int:
+    """HTTP status of an error answer; 0 if the error is not one."""
+    metadata: dict[str, Any] = _response(error).get("ResponseMetadata", {})
+    return int(metadata.get("HTTPStatusCode", 0))
+
+
+def code_of(error: Exception) -> str:
+    """S3's error code, such as ``NoSuchKey``; the status in digits if the answer had no body; empty if no answer."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed if sent again."""
+    from botocore import exceptions  # noqa: PLC0415
+
+    if isinstance(error, exceptions.ClientError):
+        return status_of(error) in _TRANSIENT_STATUS or code_of(error) in _TRANSIENT_CODES
+    if isinstance(error, exceptions.SSLError):
+        return "CERTIFICATE_VERIFY_FAILED" not in str(error)
+    kinds = (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        exceptions.ResponseStreamingError,
+        ConnectionError,
+        TimeoutError,
+        ShortBodyError,
+    )
+    return isinstance(error, kinds)
+
+
+def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) -> StorageError:
+    """The error a user sees. Neither the request nor its headers are quoted, so no credential can be."""
+    from botocore import exceptions  # noqa: PLC0415
+
+    after = f" after {num_attempts} attempts" if num_attempts > 1 else ""
+    if isinstance(error, exceptions.ClientError):
+        code, status = code_of(error), status_of(error)
+        named = code if code and not code.isdigit() else "no reason given"
+        remedy = _REMEDY_BY_CODE.get(code)
+        if remedy is None and status in (401, 403):
+            remedy = f"access is denied: {_CREDENTIALS}"
+        if remedy is None and is_transient(error):
+            remedy = "the server is overloaded or failing: run again to resume"
+        what = f"{doing} failed{after}: the server answered {status} ({named})"
+        return StorageError(what, where=where, remedy=remedy or "check the bucket and AWS_ENDPOINT_URL")
+    credentials = (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.CredentialRetrievalError,
+        exceptions.TokenRetrievalError,
+        exceptions.ProfileNotFound,
+    )
+    if isinstance(error, credentials):
+        return StorageError(
+            f"{doing} failed: no usable credentials ({type(error).__name__})", where=where, remedy=_CREDENTIALS
+        )
+    if isinstance(error, exceptions.SSLError):
+        remedy = "the server's certificate is not trusted: name its authority's file in AWS_CA_BUNDLE"
+        return StorageError(f"{doing} failed{after}: no secure connection", where=where, remedy=remedy)
+    if is_transient(error):
+        remedy = "check the network and AWS_ENDPOINT_URL, and run again to resume"
+        return StorageError(f"{doing} failed{after}: {type(error).__name__}", where=where, remedy=remedy)
+    return StorageError(
+        f"{doing} failed: {type(error).__name__}: {error}", where=where, remedy="check the URI and the AWS settings"
+    )
+
+
+def _response(error: Exception) -> dict[str, Any]:
+    response = getattr(error, "response", None)
+    return response if isinstance(response, dict) else {}
+
+
+def _retry_after(error: Exception) -> float:
+    headers = _response(error).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        return max(0.0, float(headers.get("retry-after", 0)))
+    except ValueError:  # a date
+        return 0.0

@@ -1,0 +1,23 @@
+"""The table of URI schemes. A store registers the function that opens its URIs; third parties do so by entry point."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mergekit_ray.core.registry import Registry
+from mergekit_ray.storage.protocols import Source
+
+
+class Opener(Protocol):
+    """Opens one scheme's URIs. What it returns may also be a `Sink`."""
+
+    def __call__(self, uri: str, revision: str | None) -> Source:
+        """A store at ``uri`` (scheme included), at ``revision`` where the scheme has such.
+
+        Raises:
+            ModelError: there is no such place, or the scheme has no revisions and one is given.
+        """
+        ...
+
+
+SCHEMES: Registry[Opener] = Registry("storage scheme", "mergekit_ray.storage", "mergekit_ray.stores")

@@ -1,0 +1,119 @@
+"""The two programs, and the checkpoints that they merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from parity.checkpoints import make_family
+from parity.recipes import Recipe
+
+REPOSITORY = Path(__file__).parents[2]
+SERVER = Path(__file__).with_name("entry_server.py")
+OURS = "mergekit_ray.cli:merge_main"
+THEIRS = "mergekit-yaml"
+
+
+class Program:
+    """A console script, run many times by one warm interpreter (see entry_server.py)."""
+
+    def __init__(self, python: Path, script: str) -> None:
+        # mergekit walks sets, whose order follows the hash seed. The Hub is out of bounds for both.
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        self._process = subprocess.Popen(
+            [str(python), str(SERVER), script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self._script = script
+        if self._answer() != "ready":
+            raise RuntimeError(f"{python} cannot run {script}")
+
+    def run(self, *args: str | Path, log: Path) -> None:
+        """Runs the script with ``args``; fails the test if it does not exit with 0."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        stdin.write(json.dumps({"args": [str(arg) for arg in args], "log": str(log)}) + "\n")
+        stdin.flush()
+        code = self._answer()
+        if code != "0":
+            pytest.fail(f"{self._script} exited with {code}:\n{log.read_text(errors='replace')[-3000:]}")
+
+    def close(self) -> None:
+        """Ends the interpreter."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def mergekit() -> Iterator[Program]:
+    """mergekit in its own environment: the one that MERGEKIT_PYTHON names, or that ``make parity`` made."""
+    named = os.environ.get("MERGEKIT_PYTHON")
+    python = Path(named or REPOSITORY / ".venv-mergekit/bin/python")
+    if not python.exists():
+        if named:
+            pytest.fail(f"MERGEKIT_PYTHON names {python}, which does not exist")
+        pytest.skip("mergekit is not there to compare with: `make parity` installs it apart and runs these tests")
+    program = Program(python, THEIRS)
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="session")
+def mergekit_ray() -> Iterator[Program]:
+    """Our own ``merge``."""
+    program = Program(Path(sys.executable), OURS)
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """Folders of a family's checkpoints by name, made when first asked for."""
+    folder = tmp_path_factory.mktemp("families")
+    made: dict[str, dict[str, Path]] = {}
+
+    def places(name: str) -> dict[str, Path]:
+        if name not in made:
+            made[name] = make_family(name, folder)
+        return made[name]
+
+    return places
+
+
+Merged = tuple[Path, Path]
+"""Output folders: ours, theirs."""
+
+
+@pytest.fixture
+def merge_both(
+    mergekit: Program, mergekit_ray: Program, family: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> Callable[..., Merged]:
+    """Merges a recipe with both programs."""
+
+    def merge(recipe: Recipe, extra: str) -> Merged:
+        places = family(recipe.family)
+        # Not str.format: the recipes are full of braces.
+        text = re.sub(r"\{(base|a|b|c)\}", lambda match: str(places[match[1]]), recipe.text)
+        file = tmp_path / "recipe.yml"
+        file.write_text(text + extra)
+        ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+        mergekit.run(file, theirs, "--quiet", "--random-seed", "1", log=tmp_path / "theirs.log")
+        mergekit_ray.run(file, ours, "--quiet", log=tmp_path / "ours.log")
+        return ours, theirs
+
+    return merge

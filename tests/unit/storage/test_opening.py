@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from mergekit_ray.core.errors import ConfigError, ModelError
+from mergekit_ray.storage import open_sink, open_source
+from support.store_conformance import fetch
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hub cache that holds one commit of ``org/name``, as huggingface_hub lays it out."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--org--name"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs" / "b10b").write_text(json.dumps({"a": 1}))
+    (snapshot / "config.json").symlink_to("../../blobs/b10b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return repository
+
+
+@pytest.mark.parametrize("reference", ["org/name", "hf://org/name", "hf://org/name@main", f"hf://org/name@{COMMIT}"])
+def test_a_cached_repository(hub: Path, reference: str) -> None:
+    source = open_source(reference)
+    assert source.uri == f"hf://org/name@{COMMIT}"
+    [stat] = source.list()
+    assert (stat.name, stat.num_bytes, stat.version) == ("config.json", 8, "b10b-8")
+    assert fetch(source, "config.json", [(0, 4)], stat.version) == [b'{"a"']
+    assert open_source(source.uri).uri == source.uri
+
+
+def test_a_revision_apart(hub: Path) -> None:
+    assert open_source("org/name", "main").uri == f"hf://org/name@{COMMIT}"
+    assert open_source("org/name", COMMIT).uri == f"hf://org/name@{COMMIT}"
+    with pytest.raises(ModelError, match="two revisions"):
+        open_source("hf://org/name@main", "other")
+
+
+@pytest.mark.parametrize(
+    ("reference", "revision", "command"),
+    [
+        ("org/other", None, "hf download org/other"),
+        ("gpt2", None, "hf download gpt2"),
+        ("org/name", "v2", "hf download org/name --revision v2"),
+    ],
+)
+def test_what_is_not_cached_is_told_with_the_command_that_fetches_it(
+    hub: Path, reference: str, revision: str | None, command: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        open_source(reference, revision)
+    assert caught.value.remedy == f"fetch it first: {command}"
+
+
+def test_a_folder_goes_before_the_hub(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert open_source("org/name").uri == f"{tmp_path}/org/name"
+
+
+def test_the_hub_cannot_be_written(hub: Path) -> None:
+    with pytest.raises(ConfigError, match="can only be read"):
+        open_sink("hf://org/name")
+
+
+@pytest.mark.parametrize("reference", ["{}/Lama-7b", "./Lama-7b", "Lama-7b", "{}/lama-7B/"])
+def test_a_misspelt_folder(hub: Path, tmp_path: Path, reference: str) -> None:
+    (tmp_path / "Llama-7b").mkdir()
+    with pytest.raises(ModelError, match="did you mean .*Llama-7b"):
+        open_source(reference.format(tmp_path))
+
+
+def test_a_path_without_neighbours(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder") as caught:
+        open_source(f"{tmp_path}/there/is/nothing")
+    assert caught.value.remedy == "give the folder that holds config.json and the safetensors files"
+
+
+def test_a_file_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="a model is a folder") as caught:
+        open_source(f"{tmp_path}/model.safetensors")
+    assert caught.value.remedy == f"name {tmp_path} instead"
+
+
+def test_an_unknown_scheme_lists_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="unknown storage scheme 's33'; did you mean 's3'") as caught:
+        open_source("s33://bucket/prefix")
+    assert caught.value.remedy == "accepted: file, hf, s3"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [("s3://", "no bucket"), ("s3:///prefix", "no bucket"), ("s3://key:secret@bucket/x", "holds a bucket and a prefix")],
+)
+def test_bad_s3_uris_quote_no_credential(uri: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_source(uri)
+    assert "secret" not in str(caught.value).replace("AWS_SECRET_ACCESS_KEY", "")
+
+
+def test_an_s3_uri_has_no_revision() -> None:
+    with pytest.raises(ModelError, match="has no revision"):
+        open_source("s3://bucket/prefix", "main")
+    assert open_source("s3://bucket/a b/c/").uri == "s3://bucket/a b/c"
+    assert open_source("s3://bucket").uri == "s3://bucket"
+
+
+def test_many_threads_may_open_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: open_source(str(tmp_path)).uri, range(64))) == {str(tmp_path)}
