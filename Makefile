@@ -37,7 +37,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(READY)  ## merge two fine-tunes of a real model from S3 to S3 through Ray, then talk to the result
-	@$(BIN)/python -m demo.run
+	@PYTHONPATH=tests $(BIN)/python -m demo.run
 
 test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -278,7 +278,7 @@ def _load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
 @contextlib.contextmanager
 def _reporter(planned: Plan, *, quiet: bool, log_format: LogFormat) -> Iterator[Any]:
     if quiet:
-        from mergekit_ray.runtime.run import SilentReporter
+        from mergekit_ray.runtime.reporting import SilentReporter
 
         yield SilentReporter()
         return

@@ -210,7 +210,7 @@ def _shorten(value: object) -> str:
     """``repr`` of something a file says, at a length a message can bear."""
     if isinstance(value, int) and value.bit_length() > 256:  # long before str() of an int fails
         return f"a number of {value.bit_length()} bits"
-    if isinstance(value, list) and len(value) > _MAX_RANK:
+    if isinstance(value, list) and len(value) > 8:
         return f"a list of {len(value)}"
     if isinstance(value, list):
         return f"[{', '.join(_shorten(item) for item in value)}]"

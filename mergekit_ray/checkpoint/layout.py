@@ -55,8 +55,8 @@ def pack(groups: Sequence[Sequence[TensorSpec]], max_shard_bytes: int) -> list[l
     """Cut tensors into shards.
 
     A group (one layer, say) goes whole into a shard while it fits. A group larger than a shard begins one of its own
-    and is cut between tensors; what it leaves of its last shard is open to the next group. A tensor larger than a shard has
-    a file of its own.
+    and is cut between tensors; what it leaves of its last shard is open to the next group. A tensor larger than a shard
+    has a file of its own.
 
     Args:
         groups: tensors in output order. Empty groups are allowed.

@@ -19,8 +19,8 @@ class ShardWriter:
     """Writes one safetensors file front to back.
 
     The header is written at once; then the tensors' bytes come in file order, cut as the caller likes. The file is
-    hashed on one thread and the tensors on another while the bytes are stored. As a context manager it aborts unless `finish`
-    was reached.
+    hashed on one thread and the tensors on another while the bytes are stored. As a context manager it aborts unless
+    `finish` was reached.
 
     Args:
         sink: where the file goes.

@@ -1,8 +1,9 @@
 """Validation that goes on after the first error.
 
-pydantic stops where a value is wrong; checks across values, and those of the merge method, would then never run and a user
-would correct a recipe one error at a time. So what is wrong is noted, taken out (or replaced by a stand-in where it is
-required), and the rest is validated again. A recipe got that way is never returned to a user: it only serves to find more.
+pydantic stops where a value is wrong; checks across values, and those of the merge method, would then never run, and
+one would correct a recipe one error at a time. So what is wrong is noted, taken out (or replaced by a stand-in where
+it is required), and the rest is validated again. A recipe got that way is never returned: it only serves to find
+more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_ray.config.fields import COLLECTING, RecipeModel
-from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, findings_of
+from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, findings_of, without_echoes_inside
 from mergekit_ray.config.yaml_source import MAX_DEPTH, MAX_NODES, YamlPath
 from mergekit_ray.core.errors import ConfigError
 
@@ -71,8 +72,9 @@ def collect(root: type[RecipeModel], data: dict[str, Any], parameters: Collectio
                     delete_at(data, path)
                     delete_at(working, path)
                 continue
-            result.findings += [f for f in new if not any(f.path[: len(path)] == path for path in result.damaged)]
-            if not all([_repair(working, detail, result.damaged) for detail in details]):
+            result.findings += without_echoes_inside(new, result.damaged)
+            repaired = [_repair(working, detail, result.damaged) for detail in details]
+            if not all(repaired):
                 break
         else:
             break
@@ -89,7 +91,8 @@ def _repair(data: Any, detail: ErrorDetails, damaged: list[YamlPath]) -> bool:
     if detail["type"] == SETTINGS_ERROR:
         names = {str(below[0]) for below, _, _ in detail["ctx"]["issues"]}
         damaged += [(*path, name) for name in names]
-        return all([delete_at(data, (*path, name)) for name in names])
+        deleted = [delete_at(data, (*path, name)) for name in names]
+        return all(deleted)
     if not path:
         return False
     damaged.append(path)
@@ -131,7 +134,7 @@ def plain(source: Mapping[Any, Any]) -> dict[str, Any]:
     """A deep copy in dicts and lists, which can be edited; scalars and objects of other types stay as they are.
 
     Raises:
-        ConfigError: a key that is not text, or a structure deeper or larger than any recipe (such as one that holds itself).
+        ConfigError: a key that is not text, or a structure that no recipe has (one that holds itself).
     """
     budget = [MAX_NODES]
     copied = _plain(source, 0, budget)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, found
@@ -33,9 +33,16 @@ class ComputeDType(enum.Enum):
 
 
 class RecipeModel(BaseModel):
-    """Base of every part of a recipe: frozen, and without keys that mean nothing."""
+    """Base of every part of a recipe: frozen, without keys that mean nothing; a key set to null is a key left out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # built on first use, not at import
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        return data
 
 
 def raise_findings(findings: list[Finding]) -> None:

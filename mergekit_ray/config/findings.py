@@ -1,9 +1,10 @@
-"""What is wrong with a recipe, before it is known on which line: findings, their wording, and their way into a ConfigError."""
+"""What is wrong with a recipe: findings, their wording, and their way into a ConfigError with lines."""
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -56,8 +57,8 @@ class Finding:
         hint: the nearest accepted spelling or another remedy.
         is_unknown_key: mergekit would have ignored it; a warning where a recipe is read leniently.
         is_warning: never an error.
-        depends: parts of the recipe it is drawn from. If one of them is itself wrong, the finding may only be an echo of that
-            and is not told. Empty means ``path``.
+        depends: parts of the recipe it is drawn from. If one of them is itself wrong, the finding may only be an echo
+            of that and is not told. Empty means ``path``.
     """
 
     path: YamlPath
@@ -81,7 +82,10 @@ def found(value: object) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = "a number too large to print"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -148,10 +152,14 @@ def _wording(detail: ErrorDetails) -> tuple[str, str]:
         return "an empty list" if not isinstance(
             value, Mapping
         ) else "an empty mapping", "list at least one, or remove it"
+    if kind == "literal_error":
+        accepted = [word.strip("'") for word in re.split(", | or ", detail["ctx"]["expected"])]
+        near = did_you_mean(value, accepted) if isinstance(value, str) else ""
+        return f"accepted: {', '.join(accepted)}; found {found(value)}", near
     message = detail["msg"].removeprefix("Value error, ")
     if kind.startswith(("greater_than", "less_than")):
-        message = f"{message[:1].lower()}{message[1:].replace('Input ', '')}".replace("input should", "should")
-        return f"{message}, found {found(value)}", ""
+        message = message.removeprefix("Input ")
+        return f"{detail['loc'][-1]} {message}, found {found(value)}", ""
     what, _, hint = message.partition("\n")
     return what, hint
 
@@ -185,16 +193,24 @@ def _plain_type(annotation: Any) -> Any:
     return annotation
 
 
+def without_echoes_inside(findings: Iterable[Finding], damaged: Collection[YamlPath]) -> list[Finding]:
+    """The findings that do not lie at or below a part of the recipe already found to be wrong."""
+    wrong = set(damaged)
+    return [finding for finding in findings if not any(part in wrong for part in _prefixes(finding.path))]
+
+
+def _prefixes(path: YamlPath) -> Iterator[YamlPath]:
+    return (path[:length] for length in range(len(path) + 1))
+
+
 def without_echoes(findings: Iterable[Finding], damaged: Collection[YamlPath]) -> list[Finding]:
     """The findings that do not rest on a part of the recipe that is itself wrong."""
+    wrong = set(damaged)
+    around = {part for path in wrong for part in _prefixes(path)}
 
     def is_sound(finding: Finding) -> bool:
         subjects = finding.depends or (finding.path,)
-        return not any(
-            wrong[: len(subject)] == subject or subject[: len(wrong)] == wrong
-            for subject in subjects
-            for wrong in damaged
-        )
+        return not any(subject in around or not wrong.isdisjoint(_prefixes(subject)) for subject in subjects)
 
     return [finding for finding in findings if is_sound(finding)]
 

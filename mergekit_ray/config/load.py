@@ -24,7 +24,10 @@ Recipe: TypeAlias = DenseRecipe | MoeRecipe
 Methods: TypeAlias = Registry[type[MethodDeclaration]]
 
 _SUFFIXES = (".yml", ".yaml")
-_WHAT_TO_WRITE = "a dense merge has `merge_method` and `models` (or `slices` or `modules`); a Mixture of Experts has `base_model` and `experts`"
+_WHAT_TO_WRITE = (
+    "a dense merge has `merge_method` and `models` (or `slices` or `modules`); "
+    "a Mixture of Experts has `base_model` and `experts`"
+)
 
 
 class RecipeWarning(UserWarning):
@@ -41,9 +44,9 @@ def load_recipe(
     """Read a recipe, dense or Mixture of Experts.
 
     Args:
-        source: a path; a string, which is a path if it ends in ``.yml`` or ``.yaml`` or names a file, and YAML text if it has
-            a line break or ``": "``; a mapping such as ``yaml.safe_load`` gives; or a recipe built in Python, which is
-            checked against its merge method.
+        source: a path; a string, which is a path if it ends in ``.yml`` or ``.yaml`` or names a file, and YAML text if
+            it has a line break or ``": "``; a mapping such as ``yaml.safe_load`` gives; or a recipe built in Python,
+            which is checked against its merge method.
         lenient: turn unknown keys and parameters into warnings: mergekit ignored them.
         on_warning: called with each thing that has no effect; `warnings.warn` with a `RecipeWarning` if None.
         methods: where merge methods are found.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.normal import NormalSlice, NormalSource, normalise_for
 from mergekit_ray.config.recipe import DenseRecipe, SliceRecipe, groups
-from mergekit_ray.config.settings import Level, Setting, coerce, gradients, is_set, scalars
+from mergekit_ray.config.settings import Conditional, Level, Setting, check_gradient, coerce, gradients, is_set, scalars
 from mergekit_ray.config.yaml_source import YamlPath, format_path
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration, Parameters
 from mergekit_ray.core.errors import ConfigError
@@ -79,17 +79,15 @@ def _parameter_findings(
         try:
             coerce(declared, name, value)
         except ValueError as error:
-            findings.append(Finding((*path, *below), f"{error}, found {found(value)}"))
+            what = str(error).removeprefix("input ")
+            findings.append(Finding((*path, *below), f"{name} {what}, found {found(value)}"))
     if findings:
         return findings
     for gradient in gradients(setting):
-        for start, end in zip(gradient, gradient[1:], strict=False):
-            try:
-                # Somewhere between two neighbours: a field that takes 0 and 1 alone does not take this.
-                coerce(declared, name, start + (end - start) * 0.381966 if start != end else start)
-            except ValueError:
-                what = f"{name} cannot vary gradually over the layers: no values lie between {start:g} and {end:g}"
-                return [Finding(path, what, "write one value, or {filter, value} entries")]
+        try:
+            check_gradient(declared, name, gradient)
+        except ValueError as error:
+            return [Finding(path, f"{name} {error}", "write one value, or {filter, value} entries")]
     return []
 
 
@@ -112,9 +110,9 @@ def _ignored_bases(recipe: DenseRecipe, method: type[MethodDeclaration]) -> Iter
 def _slice_findings(
     recipe: DenseRecipe, method: type[MethodDeclaration], piece: NormalSlice, misspelt: set[str]
 ) -> Iterator[Finding]:
-    yield from _base_findings(recipe, method, piece)
+    yield from _base_findings(method, piece)
     base_damage: tuple[YamlPath, ...] = (("base_model",), (*piece.path, "base_model"))
-    outer = (("parameters",), (*piece.path, "parameters"), (*piece.path[:2], "parameters"))
+    outer: tuple[YamlPath, ...] = (("parameters",), (*piece.path, "parameters"), (*piece.path[:2], "parameters"))
     num_inputs = len(piece.inputs)
     beside = " beside the base model" if piece.base is not None else ""
     wanted = _wanted(method)
@@ -158,19 +156,19 @@ def _global_findings(
     if is_needed and not is_set(piece.levels, name):
         hint = f"write `parameters: {{{name}: 0.5}}` in the recipe or the slice"
         depends = (("parameters",), piece.path, ("base_model",), ("modules",))
-        path = ("parameters", name) if recipe.parameters else ("parameters",)
-        yield Finding(path, f"{method.name} needs the parameter {name!r}", hint, depends=depends)
+        yield Finding(("parameters", name), f"{method.name} needs the parameter {name!r}", hint, depends=depends)
     inner = [(path, level[name]) for path, level in _levels(recipe) if _is_source_of(path, piece) and name in level]
     if not inner:
         return
     num_inner = len(inner)
-    wider = [level for level in piece.levels if name in level][:-num_inner]
-    if wider:
+    wider = [level[name] for level in piece.levels if name in level][:-num_inner]
+    if any(not isinstance(setting, Conditional) for setting in wider):
         what = f"{name} has no effect here: {method.name} has one for all models, and a wider level sets it"
         for path, _ in inner:
             yield Finding((*path, name), what, is_warning=True)
+        return
     for path, setting in inner[1:]:
-        if setting != inner[0][1] and not wider:
+        if setting != inner[0][1]:
             what = f"{method.name} has one {name} for all models, but {format_path(inner[0][0])} sets another"
             yield Finding((*path, name), what, "set it once, under the recipe's `parameters`")
 
@@ -181,7 +179,7 @@ def _is_source_of(path: YamlPath, piece: NormalSlice) -> bool:
     return is_below and len(path) > len(piece.path) + 1 and path[-1] == "parameters"
 
 
-def _base_findings(recipe: DenseRecipe, method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:
+def _base_findings(method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:
     if method.base is BaseUse.REQUIRED and piece.base is None:
         what = f"{method.name} needs a base model"
         hint = "write `base_model: org/name`"

@@ -1,7 +1,7 @@
 """The YAML of a Mixture of Experts made of dense models, as data.
 
-The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layout``, ``allow_identical_experts``, ``output``,
-``seed``, ``compute_dtype``.
+The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layout``, ``allow_identical_experts``,
+``output``, ``seed``, ``compute_dtype``.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class MoeRecipe(RecipeModel):
         name, output, seed, compute_dtype: as in a dense recipe.
     """
 
-    merge_method: Annotated[Literal["moe"], BeforeValidator(_parse_merge_method)] = MOE_METHOD
+    merge_method: Annotated[Literal["moe"], BeforeValidator(_parse_merge_method)] = "moe"
     base_model: ModelReference
     experts: Annotated[tuple[ExpertRecipe, ...], Field(min_length=1)]
     shared_experts: tuple[ExpertRecipe, ...] | None = None
@@ -137,7 +137,7 @@ class MoeRecipe(RecipeModel):
     expert_layout: Literal["separate", "packed"] = "separate"
     allow_identical_experts: bool = False
     name: Name | None = None
-    output: Output = OutputOptions()
+    output: Output = Field(default_factory=OutputOptions)
     seed: Seed = 0
     compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
 
@@ -164,7 +164,7 @@ class MoeRecipe(RecipeModel):
         return self.experts_per_token if self.experts_per_token is not None else min(2, len(self.experts))
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
+        """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
         return {"merge_method": MOE_METHOD} | self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
 
     def model_references(self) -> tuple[ModelReference, ...]:

@@ -1,8 +1,9 @@
 """The one form of a dense recipe that planning sees: modules of slices of sources, whichever way it was written.
 
 - ``models:`` is one slice over all layers; ``layer_range`` is then None.
-- A method that works on task vectors never sees its base among the inputs (its task vector would be zero); neither does one
-  whose base is one of the two models merged (slerp). Where the base stands among a slice's sources, it keeps its own layers.
+- A method that works on task vectors never sees its base among the inputs (its task vector would be zero); neither does
+  one whose base is one of the two models merged (slerp). Where the base stands among a slice's sources, it keeps its
+  own layers.
 - A method without a base ignores ``base_model`` for the arithmetic; it is then only the donor of config and tokenizer
   (`DenseRecipe.donor`), and stays an input where it is also listed.
 """
@@ -45,10 +46,10 @@ class NormalSlice:
     Attributes:
         inputs: the models merged, in the recipe's order; the base is not among them.
         base: the base model, if the method works with one.
-        base_layer_range: the base's layers: its own if it is listed among the sources, else those that all inputs share; None
-            for all layers, or if there is no base.
-        levels: the ``parameters`` that apply to the slice as a whole, nearest first. Those of the sources come last: a global
-            parameter written beside a model, where no wider level sets it, has only one meaning.
+        base_layer_range: the base's layers: its own if it is listed among the sources, else those that all inputs
+            share; None for all layers, or if there is no base.
+        levels: the ``parameters`` that apply to the slice as a whole, nearest first. Those of the sources come last: a
+            global parameter written beside a model, where no wider level sets it, has only one meaning.
         path: where in the recipe it stands.
     """
 
@@ -97,20 +98,20 @@ def normalise_for(recipe: DenseRecipe, method: type[MethodDeclaration]) -> tuple
     modules: list[NormalModule] = []
     for path, (name, module_level), group in groups(recipe):
         outer = (module_level, recipe.parameters)
-        whole = [model for model in group if isinstance(model, InputModel)]
+        whole = tuple(model for model in group if isinstance(model, InputModel))
         slices = [
             _slice(piece.sources, piece.base_model or recipe.base_model, (piece.parameters, *outer), (*path, i), method)
             for i, piece in enumerate(group)
             if isinstance(piece, SliceRecipe)
         ]
         if whole:
-            slices = [_slice(tuple(whole), recipe.base_model, outer, path, method)]
+            slices = [_slice(whole, recipe.base_model, outer, path, method)]
         modules.append(NormalModule(name, tuple(slices)))
     return tuple(modules)
 
 
 def _slice(
-    listed: tuple[InputModel, ...] | tuple[SliceSource, ...],
+    listed: tuple[InputModel | SliceSource, ...],
     base: ModelReference | None,
     outer: tuple[Level, ...],
     path: YamlPath,
@@ -119,16 +120,18 @@ def _slice(
     outer = tuple(level for level in outer if level)
     sources: list[NormalSource] = []
     for index, source in enumerate(listed):
-        is_part = isinstance(source, SliceSource)
         levels = (source.parameters, *outer) if source.parameters else outer
-        at = (*path, "sources", index) if is_part else (*path, index)
-        sources.append(NormalSource(source.model, source.layer_range if is_part else None, levels, at))
+        if isinstance(source, SliceSource):
+            at: YamlPath = (*path, "sources", index)
+            sources.append(NormalSource(source.model, source.layer_range, levels, at))
+        else:
+            sources.append(NormalSource(source.model, None, levels, (*path, index)))
     if method.base is BaseUse.FORBIDDEN:
         base = None
     inputs = sources
     listed_base = next((source for source in sources if source.model == base), None)
     if listed_base is not None:
-        # Slerp of a model with other layers of itself is one of two; a task vector of the base is zero however often it is listed.
+        # Slerp may merge a model with other layers of itself; the base's task vector is zero however often listed.
         inputs = [s for s in sources if (s is not listed_base if method.base_is_input else s.model != base)]
     base_layer_range = None
     if base is not None:

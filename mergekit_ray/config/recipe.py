@@ -1,14 +1,14 @@
 """The YAML of a dense merge, as data.
 
-The keys are mergekit's, with ours beside them: ``output``, ``seed``, ``compute_dtype``. What can be said without knowing the
-merge methods is checked here, whether a recipe comes from a file or is built in Python; `mergekit_ray.config.load` adds the
-rest. Nothing here does I/O.
+The keys are mergekit's, with ours beside them: ``output``, ``seed``, ``compute_dtype``. What can be said without
+knowing the merge methods is checked here, whether a recipe comes from a file or is built in Python;
+`mergekit_ray.config.load` adds the rest. Nothing here does I/O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -94,7 +94,8 @@ class DenseRecipe(RecipeModel):
         merge_method: name of the method.
         models, slices, modules: what is merged; exactly one is given.
         base_model: the model that task vectors are taken from; also the donor of config and tokenizer.
-        dtype: what inputs are rounded to before the merge and, without ``out_dtype``, what is stored; None for the inputs' own.
+        dtype: what inputs are rounded to before the merge and, without ``out_dtype``, what is stored; None for the
+            inputs' own.
         out_dtype: what is stored.
         parameters: of the method, for everything that no closer level sets.
         tokenizer_source, tokenizer: where the vocabulary comes from; at most one is given.
@@ -108,7 +109,7 @@ class DenseRecipe(RecipeModel):
     merge_method: Name
     models: Annotated[tuple[InputModel, ...], Field(min_length=1)] | None = None
     slices: Annotated[tuple[SliceRecipe, ...], Field(min_length=1)] | None = None
-    modules: Annotated[Mapping[str, ModuleRecipe], Field(min_length=1)] | None = None
+    modules: Annotated[dict[str, ModuleRecipe], Field(min_length=1)] | None = None
     base_model: ModelReference | None = None
     dtype: FloatDType | None = None
     out_dtype: FloatDType | None = None
@@ -117,7 +118,7 @@ class DenseRecipe(RecipeModel):
     tokenizer: TokenizerOptions | None = None
     chat_template: str | None = None
     name: Name | None = None
-    output: Output = OutputOptions()
+    output: Output = Field(default_factory=OutputOptions)
     seed: Seed = 0
     compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
 
@@ -139,7 +140,7 @@ class DenseRecipe(RecipeModel):
         return self
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
+        """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
         return self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
 
     def model_references(self) -> tuple[ModelReference, ...]:
@@ -156,7 +157,7 @@ class DenseRecipe(RecipeModel):
 
     @property
     def donor(self) -> ModelReference:
-        """The model whose config, tokenizer and side files the output gets: ``base_model``, or the first model listed."""
+        """Whose config, tokenizer and side files the output gets: ``base_model``, or the first model listed."""
         if self.base_model is not None:
             return self.base_model
         for _, _, group in groups(self):
@@ -165,10 +166,11 @@ class DenseRecipe(RecipeModel):
         raise ValueError("a recipe without models has no donor")
 
 
-def groups(
-    recipe: DenseRecipe,
-) -> Iterator[tuple[YamlPath, tuple[str | None, Level], tuple[InputModel, ...] | tuple[SliceRecipe, ...]]]:
-    """Each list of models or slices: its path, the module's name and parameters (None and {} if there is none), the list."""
+Group: TypeAlias = tuple[YamlPath, tuple[str | None, Level], tuple[InputModel | SliceRecipe, ...]]
+
+
+def groups(recipe: DenseRecipe) -> Iterator[Group]:
+    """Each list of models or slices: its path, its module's name and parameters (None and {} without one), the list."""
     bodies: list[tuple[YamlPath, tuple[str | None, Level], DenseRecipe | ModuleRecipe]] = [((), (None, {}), recipe)]
     for name, module in (recipe.modules or {}).items():
         bodies.append((("modules", name), (name, module.parameters), module))

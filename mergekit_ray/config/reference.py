@@ -7,9 +7,9 @@ r"""How a recipe names a model: ``path-or-repo[@revision][+lora]``.
     s3://bucket/prefix                 a prefix of a bucket
     hf://org/model                     a repository, said explicitly
 
-Folders written as ``/…``, ``./…``, ``../…``, ``~…`` and every URI but ``hf://`` have no revisions, so an ``@`` in them is an
-ordinary character. Where a path holds a ``+`` (or a repository an ``@``), write ``\+`` (``\@``), or the mapping form
-``{path: …, revision: …, lora: …}``.
+Folders written as ``/…``, ``./…``, ``../…``, ``~…`` and every URI but ``hf://`` have no revisions, so an ``@`` in
+them is an ordinary character. Where a path holds a ``+`` (or a repository an ``@``), write ``\+`` (``\@``) or the
+mapping form ``{path: …, revision: …, lora: …}``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from mergekit_ray.config.findings import found
 from mergekit_ray.core.spelling import nearest
 
 IGNORED_KEYS = frozenset({"override_architecture"})
@@ -63,9 +64,8 @@ class ModelReference:
             if _CONTROL.search(text):
                 raise ValueError(f"a model's {part} holds a control character: {text[:60]!r}")
         stripped = self.path.strip()
-        if re.search(r"[^/:]/+$", stripped):
-            stripped = stripped.rstrip("/")
-        object.__setattr__(self, "path", stripped)
+        slashed = re.fullmatch(r"(.*[^/:\s])[/\s]*", stripped)  # not the slashes of `/` and `s3://`
+        object.__setattr__(self, "path", slashed[1] if slashed else stripped)
         if self.revision is not None:
             if _UNREVISIONED.match(self.path):
                 raise ValueError(f"{self.path!r} is not on the Hub, so it has no revision {self.revision!r}")
@@ -100,7 +100,7 @@ class ModelReference:
         if isinstance(value, str):
             return cls.parse(value)
         if not isinstance(value, Mapping):
-            raise ValueError(f"expected a model such as org/name, a folder or s3://bucket/prefix, found {_kind(value)}")
+            raise ValueError(f"expected a model such as org/name, a folder or s3://bucket/prefix, found {found(value)}")
         for key in value:
             if key not in _KEYS and key not in IGNORED_KEYS:
                 raise ValueError(
@@ -133,16 +133,11 @@ class ModelReference:
         )
 
 
-def _kind(value: object) -> str:
-    """What an unusable value is, in a word."""
-    if value is None:
-        return "nothing"
-    return "a list" if isinstance(value, list | tuple) else repr(value)[:60]
-
-
 def _split(text: str, separator: str, limit: int = -1) -> list[str]:
     """Split at unescaped separators, leaving escapes in place."""
-    parts, current, position = [], [], 0
+    parts: list[str] = []
+    current: list[str] = []
+    position = 0
     while position < len(text):
         char = text[position]
         if char == "\\" and position + 1 < len(text) and text[position + 1] in "\\+@":

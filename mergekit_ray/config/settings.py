@@ -1,11 +1,11 @@
 """Settings: one parameter of a recipe before it is known for which tensor.
 
 A setting is a scalar, a gradient (a list of numbers, interpolated over the layers of its slice), or a list of
-``{filter, value}`` whose values are scalars or gradients. `parse_setting` reads any spelling once; `resolve` then finds the value
-at one output tensor in well under a microsecond per level, without pydantic.
+``{filter, value}`` whose values are scalars or gradients. `parse_setting` reads any spelling once; `resolve` then finds
+the value at one output tensor in about a microsecond, without pydantic.
 
-Precedence, first hit wins: the slice source's ``parameters``, the model's, the output slice's, the module's, the top level's. A
-level whose filters all miss falls through to the next. (mergekit, README "Parameter Specification".)
+Precedence, first hit wins: the slice source's ``parameters``, the model's, the output slice's, the module's, the top
+level's. A level whose filters all miss falls through to the next. (mergekit, README "Parameter Specification".)
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
+from mergekit_ray.config.findings import found
 from mergekit_ray.config.yaml_source import YamlPath
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.errors import ConfigError
@@ -92,10 +94,10 @@ def parse_setting(raw: object) -> tuple[Setting, list[Issue]]:
         problems: list[Issue] = []
         for index, item in enumerate(raw):
             if not isinstance(item, Mapping):
-                problems.append(((index,), f"expected {{filter, value}} like its neighbours, found {item!r:.60}", ""))
+                problems.append(((index,), f"expected {{filter, value}} like its neighbours, found {found(item)}", ""))
                 continue
-            case, found = _parse_case(item, (index,))
-            problems += found
+            case, wrong = _parse_case(item, (index,))
+            problems += wrong
             if case is not None:
                 cases.append(case)
         return (None if problems else Conditional(tuple(cases))), problems
@@ -106,12 +108,12 @@ def _parse_case(raw: Mapping[Any, Any], path: YamlPath) -> tuple[Case | None, li
     issues: list[Issue] = []
     for key in raw:
         if key not in _CASE_KEYS:
-            what = f"unknown key {key!r:.60}{nearest(str(key), _CASE_KEYS)}"
+            what = f"unknown key {found(key)}{nearest(str(key), _CASE_KEYS)}"
             issues.append(((*path, str(key)), what, "a conditional value has `filter` and `value`"))
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
         hint = "a filter is part of a tensor's name, such as self_attn or mlp; quote it"
-        issues.append(((*path, "filter"), f"expected text, found {pattern!r:.60}", hint))
+        issues.append(((*path, "filter"), f"expected text, found {found(pattern)}", hint))
     value: Scalar | Gradient = None
     if raw.get("value") is None:
         if not issues:
@@ -119,8 +121,8 @@ def _parse_case(raw: Mapping[Any, Any], path: YamlPath) -> tuple[Case | None, li
     elif isinstance(raw["value"], list | tuple) and any(isinstance(item, Mapping) for item in raw["value"]):
         issues.append(((*path, "value"), "conditions inside a condition", "list all {filter, value} side by side"))
     else:
-        value, found = _parse_value(raw["value"], (*path, "value"))
-        issues += found
+        value, wrong = _parse_value(raw["value"], (*path, "value"))
+        issues += wrong
     if issues:
         return None, issues
     return Case(None if pattern is None or pattern == "*" else str(pattern), value), []
@@ -150,7 +152,7 @@ def _parse_value(raw: object, path: YamlPath) -> tuple[Scalar | Gradient, list[I
         number = _boolean_word(value) if isinstance(value, str) else value
         if isinstance(number, str) or number is None:
             hint = "a list is interpolated over the layers; use {filter, value} to choose between words"
-            issues.append(((*path, index), f"expected a number, found {value!r:.60}", hint))
+            issues.append(((*path, index), f"expected a number, found {found(value)}", hint))
         else:
             numbers.append(float(number))
     return (None, issues) if issues else (tuple(numbers), [])
@@ -171,11 +173,11 @@ def _parse_scalar(raw: object) -> tuple[Scalar, str]:
         return (raw, "") if abs(raw) < 1 << 1023 else (None, "expected a number, found one that is too large")
     if isinstance(raw, float):
         return _finite(raw, raw)
-    return None, f"expected a number, a list or {{filter, value}}, found {raw!r:.60}"
+    return None, f"expected a number, a list or {{filter, value}}, found {found(raw)}"
 
 
 def _finite(number: float, raw: object) -> tuple[Scalar, str]:
-    return (number, "") if math.isfinite(number) else (None, f"expected a finite number, found {raw!r:.60}")
+    return (number, "") if math.isfinite(number) else (None, f"expected a finite number, found {found(raw)}")
 
 
 def _boolean_word(word: str) -> bool | str:
@@ -221,12 +223,11 @@ def resolve(levels: Sequence[Level | None], name: str, tensor_name: str, t: floa
         The value, or MISSING if no level has one for this tensor.
     """
     for level in levels:
-        value = level.get(name) if level else None
-        if type(value) is Conditional:
-            value = value.match(tensor_name)
+        setting = level.get(name) if level else None
+        value = setting.match(tensor_name) if isinstance(setting, Conditional) else setting
         if value is None or value is MISSING:
             continue
-        return interpolate(value, t) if type(value) is tuple else value  # type: ignore[return-value]
+        return interpolate(value, t) if isinstance(value, tuple) else value
     return MISSING
 
 
@@ -291,7 +292,8 @@ def _field_name(declared: type[Parameters], name: str) -> str:
 class Resolver:
     """All parameters of one model (or the global ones) of a method, ready to be asked for many tensors.
 
-    Values are brought to their declared types and levels searched once here; `at` only matches filters and interpolates.
+    Values are brought to their declared types and levels searched once here; `at` only matches filters and
+    interpolates.
 
     Args:
         declared: the method's ``model_parameters`` or ``global_parameters``.
@@ -310,9 +312,9 @@ class Resolver:
         for key, info in declared.model_fields.items():
             name = str(info.alias or key)
             self._defaults[name] = MISSING if info.is_required() else info.get_default(call_default_factory=True)
-            found = [level[name] for level in levels if level and level.get(name) is not None]
+            given = [level[name] for level in levels if level and level.get(name) is not None]
             try:
-                settings = [_coerce_setting(declared, name, setting) for setting in found]
+                settings = [_coerce_setting(declared, name, setting) for setting in given]
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}", where=owner or None) from None
             if settings and not isinstance(settings[0], Conditional | tuple):
@@ -323,7 +325,7 @@ class Resolver:
                 self._varying[name] = settings
 
     def at(self, tensor_name: str, t: float) -> dict[str, Scalar]:
-        """Keyword arguments of the method's parameters at one output tensor, defaults included, by their YAML names.
+        """The method's parameters at one output tensor, defaults included, by their YAML names.
 
         Args:
             tensor_name: full name of the output tensor.
@@ -366,10 +368,19 @@ def _coerce_value(declared: type[Parameters], name: str, value: Scalar | Gradien
         return coerce(declared, name, value)
     for number in value:
         coerce(declared, name, number)
-    for between in (a + (b - a) * 0.381966 for a, b in zip(value, value[1:], strict=False) if a != b):
-        # A field that takes 0 and 1 but nothing between them (yes or no, a whole number) cannot vary gradually.
-        try:
-            coerce(declared, name, between)
-        except ValueError as error:
-            raise ValueError(f"it cannot vary gradually over the layers ({error})") from None
+    check_gradient(declared, name, value)
     return value
+
+
+def check_gradient(declared: type[Parameters], name: str, gradient: Gradient) -> None:
+    """Check that a parameter takes what lies between a gradient's values, as yes-or-no and whole numbers do not.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for start, end in pairwise(gradient):
+        try:
+            coerce(declared, name, start + (end - start) * 0.381966 if start != end else start)
+        except ValueError:
+            what = f"cannot vary gradually over the layers: there is nothing between {start:g} and {end:g}"
+            raise ValueError(what) from None

@@ -117,5 +117,5 @@ class TokenizerOptions(RecipeModel):
     """
 
     source: TokenizerSource = "union"
-    tokens: Mapping[str, TokenEmbedding] | None = None
+    tokens: dict[str, TokenEmbedding] | None = None
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None

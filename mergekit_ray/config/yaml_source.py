@@ -1,8 +1,9 @@
 """YAML text -> plain data, and the line every part of it stands on.
 
-Reads parser events itself instead of composing nodes: so depth, size and alias expansion are bounded, duplicate keys are seen,
-and every value keeps its place. Plain scalars mean what YAML 1.1 says (mergekit reads recipes that way), except for numbers:
-``1e-3`` and ``.5e1`` are numbers, while ``010`` and ``1:30`` stay text instead of octal 8 and sexagesimal 90.
+Reads parser events itself instead of composing nodes: so depth, size and alias expansion are bounded, duplicate keys
+are seen, and every value keeps its place. Plain scalars mean what YAML 1.1 says (mergekit reads recipes that way),
+except for numbers: ``1e-3`` and ``.5e1`` are numbers, while ``010`` and ``1:30`` stay text instead of octal 8 and
+sexagesimal 90.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Document:
     Attributes:
         data: dicts with string keys, lists, and scalars.
         file: the file as the user named it, ``<text>``, or empty for data that never was text.
-        positions: (line, column), both from 1, of each key and list item, by its path. Values reached through an alias or a
-            merge key stand where they are written.
+        positions: (line, column), both from 1, of each key and list item, by its path. Values reached through an alias
+            or a merge key stand where they are written.
         problems: what is wrong with the text itself but does not keep it from being read (duplicate keys).
     """
 
@@ -188,17 +189,18 @@ class _Builder:
         return self._root
 
     def _take(self, event: yaml.Event) -> None:
-        position = (event.start_mark.line + 1, event.start_mark.column + 1)
+        mark = event.start_mark
+        position = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
         if isinstance(event, yaml.DocumentStartEvent):
             self._num_documents += 1
             if self._num_documents > 1:
                 raise _Unreadable(
                     position[0],
                     "a second YAML document begins here; recipes of several stages are not supported yet",
-                    "write each stage to a file of its own, with its own `output`, and name that path in the next stage",
+                    "write each stage to a file of its own, with an `output`, and name that path in the next stage",
                 )
         elif isinstance(event, yaml.AliasEvent):
-            self._add(self._alias(event.anchor, position[0]))
+            self._add(self._alias(event.anchor or "", position[0]))
         elif isinstance(event, yaml.ScalarEvent):
             plain = bool(event.implicit[0]) and event.tag is None
             self._enter(event.anchor, _Scalar(position, event.value, plain, _tag(event.tag, position[0], _SCALAR_TAGS)))
@@ -345,12 +347,12 @@ def _construct(node: _Scalar) -> Any:
     if node.tag == "str" or (node.tag is None and not node.plain):
         return node.text
     value = parse_plain(node.text)
-    wanted = {"int": int, "float": (int, float), "bool": bool, "null": type(None)}.get(node.tag or "")
-    if wanted is not None and not isinstance(value, wanted):
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "null": (type(None),)}
+    if node.tag is not None and not isinstance(value, kinds[node.tag]):
         raise _Unreadable(
             node.position[0], f"{node.text[:60]!r} is not what its tag !!{node.tag} says", "remove the tag"
         )
-    return float(value) if node.tag == "float" else value
+    return float(value) if node.tag == "float" and isinstance(value, int) else value
 
 
 def parse_plain(text: str) -> str | int | float | bool | None:

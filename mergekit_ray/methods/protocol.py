@@ -3,12 +3,12 @@
 A method sees tensors only: no YAML, no storage, no Ray. It subclasses one of three bases:
 
 - `ElementwiseMethod`: `combine` fills a run of output elements from the same run of the inputs.
-- `ReduceMethod`: first `statistics` over the whole tensor (in fixed blocks, so that the result does not depend on how the
-  tensor is later cut), then `combine`.
+- `ReduceMethod`: first `statistics` over the whole tensor (in fixed blocks, so that the result does not depend on how
+  the tensor is later cut), then `combine`.
 - `WholeMethod`: `combine_whole` gets everything at once.
 
-All tensors handed to a method are 1-D in `compute_dtype` for runs, or in the tensor's shape for whole ones; rounding to the
-output dtype is the evaluator's. torch is imported for annotations only, so that declarations can be read without it.
+All tensors handed to a method are 1-D in `compute_dtype` for runs, or in the tensor's shape for whole ones; rounding to
+the output dtype is the evaluator's. torch is imported for annotations only, so that declarations can be read without it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 BLOCK_ELEMENTS = 1 << 16
-"""Elements in a block of `Operands.map_blocks`. Fixed, whatever the chunk size: sums taken per block and added in block order
-are the same for every chunk size and number of threads."""
+"""Elements in a block of `Operands.map_blocks`. Fixed, whatever the chunk size: sums taken per block and added in block
+order are the same for every chunk size and number of threads."""
 
 
 class Scratch(Protocol):

@@ -111,7 +111,7 @@ def hash_words(key: str, start: int, out: torch.Tensor, scratch: torch.Tensor) -
         x = out[place : place + length].view(shape)
         shifted = scratch[place : place + length].view(shape)
         addend_1, addend_2 = _block_words(digest, block, rows, out.device)
-        torch.add(table[first : first + shape[1]], addend_1, out=x)
+        torch.add(table[None, first : first + shape[1]], addend_1, out=x)
         _fold_(x, shifted, _SHIFT_1)
         x.mul_(_MULTIPLIER_1).add_(addend_2)
         _fold_(x, shifted, _SHIFT_2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
+from mergekit_ray.runtime.destination import inspect
+from mergekit_ray.runtime.reporting import Reporter, SilentReporter
 from mergekit_ray.storage.opening import open_sink, open_source
 
 RecipeLike = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]
@@ -104,7 +107,7 @@ def merge(
     *,
     seed: int | None = None,
     options: MergeOptions | None = None,
-    reporter: Any = None,
+    reporter: Reporter | None = None,
     stop: threading.Event | None = None,
 ) -> MergeResult:
     """Merge models as a recipe says and publish the result.
@@ -114,7 +117,7 @@ def merge(
         output: folder or URI; None for the recipe's own ``output``.
         seed: of all randomness; overrides the recipe's.
         options: how to run it.
-        reporter: told what happens (`runtime.driver.Reporter`); None for silence.
+        reporter: told what happens (`runtime.reporting.Reporter`); None for silence.
         stop: set it from another thread to stop the merge; running it again resumes.
 
     Returns:
@@ -150,17 +153,25 @@ def run_plan(
     output: str,
     options: MergeOptions,
     *,
-    reporter: Any = None,
+    reporter: Reporter | None = None,
     stop: threading.Event | None = None,
 ) -> MergeResult:
     """Carry a plan out: write its shards, check them, publish. See `merge`."""
     memory_bytes = options.memory_bytes or comfortable_memory(planned)
     check_memory(planned, memory_bytes)
-    # torch and the rest of the machinery are only paid for once there is something to run.
-    from mergekit_ray.runtime.run import carry_out  # noqa: PLC0415
+    began = time.perf_counter()
+    tell = reporter or SilentReporter()
+    destination = inspect(open_sink(output), planned, overwrite=options.overwrite)
+    uri = destination.sink.uri
+    if destination.published:
+        tell.event("already_done", f"{uri} already holds the result of this plan", uri=uri)
+    else:
+        # torch and the rest of the machinery are only paid for once there is something to run.
+        from mergekit_ray.runtime.run import carry_out  # noqa: PLC0415
 
-    sink = open_sink(output)
-    return carry_out(planned, sink, replace(options, memory_bytes=memory_bytes), reporter, stop or threading.Event())
+        carry_out(planned, destination, replace(options, memory_bytes=memory_bytes), tell, stop or threading.Event())
+        tell.event("published", f"{uri} is complete", uri=uri, seconds=round(time.perf_counter() - began, 3))
+    return MergeResult(uri, planned, len(destination.done), time.perf_counter() - began)
 
 
 def available_cpus() -> int:

@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from mergekit_ray.core.errors import Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.plan import InputModel, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.runtime.reporting import Reporter
 from mergekit_ray.runtime.worker import Progress, WorkerOptions
 
 MAX_ATTEMPTS: Final = 3
@@ -99,18 +100,6 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Let the workers go."""
-        ...
-
-
-class Reporter(Protocol):
-    """Told what happens, to show it to a person or a log."""
-
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Something worth a line: ``planned``, ``resumed``, ``shard_done``, ``shard_retried``, ``worker_lost``, ..."""
-        ...
-
-    def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
-        """Called a few times a second while shards run."""
         ...
 
 

@@ -105,7 +105,7 @@ class RayExecutor:
         self._num_wanted = num_workers
         self._started_ray = False
         self._actors: list[_Actor] = []
-        self._job: Any = None
+        self._job: Job | None = None
         self._max_actors = 0
         self._rescaled = 0.0
         self._last_ready = time.monotonic()
@@ -122,7 +122,7 @@ class RayExecutor:
 
     def start(self, job: Job, num_shards: int) -> None:
         """Create the actors."""
-        self._job = ray.put(job)
+        self._job = job
         self._memory_bytes = job.options.memory_bytes
         self._max_actors = max(1, num_shards)
         self._scale()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -18,6 +18,28 @@ if TYPE_CHECKING:
     from mergekit_ray.runtime import worker  # only named here: a bar must not wait for torch
 
 _LINE_SECONDS: Final = 10.0
+
+
+class Reporter(Protocol):
+    """Told what happens, to show it to a person or a log."""
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Something worth a line: ``planned``, ``resumed``, ``shard_done``, ``shard_retried``, ``worker_lost``, ..."""
+        ...
+
+    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+        """Called a few times a second while shards run."""
+        ...
+
+
+class SilentReporter:
+    """Says nothing."""
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Ignored."""
+
+    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+        """Ignored."""
 
 
 class Meter:

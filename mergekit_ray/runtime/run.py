@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from typing import Any
 
 from mergekit_ray.core.plan import Plan
-from mergekit_ray.runtime.api import MergeOptions, MergeResult, local_threads
-from mergekit_ray.runtime.destination import inspect
-from mergekit_ray.runtime.driver import Executor, Job, Reporter, pending_shards, run_shards
+from mergekit_ray.planning.windows import comfortable_memory
+from mergekit_ray.runtime.api import MergeOptions, local_threads
+from mergekit_ray.runtime.destination import Destination
+from mergekit_ray.runtime.driver import Executor, Job, pending_shards, run_shards
 from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS
 from mergekit_ray.runtime.local import LocalExecutor, open_sources
 from mergekit_ray.runtime.publish import check_records, publish
-from mergekit_ray.runtime.worker import Progress, WorkerOptions, single_threaded_torch
-from mergekit_ray.storage.protocols import Sink
-
-
-class SilentReporter:
-    """Says nothing."""
-
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Ignored."""
-
-    def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
-        """Ignored."""
+from mergekit_ray.runtime.reporting import Reporter
+from mergekit_ray.runtime.worker import WorkerOptions, single_threaded_torch
 
 
 def carry_out(
-    plan: Plan, sink: Sink, options: MergeOptions, reporter: Reporter | None, stop: threading.Event
-) -> MergeResult:
+    plan: Plan, destination: Destination, options: MergeOptions, tell: Reporter, stop: threading.Event
+) -> None:
     """Write what is missing of the plan and publish it. See `runtime.api.merge` for the errors."""
-    began = time.perf_counter()
-    tell = reporter or SilentReporter()
-    destination = inspect(sink, plan, overwrite=options.overwrite)
-    if destination.published:
-        tell.event("already_done", f"{sink.uri} already holds the result of this plan", uri=sink.uri)
-        return MergeResult(sink.uri, plan, len(plan.shards), time.perf_counter() - began)
+    sink = destination.sink
     if destination.done:
         tell.event(
             "resumed",
@@ -55,7 +39,7 @@ def carry_out(
             output=sink.uri,
             record_folder=destination.record_folder,
             options=WorkerOptions(
-                memory_bytes=options.memory_bytes or 0,
+                memory_bytes=options.memory_bytes or comfortable_memory(plan),
                 num_threads=num_threads,
                 chunk_elements=options.chunk_elements or CHUNK_ELEMENTS,
                 allow_non_finite=options.allow_non_finite,
@@ -67,9 +51,6 @@ def carry_out(
     check_records(plan, destination, records)
     tell.event("publishing", f"publishing {sink.uri}", uri=sink.uri)
     publish(plan, destination, records, open_sources(plan.inputs))
-    seconds = time.perf_counter() - began
-    tell.event("published", f"{sink.uri} is complete", uri=sink.uri, seconds=round(seconds, 3))
-    return MergeResult(sink.uri, plan, len(destination.done), seconds)
 
 
 def _executor(options: MergeOptions) -> tuple[Executor, int]:

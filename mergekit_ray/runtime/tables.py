@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -14,13 +15,14 @@ from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, memory_needed
 
+_PIPED_WIDTH = 140
 _MAX_ROWS = 40
 _MAX_DROPPED = 8
 
 
 def print_plan(plan: Plan) -> None:
     """Inputs, shards with what they read, write and hold, and the sums."""
-    console = Console()
+    console = _console()
     inputs = Table(title="Inputs", title_justify="left")
     for column in ("model", "where", "files read"):
         inputs.add_column(column, overflow="fold")
@@ -29,7 +31,7 @@ def print_plan(plan: Plan) -> None:
     console.print(inputs)
 
     shards = Table(title="Shards", title_justify="left")
-    shards.add_column("file")
+    shards.add_column("file", no_wrap=True)
     for column in ("tensors", "parameters", "to read", "to write", "peak memory"):
         shards.add_column(column, justify="right")
     for shard in plan.shards[:_MAX_ROWS]:
@@ -47,7 +49,7 @@ def print_plan(plan: Plan) -> None:
         shards.add_row(f"... and {len(plan.shards) - _MAX_ROWS} more", "", "", "", "", "")
     shards.add_section()
     shards.add_row(
-        f"{len(plan.shards)} shards",
+        f"all {len(plan.shards)}",
         str(sum(len(shard.tensors) for shard in plan.shards)),
         f"{plan.num_parameters:,}",
         format_bytes(plan.read_bytes),
@@ -81,17 +83,18 @@ def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
 def print_methods() -> None:
     """One row per method."""
     table = Table()
-    for column in ("method", "base model", "models", "parameters", "what it does"):
-        table.add_column(column, overflow="fold")
+    table.add_column("method", no_wrap=True)
+    for column in ("base model", "models", "parameters", "what it does"):
+        table.add_column(column)
     for method in describe_methods():
         parameters = ", ".join(p["name"] for p in method["parameters"])
         table.add_row(method["name"], method["base"], method["models"], parameters, method["summary"])
-    Console().print(table)
+    _console().print(table)
 
 
 def print_method(name: str) -> None:
     """One method with its formula, source and parameters."""
-    console = Console()
+    console = _console()
     [method] = describe_methods(name)
     console.print(f"[bold]{method['name']}[/bold]  {method['summary']}\n", highlight=False)
     console.print(f"  result      {method['formula']}", highlight=False, markup=False)
@@ -110,6 +113,11 @@ def print_method(name: str) -> None:
         default = "required" if parameter["required"] else str(parameter["default"])
         table.add_row(parameter["name"], scope, default, parameter["description"])
     console.print(table)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for every column where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
 
 
 def _describe(method: type[MethodDeclaration]) -> dict[str, Any]:

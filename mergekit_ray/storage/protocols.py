@@ -1,6 +1,7 @@
-"""What a store can do. One class per URI scheme implements these; `mergekit_ray.storage.open_store` picks it.
+"""What a store can do. One class per URI scheme implements these; `open_source` and `open_sink` of `mergekit_ray.storage` pick it.
 
-Names are relative to the store's root (a folder, an S3 prefix, a cached snapshot) and use ``/``. Ranges are end exclusive.
+Names are relative to the store's root (a folder, an S3 prefix, a cached snapshot) and use ``/``. Ranges are end
+exclusive.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ class Source(Protocol):
         Ranges that lie close are fetched as one request; requests run concurrently; only what failed is retried.
 
         Args:
+            name: of the file.
+            ranges: ``(start, end)`` in bytes.
+            buffers: one for each range.
             version: if given, what `FileStat.version` was when the plan was made.
 
         Raises:
@@ -103,7 +107,7 @@ class Upload(Protocol):
         ...
 
     def abort(self) -> None:
-        """Leave nothing behind. Safe to call twice, and after a failed `commit`; does nothing after a successful one."""
+        """Leave nothing behind. Safe to call twice and after a failed `commit`; nothing happens after a successful one."""
         ...
 
 

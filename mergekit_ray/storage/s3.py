@@ -31,8 +31,8 @@ class S3Store:
     """A prefix of a bucket, read and written.
 
     Credentials, region and endpoint come from boto3's chain (environment, ``~/.aws``, roles). A file's version is its
-    ETag; reads are conditional on it. `put_if_absent` is a conditional write (``If-None-Match: *``); servers that ignore the
-    condition (MinIO's gateway mode, rclone) cannot promise a single winner.
+    ETag; reads are conditional on it. `put_if_absent` is a conditional write (``If-None-Match: *``); servers that
+    ignore the condition (MinIO's gateway mode, rclone) cannot promise a single winner.
 
     Uploads are signed with their SHA-256, which the server checks, so no further checksum is sent unless
     ``AWS_REQUEST_CHECKSUM_CALCULATION=when_supported`` asks for one (buckets with Object Lock need it).

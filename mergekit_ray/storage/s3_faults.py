@@ -78,13 +78,14 @@ def with_retries(policy: RetryPolicy, attempt: Callable[[int], T], *, doing: str
         StorageError: a fault that another try will not cure, or one that outlasted the policy.
     """
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - boto3 loads only when used
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
     number = 0
     while True:
         number += 1
         try:
             return attempt(number)
-        except (BotoCoreError, ClientError, OSError) as error:
+        except (BotoCoreError, ClientError, HTTPError, OSError) as error:
             if not is_transient(error) or number >= policy.max_attempts:
                 raise explain(error, doing=doing, where=where, num_attempts=number) from error
             time.sleep(policy.pause(number, error))
@@ -104,6 +105,7 @@ def code_of(error: Exception) -> str:
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed if sent again."""
     from botocore import exceptions  # noqa: PLC0415
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
     if isinstance(error, exceptions.ClientError):
         return status_of(error) in _TRANSIENT_STATUS or code_of(error) in _TRANSIENT_CODES
@@ -114,6 +116,7 @@ def is_transient(error: Exception) -> bool:
         exceptions.HTTPClientError,
         exceptions.IncompleteReadError,
         exceptions.ResponseStreamingError,
+        HTTPError,  # what botocore does not translate while a body is read
         ConnectionError,
         TimeoutError,
         ShortBodyError,

@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is None or fault(self):
             getattr(self, f"_{self.command.lower()}")()
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815 - the names http.server looks for
 
     def _get(self) -> None:
         content = self.owner.objects.get(self.key)

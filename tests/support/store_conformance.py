@@ -1,4 +1,4 @@
-"""What every store must do, whatever its scheme. A backend's tests subclass `StoreConformance` and say how one is made."""
+"""What every store must do, whatever its scheme: a backend's tests subclass `StoreConformance`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class StoreConformance:
     def test_ranges_in_any_order_with_gaps_overlaps_and_repeats(self, store: Sink, seed: int) -> None:
         stat = store_bytes(store, "a.bin", DATA)
         draw = random.Random(seed)
-        ranges = [tuple(sorted(draw.choices(range(len(DATA) + 1), k=2))) for _ in range(20)]
+        cuts = [sorted(draw.choices(range(len(DATA) + 1), k=2)) for _ in range(20)]
+        ranges = [(start, end) for start, end in cuts]
         ranges += [ranges[0], (5, 5), (0, 1), (1, 2), (len(DATA) - 1, len(DATA)), (len(DATA), len(DATA))]
         assert fetch(store, "a.bin", ranges, stat.version) == [DATA[start:end] for start, end in ranges]
 
@@ -204,7 +205,9 @@ class StoreConformance:
         assert won.count(True) == 1
         assert store.read("lease", max_bytes=20) == f"racer {won.index(True)}".encode()
 
-    @pytest.mark.parametrize("name", ["with space.txt", "ünïcödé/文件.json", "a+b=c&d%20#?.txt", "x/.hidden/y", "-dash"])
+    @pytest.mark.parametrize(
+        "name", ["with space.txt", "ünïcödé/文件.json", "a+b=c&d%20#?.txt", "x/.hidden/y", "-dash"]
+    )
     def test_names(self, store: Sink, name: str) -> None:
         stat = store.put(name, name.encode())
         assert store.list() == [stat]
@@ -231,7 +234,11 @@ class StoreConformance:
                 action()
 
     def test_the_list_is_sorted_and_complete(self, store: Sink) -> None:
-        names = ["b", "a/b", "a-b", "a", "é", "z/y/x", "B"] if not isinstance_local(store) else ["b", "a/b", "a-b", "é", "B"]
+        names = (
+            ["b", "a/b", "a-b", "a", "é", "z/y/x", "B"]
+            if not isinstance_local(store)
+            else ["b", "a/b", "a-b", "é", "B"]
+        )
         stats = {store.put(name, name.encode()) for name in names}
         assert store.list() == sorted(stats, key=lambda stat: stat.name)
 
@@ -251,7 +258,8 @@ class StoreConformance:
             name = f"own/{number}"
             store_bytes(store, name, DATA[number:])
             return (
-                fetch(store, "shared", [(number * 100, number * 1000)], stat.version)[0] == DATA[number * 100 : number * 1000]
+                fetch(store, "shared", [(number * 100, number * 1000)], stat.version)[0]
+                == DATA[number * 100 : number * 1000]
                 and store.read(name, max_bytes=len(DATA)) == DATA[number:]
             )
 

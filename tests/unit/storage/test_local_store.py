@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
-from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage import local as local_module
+from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage.local import LocalStore
 from mergekit_ray.storage.protocols import Sink
 from support.store_conformance import StoreConformance, fetch
@@ -26,7 +26,9 @@ class TestLocalStore(StoreConformance):
         stored = {file.name for file in store.list()}
         root = Path(store.uri)
         there = [str(path.relative_to(root)) for path in root.rglob("*")]
-        return [name for name in there if name not in stored and not any(file.startswith(f"{name}/") for file in stored)]
+        return [
+            name for name in there if name not in stored and not any(file.startswith(f"{name}/") for file in stored)
+        ]
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_a_file_changed_during_a_read_is_noticed(
         os.utime(tmp_path / "a", ns=(1, 1))
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(local_module.os, "preadv", change_then_read)
+    monkeypatch.setattr(os, "preadv", change_then_read)
     with pytest.raises(CheckpointError, match="changed"):
         fetch(store, "a", [(0, 4)])
 
@@ -72,7 +74,7 @@ def test_short_reads_of_the_system_are_continued(store: LocalStore, monkeypatch:
     data = bytes(range(256)) * 10
     store.put("a", data)
     preadv = os.preadv
-    monkeypatch.setattr(local_module.os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:7]], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:7]], at))
     ranges = [(0, 100), (100, 100), (100, 101), (101, 2000), (2100, 2560)]
     assert fetch(store, "a", ranges) == [data[start:end] for start, end in ranges]
 
@@ -89,7 +91,9 @@ def test_open_files_are_bounded(store: LocalStore, monkeypatch: pytest.MonkeyPat
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-def test_a_full_disk_is_told_with_what_is_needed(store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_with_what_is_needed(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def test_the_hub_cannot_be_written(hub: Path) -> None:
 @pytest.mark.parametrize("reference", ["{}/Lama-7b", "./Lama-7b", "Lama-7b", "{}/lama-7B/"])
 def test_a_misspelt_folder(hub: Path, tmp_path: Path, reference: str) -> None:
     (tmp_path / "Llama-7b").mkdir()
-    with pytest.raises(ModelError, match="did you mean .*Llama-7b"):
+    with pytest.raises(ModelError, match=r"did you mean .*Llama-7b"):
         open_source(reference.format(tmp_path))
 
 
@@ -102,7 +104,11 @@ def test_an_unknown_scheme_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("uri", "message"),
-    [("s3://", "no bucket"), ("s3:///prefix", "no bucket"), ("s3://key:secret@bucket/x", "holds a bucket and a prefix")],
+    [
+        ("s3://", "no bucket"),
+        ("s3:///prefix", "no bucket"),
+        ("s3://key:secret@bucket/x", "holds a bucket and a prefix"),
+    ],
 )
 def test_bad_s3_uris_quote_no_credential(uri: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -115,6 +121,15 @@ def test_an_s3_uri_has_no_revision() -> None:
         open_source("s3://bucket/prefix", "main")
     assert open_source("s3://bucket/a b/c/").uri == "s3://bucket/a b/c"
     assert open_source("s3://bucket").uri == "s3://bucket"
+
+
+def test_libraries_of_other_schemes_are_not_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from mergekit_ray.storage import open_source, open_sink; "
+        "open_source(sys.argv[1]); open_sink('s3://bucket/prefix'); print(*({'boto3', 'botocore', 'huggingface_hub', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
 
 
 def test_many_threads_may_open_at_once(tmp_path: Path) -> None:
