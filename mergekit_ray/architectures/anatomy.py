@@ -22,9 +22,9 @@ TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_con
 """Sub-configs that describe the language model inside a multimodal one."""
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|token_embedding|shared)\.weight$"
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|token_embedding|embeddings?|shared)\.weight$"
 )
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.(weight|bias)$")
 _BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|project_in|rotary_emb)(\.|$)")
 _BUFFER = re.compile(
     r"(^|\.)(rotary_emb|rotary_embs|rotary_pos_emb)\.(inv_freq|cos_cached|sin_cached)$"
@@ -96,12 +96,12 @@ class Anatomy:
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model: itself, or its ``text_config``."""
+    """The part of a config that describes the language model: itself, or its ``text_config``, however deep."""
     if not any(key in config for key in LAYER_COUNT_KEYS):
         for key in TEXT_CONFIG_KEYS:
             inner = config.get(key)
             if isinstance(inner, Mapping):
-                return inner
+                return language_config(inner)
     return config
 
 
@@ -146,7 +146,7 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
             outside += [f"{stack}.{i}.{rest}" for i in extra for rest in by_layer[i]]
             num_layers = expected
         missing = [i for i in range(num_layers) if i not in by_layer]
-        if missing and stack == main:
+        if missing and stack == main and expected is not None:
             raise CheckpointError(
                 f"layers {_ranges(missing)} of {stack!r} have no tensors; config.json says {expected} layers",
                 where=where,
@@ -156,21 +156,21 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
         layers[stack] = tuple(tuple(sorted(by_layer.get(i, ()))) for i in range(num_layers))
     outside.sort()
     embedding = _embedding(outside, specs)
-    head = next((n for n in outside if _HEAD.search(n) and n.endswith(".weight")), None)
+    heads = frozenset(n for n in outside if _is_head(n, specs, embedding))
+    head = next((n for n in sorted(heads) if n.endswith(".weight")), None)
     flag = config.get("tie_word_embeddings", language_config(config).get("tie_word_embeddings"))
     tied = embedding is not None and (bool(flag) if flag is not None else head is None)
     redundant = frozenset({head}) if tied and head is not None and flag else frozenset()
-    vocabulary = frozenset(n for n in outside if n == embedding or _HEAD.search(n))
     return Anatomy(
         stacks=stacks,
         main=main,
         layers=layers,
-        before=tuple(n for n in outside if _BEFORE.search(n) and not _HEAD.search(n)),
-        after=tuple(n for n in outside if _HEAD.search(n) or not _BEFORE.search(n)),
+        before=tuple(n for n in outside if _is_before(n, heads)),
+        after=tuple(n for n in outside if not _is_before(n, heads)),
         embedding=embedding,
         head=None if redundant else head,
         tied=tied,
-        vocabulary=vocabulary,
+        vocabulary=heads | _copies(outside, specs, embedding),
         redundant=redundant,
     )
 
@@ -178,7 +178,7 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
 def _main_stack(
     found: Mapping[str, Mapping[int, list[str]]], expected: int | None, specs: Mapping[str, TensorSpec]
 ) -> str | None:
-    """The stack the config counts: of those long enough, the one with the most parameters."""
+    """The stack the config counts: of those as long as it says, or else of all, the one with the most parameters."""
     if not found:
         return None
 
@@ -192,8 +192,36 @@ def _main_stack(
 
 
 def _embedding(outside: Iterable[str], specs: Mapping[str, TensorSpec]) -> str | None:
+    """The largest vocabulary's; of several copies the one that all stacks share, then the outermost."""
     candidates = [n for n in outside if _EMBEDDING.search(n) and len(specs[n].shape) == 2]
-    return max(candidates, key=lambda n: specs[n].shape[0]) if candidates else None
+    return max(
+        candidates,
+        key=lambda n: (specs[n].shape[0], n.endswith("shared.weight"), -n.count("."), n),
+        default=None,
+    )
+
+
+def _copies(outside: Iterable[str], specs: Mapping[str, TensorSpec], embedding: str | None) -> frozenset[str]:
+    """The embedding and its like: encoder-decoder models may store one for each side."""
+    if embedding is None:
+        return frozenset()
+    shape = specs[embedding].shape
+    return frozenset(n for n in outside if _EMBEDDING.search(n) and specs[n].shape == shape)
+
+
+def _is_head(name: str, specs: Mapping[str, TensorSpec], embedding: str | None) -> bool:
+    """Whether a tensor outside the layers is (part of) the output projection."""
+    found = _HEAD.search(name)
+    if found is None or place_of(name) is not None:
+        return False
+    # "output" is also what projectors of other modalities call their last layer.
+    is_plain = found[2].startswith("output")
+    return not is_plain or embedding is None or specs[name].shape[:1] == specs[embedding].shape[:1]
+
+
+def _is_before(name: str, heads: frozenset[str]) -> bool:
+    """Whether a tensor outside the layers is met before them. What stands beyond the configured layers comes after."""
+    return _BEFORE.search(name) is not None and name not in heads and place_of(name) is None
 
 
 def _ranges(numbers: list[int]) -> str:

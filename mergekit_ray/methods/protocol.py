@@ -8,7 +8,7 @@ A method sees tensors only: no YAML, no storage, no Ray. It subclasses one of th
 - `WholeMethod`: `combine_whole` gets everything at once.
 
 All tensors handed to a method are 1-D in `compute_dtype` for runs, or in the tensor's shape for whole ones; rounding to
-the output dtype is the evaluator's. torch is imported for annotations only, so that declarations can be read without it.
+the output dtype is the evaluator's. torch is imported for annotations only: declarations can be read without it.
 """
 
 from __future__ import annotations

@@ -6,13 +6,15 @@ published. They tell a rerun of the same plan what is done, and another plan tha
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mergekit_ray.core.errors import PlanError, StorageError
+from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.storage.protocols import FileStat, Sink
@@ -73,10 +75,13 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     manifest = _read_json(sink, MANIFEST_FILE) if MANIFEST_FILE in present else None
     ours = manifest is not None and manifest.get("plan_digest") == plan.digest
     if ours and manifest is not None and INDEX_FILE in present:
-        records = [ShardRecord.from_json(record) for record in manifest["shards"]]
-        if all(_is_whole(record, present) for record in records):
+        records = _parse_records(manifest.get("shards", ()))
+        if {record.file for record in records} >= {shard.file for shard in plan.shards} and all(
+            _is_whole(record, present) for record in records
+        ):
             return Destination(sink, folder, {record.file: record for record in records}, published=True)
-    records = _read_records(sink, (name for name in present if name.startswith(f"{folder}/")))
+    names = [name for shard in plan.shards if (name := f"{folder}/{shard.file}.json") in present]
+    records = _parse_records(_read_json(sink, name) for name in names)
     done = {record.file: record for record in records if _is_whole(record, present)}
     foreign = _foreign(present, plan, folder, resuming=ours or any(name.startswith(f"{folder}/") for name in present))
     if foreign:
@@ -116,21 +121,29 @@ def _is_whole(record: ShardRecord, present: Mapping[str, FileStat]) -> bool:
     return stat is not None and stat.num_bytes == record.num_bytes and record.version in ("", stat.version)
 
 
-def _read_records(sink: Sink, names: Iterable[str]) -> list[ShardRecord]:
-    return [ShardRecord.from_json(_read_json(sink, name)) for name in names]
+def _parse_records(found: Iterable[Mapping[str, Any] | None]) -> list[ShardRecord]:
+    """The records that can be read; a shard without a readable one is simply done again."""
+    records = []
+    for data in found:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            if data is not None:
+                records.append(ShardRecord.from_json(data))
+    return records
 
 
-def _read_json(sink: Sink, name: str) -> dict[str, Any]:
+def _read_json(sink: Sink, name: str) -> dict[str, Any] | None:
+    """The object in a file; None if it holds none, as one that is not ours may."""
     try:
         data = json.loads(sink.read(name, max_bytes=_MAX_RECORD_BYTES))
-    except ValueError as error:
-        raise StorageError(
-            f"not JSON: {error}", where=f"{sink.uri}/{name}", remedy="remove this file, or pass --overwrite"
-        ) from error
-    if not isinstance(data, dict):
-        raise StorageError("not a JSON object", where=f"{sink.uri}/{name}", remedy="remove this file")
-    return data
+    except (ValueError, CheckpointError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def _same_place(a: str, b: str) -> bool:
-    return a.rstrip("/") == b.rstrip("/")
+    return _resolved(a) == _resolved(b)
+
+
+def _resolved(uri: str) -> str:
+    """Folders by where they really are: an output that is a link to an input would overwrite it."""
+    return os.path.realpath(uri) if uri.startswith("/") else uri.rstrip("/")

@@ -159,7 +159,11 @@ class Worker:
             record = writer.finish()
         except BaseException:
             writer.abort()
+            # What was in use is not given back one by one; the memory goes when the last reference does.
+            self.buffers = BufferPool(self.options.memory_bytes - FIXED_BYTES)
             raise
+        # Tensors without elements have no windows, and were written with the header.
+        self.progress.num_tensors += sum(tensor.spec.num_elements == 0 for tensor in shard.tensors)
         self._sink.put(record_name(self._record_folder, shard), json.dumps(record.to_json()).encode())
         return record
 

@@ -1,4 +1,6 @@
-"""What a store can do. One class per URI scheme implements these; `open_source` and `open_sink` of `mergekit_ray.storage` pick it.
+"""What a store can do.
+
+One class per URI scheme implements these; `open_source` and `open_sink` of `mergekit_ray.storage` pick it.
 
 Names are relative to the store's root (a folder, an S3 prefix, a cached snapshot) and use ``/``. Ranges are end
 exclusive.
@@ -107,7 +109,7 @@ class Upload(Protocol):
         ...
 
     def abort(self) -> None:
-        """Leave nothing behind. Safe to call twice and after a failed `commit`; nothing happens after a successful one."""
+        """Leave nothing behind. Safe to call twice and after a failed `commit`; a committed file stays."""
         ...
 
 

@@ -209,7 +209,7 @@ WEIGHTS = st.floats(-2.0, 2.0).map(lambda w: round(w, 3))
 METHODS = ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_formula_for_any_finite_values(data: st.DataObject) -> None:
     method = data.draw(st.sampled_from(METHODS))
