@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_ray.config.fields import COLLECTING, RecipeModel
-from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, findings_of, without_echoes_inside
+from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, details_of, findings_of, without_echoes_inside
 from mergekit_ray.config.yaml_source import MAX_DEPTH, MAX_NODES, YamlPath
 from mergekit_ray.core.errors import ConfigError
 
@@ -63,9 +63,9 @@ def collect(root: type[RecipeModel], data: dict[str, Any], parameters: Collectio
         try:
             result.recipe = root.model_validate(working, context=COLLECTING)
         except ValidationError as error:
-            details = error.errors(include_url=False)
+            details = details_of(error)
             unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
-            new = findings_of(error, root, parameters)
+            new = findings_of(details, root, parameters)
             if lenient and unknown:
                 result.findings += [finding for finding in new if finding.is_unknown_key]
                 for path in unknown:

@@ -111,16 +111,23 @@ def unknown_key(path: YamlPath, accepted: Collection[str], parameters: Collectio
     return Finding(path, what, hint, is_unknown_key=True)
 
 
-def findings_of(error: ValidationError, root: type[BaseModel], parameters: Collection[str] = ()) -> list[Finding]:
+def details_of(error: ValidationError) -> list[ErrorDetails]:
+    """What pydantic raised, without its echo of a wrong item as "too few items" of the list around it."""
+    details = error.errors(include_url=False)
+    return [detail for detail in details if detail["type"] != "too_short" or not detail["input"]]
+
+
+def findings_of(
+    details: Sequence[ErrorDetails], root: type[BaseModel], parameters: Collection[str] = ()
+) -> list[Finding]:
     """Pydantic's errors in a recipe's own words.
 
     Args:
-        error: what pydantic raised.
+        details: from `details_of`.
         root: the model that was validated.
         parameters: names of the method's parameters.
     """
     findings: list[Finding] = []
-    details = error.errors(include_url=False)
     unknown = {d["loc"] for d in details if d["type"] == "extra_forbidden"}
     for detail in details:
         path = detail["loc"]

@@ -32,7 +32,7 @@ class MergekitRayError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         super().__init__(what)
@@ -122,10 +122,22 @@ class MergeError(MergekitRayError):
 
 
 class StorageError(MergekitRayError):
-    """A store, network or cluster that failed after retries. Running the same command again resumes."""
+    """A store, network or cluster that failed. Running the same command again resumes.
+
+    Args:
+        what: what failed, after which retries.
+        where: the URI or the cluster.
+        remedy: what the user can do about it.
+        retryable: whether it may pass by itself, so that the shard is tried again; not so for a refused password.
+    """
 
     exit_code = 4
-    retryable = True
+
+    def __init__(
+        self, what: str, *, where: str | None = None, remedy: str | None = None, retryable: bool = True
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.retryable = retryable
 
 
 class Interrupted(MergekitRayError):  # noqa: N818 - the word a user reads; it is a request, not a fault

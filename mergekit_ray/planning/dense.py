@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mergekit_ray.architectures.anatomy import Anatomy, is_buffer
+from mergekit_ray.architectures.anatomy import Anatomy, is_buffer, place_of
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.normal import NormalModule, NormalSlice
 from mergekit_ray.config.reference import ModelReference
@@ -143,13 +143,13 @@ class _DenseLowering:
         self._result = Lowering()
         self._problems: list[str] = []
         self._used: set[tuple[str, str]] = set()
-        self._reasons: dict[tuple[str, str], str] = {}
         self._cut_rows: dict[str, set[int]] = {}
+        self._prefixes: list[str | None] = []
 
     def run(self, modules: Sequence[NormalModule]) -> Lowering:
         named = [module for module in modules if module.name is not None]
-        for module in modules:
-            prefix = None if module.name is None else self._module_prefix(module.name)
+        self._prefixes = [None if module.name is None else self._module_prefix(module.name) for module in modules]
+        for module, prefix in zip(modules, self._prefixes, strict=True):
             self._module([self._cut(s) for s in module.slices], prefix)
         if named:
             self._check_all_covered()
@@ -179,13 +179,10 @@ class _DenseLowering:
         counts = {}
         for source, model in zip(recipe.inputs, sources, strict=True):
             first, last = source.layer_range or (0, model.anatomy.num_layers)
-            if last > model.anatomy.num_layers:
-                raise PlanError(
-                    f"layer_range [{first}, {last}] goes beyond the model's {model.anatomy.num_layers} layers",
-                    where=f"model {model.reference}",
-                    remedy=f"layer ranges are end exclusive: at most [0, {model.anatomy.num_layers}]",
-                )
+            self._check_range(model, (first, last))
             counts[str(model.reference)] = last - first
+        if base is not None and recipe.base_layer_range is not None:
+            self._check_range(base, recipe.base_layer_range)
         if is_all and base is not None:
             counts.setdefault(str(base.reference), base.anatomy.num_layers)
         if len(set(counts.values())) > 1:
@@ -208,6 +205,16 @@ class _DenseLowering:
             num_layers=next(iter(counts.values())),
             is_all=is_all,
         )
+
+    @staticmethod
+    def _check_range(model: Model, layer_range: tuple[int, int]) -> None:
+        first, last = layer_range
+        if last > model.anatomy.num_layers:
+            raise PlanError(
+                f"layer_range [{first}, {last}] goes beyond the model's {model.anatomy.num_layers} layers",
+                where=f"model {model.reference}",
+                remedy=f"layer ranges are end exclusive: at most [0, {model.anatomy.num_layers}]",
+            )
 
     @staticmethod
     def _base_first_layer(recipe: NormalSlice, base: Model | None) -> int:
@@ -249,7 +256,7 @@ class _DenseLowering:
         stack = anatomy.main
         if prefix is not None and (stack is None or not _below(stack, prefix)):
             stack = max((s for s in anatomy.stacks if _below(s, prefix)), key=lambda s: anatomy.stacks[s], default=None)
-        self._outside(first, self._names(first, "before", prefix), is_last=False)
+        self._outside(first, self._names(first, "before", prefix))
         layers: list[tuple[Model, int]] = []
         for cut in cuts:
             if stack is None:
@@ -259,12 +266,12 @@ class _DenseLowering:
                 donor_first = cut.base_first_layer if cut.base is not None else cut.first_layers[0]
                 self._layer(cut, stack, i, num_layers, len(layers))
                 layers.append((cut.donor, donor_first + i))
-        for other, count in anatomy.stacks.items():
+        for other, count in _deepest(first.models).items():
             if other != stack and (prefix is None or _below(other, prefix)):
                 whole = self._uncut(first)
                 for i in range(count):
                     self._layer(whole, other, i, count, i)
-        self._outside(last, self._names(last, "after", prefix), is_last=True, first=first)
+        self._outside(last, self._with_head(first, last, self._names(last, "after", prefix), prefix))
         if stack == self._donor.anatomy.main and not (len(cuts) == 1 and cuts[0].is_all):
             self._result.layers = layers
 
@@ -281,6 +288,8 @@ class _DenseLowering:
             for name in getattr(model.anatomy, side):
                 if name in model.anatomy.redundant:
                     continue
+                if not cut.is_all and place_of(name) is not None:
+                    continue  # layers beyond the stack proper have no place when it is cut anew
                 if prefix is None or _below(name, prefix):
                     names[name] = None
         return sorted(names)
@@ -317,26 +326,32 @@ class _DenseLowering:
             group += self._tensor(f"{stack}.{out_layer}.{rest}", operands, base, cut, t)
         self._add_group(group)
 
-    def _outside(self, cut: _Cut, names: list[str], *, is_last: bool, first: _Cut | None = None) -> None:
+    def _outside(self, cut: _Cut, names: list[str]) -> None:
         group = []
-        anatomy = cut.donor.anatomy
-        embedding = anatomy.embedding
-        if is_last and first is not None and embedding is not None and self._head_names(first, cut):
-            tied = self._is_tied(first, cut)
-            self._result.tied = tied
-            heads = self._head_names(first, cut)
-            if tied:
-                for model in {m.key: m for m in (*first.models, *cut.models)}.values():
-                    for name in model.anatomy.redundant:
-                        self._result.aliased[name] = embedding
-                        self._used.add((model.key, name))
-            elif heads[0] not in names:
-                names = sorted([*names, heads[0]])
         for name in names:
             operands = [self._outside_operand(model, name) for model in cut.sources]
             base = None if cut.base is None else self._outside_operand(cut.base, name)
             group += self._tensor(name, operands, base, cut, 0.0)
         self._add_group(group)
+
+    def _with_head(self, first: _Cut, last: _Cut, names: list[str], prefix: str | None) -> list[str]:
+        """Decide whether the output is tied, and add the head to ``names`` if it must be made of an embedding.
+
+        It is decided once, by the module that makes the embedding.
+        """
+        embedding = last.donor.anatomy.embedding
+        heads = self._head_names(first, last)
+        if embedding is None or not heads or not (prefix is None or _below(embedding, prefix)):
+            return names
+        self._result.tied = self._is_tied(first, last)
+        if self._result.tied:
+            for model in {m.key: m for m in (*first.models, *last.models)}.values():
+                for name in model.anatomy.redundant:
+                    self._result.aliased[name] = embedding
+                    self._used.add((model.key, name))
+            return names
+        elsewhere = any(p is not None and p != prefix and _below(heads[0], p) for p in self._prefixes)
+        return names if heads[0] in names or elsewhere else sorted([*names, heads[0]])
 
     @staticmethod
     def _head_names(first: _Cut, last: _Cut) -> list[str]:
@@ -371,19 +386,14 @@ class _DenseLowering:
         self, name: str, operands: list[_Operand], base: _Operand | None, cut: _Cut, t: float
     ) -> list[TensorSpec]:
         """Add one output tensor; returns its spec, or nothing if it is left out (and named)."""
+        if name in self._result.expressions:
+            raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
         everyone = [*operands, *([base] if base is not None else [])]
         absent = [o for o in everyone if o.name not in o.model.checkpoint.tensors]
         for operand in everyone:
             self._used.add((operand.model.key, operand.name))
         if is_buffer(name):
-            if absent:
-                for operand in everyone:
-                    if operand not in absent:
-                        self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
-                            "a constant that the model computes itself, and not all models store it"
-                        )
-                return []
-            return self._copy(name, base or operands[0])
+            return self._buffer(name, everyone, absent, base or operands[0])
         if absent:
             having = [o for o in everyone if o not in absent]
             self._problems.append(
@@ -431,6 +441,16 @@ class _DenseLowering:
             keys=tuple(keys),
             compute_dtype=compute,
         )
+
+    def _buffer(self, name: str, everyone: list[_Operand], absent: list[_Operand], donor: _Operand) -> list[TensorSpec]:
+        """A constant is copied from the donor, or left out if any model does without it."""
+        reason = f"a constant that the model computes itself: that of {donor.model.reference} is copied"
+        if absent:
+            reason = "a constant that the model computes itself, and not all models store it"
+        for operand in everyone:
+            if operand not in absent and (absent or operand.model is not donor.model):
+                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = reason
+        return [] if absent else self._copy(name, donor)
 
     def _copy(self, name: str, operand: _Operand) -> list[TensorSpec]:
         spec, location = operand.model.checkpoint.tensors[operand.name]
@@ -501,6 +521,15 @@ class _DenseLowering:
                         "a stored copy of the embedding" if name in model.anatomy.redundant else "no slice takes it"
                     )
                     self._result.dropped.setdefault(f"{model.reference}: {name}", reason)
+
+
+def _deepest(models: Sequence[Model]) -> dict[str, int]:
+    """All stacks of the models, each with the most layers that any of them has."""
+    deepest: dict[str, int] = {}
+    for model in models:
+        for stack, count in model.anatomy.stacks.items():
+            deepest[stack] = max(count, deepest.get(stack, 0))
+    return deepest
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -11,6 +11,9 @@ from mergekit_ray.core.dtypes import DType
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
+_BEYOND_KEYS = ("num_nextn_predict_layers",)
+"""Numbers of layers beyond the stack proper (multi-token prediction), which a stack that is cut anew does not keep."""
+
 _NOT_PER_LAYER = ("_id", "_ids", "architectures", "_token", "_factor", "_section")
 """Endings of keys whose lists are of something else, should they happen to be as long as there are layers."""
 
@@ -58,6 +61,9 @@ def output_config(
 
 def _set_layers(inner: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any], int]]) -> None:
     """Set the number of layers and cut every per-layer list the way the layers were cut."""
+    for key in _BEYOND_KEYS:
+        if key in inner:
+            inner[key] = 0
     old = next((inner[key] for key in LAYER_COUNT_KEYS if key in inner), None)
     for key in LAYER_COUNT_KEYS:
         if key in inner:

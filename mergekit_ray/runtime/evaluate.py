@@ -251,6 +251,7 @@ class Evaluation:
         pool: threads to compute on.
         chunk_elements: elements handled at a time; changes speed, never the result.
         allow_non_finite: let NaN and infinities pass.
+        references: the models as the recipe names them, by key, for messages.
 
     The constructor runs the methods' statistics, so the pieces must be complete then.
     """
@@ -263,7 +264,9 @@ class Evaluation:
         *,
         chunk_elements: int = CHUNK_ELEMENTS,
         allow_non_finite: bool = False,
+        references: Mapping[str, str] | None = None,
     ) -> None:
+        self._references = references or {}
         self._expression = expression
         self._pieces = pieces
         self._pool = pool
@@ -323,13 +326,19 @@ class Evaluation:
                 raise MergeError(
                     f"{float(piece.data[index])} in the input, first at flat index {piece.start + index} "
                     f"({len(bad)} such values read)",
-                    where=f"model {load.model}, tensor {load.spec.name!r}",
+                    where=f"model {self._references.get(load.model, load.model)}, tensor {load.spec.name!r}",
                     remedy="use an undamaged checkpoint, or pass --allow-non-finite to merge it as it is",
                 )
 
 
-def check_copy_finite(load: Load, data: torch.Tensor, start: int) -> None:
+def check_copy_finite(load: Load, data: torch.Tensor, start: int, reference: str | None = None) -> None:
     """Refuse NaN and infinities in a tensor that is copied.
+
+    Args:
+        load: what was read.
+        data: a window of it.
+        start: flat index of the window's first element.
+        reference: the model as the recipe names it, for messages.
 
     Raises:
         MergeError: naming the model, the tensor and the first index.
@@ -341,7 +350,7 @@ def check_copy_finite(load: Load, data: torch.Tensor, start: int) -> None:
             index = i + int(torch.nonzero(~torch.isfinite(data[i : i + CHUNK_ELEMENTS]))[0])
             raise MergeError(
                 f"{float(data[index])} in the input, first at flat index {start + index}",
-                where=f"model {load.model}, tensor {load.spec.name!r}",
+                where=f"model {reference or load.model}, tensor {load.spec.name!r}",
                 remedy="use an undamaged checkpoint, or pass --allow-non-finite to copy it as it is",
             )
 

@@ -56,7 +56,8 @@ class Meter:
         while len(self._samples) > 2 and now - self._samples[0][0] > _LINE_SECONDS:
             self._samples.pop(0)
         then, before = self._samples[0]
-        rate = (done - before) / (now - then) if now > then else 0.0
+        # Counters go back when a worker is lost with what it had done.
+        rate = max(0.0, (done - before) / (now - then)) if now > then else 0.0
         return rate, (max(0, self._total_bytes - done) / rate if rate > 0 else None)
 
 

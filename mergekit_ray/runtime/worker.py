@@ -273,7 +273,8 @@ class _ShardRun:
         }
         if is_copy(expression) and isinstance(expression, Load):
             if not self._options.allow_non_finite:
-                check_copy_finite(expression, pieces[expression], window.start)
+                reference = self._inputs[expression.model].reference
+                check_copy_finite(expression, pieces[expression], window.start, reference)
             data = held[expression][: window.write_bytes]
             return _Output(data, list(held.values()), window.memory_bytes, ends_tensor)
         evaluation = Evaluation(
@@ -282,6 +283,7 @@ class _ShardRun:
             self._pool,
             chunk_elements=self._options.chunk_elements,
             allow_non_finite=self._options.allow_non_finite,
+            references={key: model.reference for key, model in self._inputs.items()},
         )
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]

@@ -138,7 +138,8 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
         if remedy is None and is_transient(error):
             remedy = "the server is overloaded or failing: run again to resume"
         what = f"{doing} failed{after}: the server answered {status} ({named})"
-        return StorageError(what, where=where, remedy=remedy or "check the bucket and AWS_ENDPOINT_URL")
+        remedy = remedy or "check the bucket and AWS_ENDPOINT_URL"
+        return StorageError(what, where=where, remedy=remedy, retryable=is_transient(error))
     credentials = (
         exceptions.NoCredentialsError,
         exceptions.PartialCredentialsError,
@@ -148,16 +149,22 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
     )
     if isinstance(error, credentials):
         return StorageError(
-            f"{doing} failed: no usable credentials ({type(error).__name__})", where=where, remedy=_CREDENTIALS
+            f"{doing} failed: no usable credentials ({type(error).__name__})",
+            where=where,
+            remedy=_CREDENTIALS,
+            retryable=False,
         )
     if isinstance(error, exceptions.SSLError):
         remedy = "the server's certificate is not trusted: name its authority's file in AWS_CA_BUNDLE"
-        return StorageError(f"{doing} failed{after}: no secure connection", where=where, remedy=remedy)
+        return StorageError(f"{doing} failed{after}: no secure connection", where=where, remedy=remedy, retryable=False)
     if is_transient(error):
         remedy = "check the network and AWS_ENDPOINT_URL, and run again to resume"
         return StorageError(f"{doing} failed{after}: {type(error).__name__}", where=where, remedy=remedy)
     return StorageError(
-        f"{doing} failed: {type(error).__name__}: {error}", where=where, remedy="check the URI and the AWS settings"
+        f"{doing} failed: {type(error).__name__}: {error}",
+        where=where,
+        remedy="check the URI and the AWS settings",
+        retryable=False,
     )
 
 

@@ -248,7 +248,7 @@ class TestVocabulary:
         with pytest.raises(ModelError) as caught:
             mergekit_ray.merge(average(narrow, wide), tmp_path / "out")
         message = str(caught.value)
-        for part in ("model.norm.weight", str(narrow), str(wide), "[32]", "[48]"):
+        for part in (EMBEDDING, str(narrow), str(wide), "[128, 32]", "[128, 48]"):
             assert part in message
         assert not (tmp_path / "out").exists()
 

@@ -126,7 +126,8 @@ def test_an_s3_uri_has_no_revision() -> None:
 def test_libraries_of_other_schemes_are_not_loaded(tmp_path: Path) -> None:
     code = (
         "import sys; from mergekit_ray.storage import open_source, open_sink; "
-        "open_source(sys.argv[1]); open_sink('s3://bucket/prefix'); print(*({'boto3', 'botocore', 'huggingface_hub', 'torch'} & set(sys.modules)))"
+        "open_source(sys.argv[1]); open_sink('s3://bucket/prefix'); "
+        "print(*({'boto3', 'botocore', 'huggingface_hub', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == ""
