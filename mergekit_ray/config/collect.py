@@ -9,7 +9,7 @@ more.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,17 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_ray.config.fields import COLLECTING, RecipeModel
-from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, details_of, findings_of, without_echoes_inside
+from mergekit_ray.config.findings import (
+    SETTINGS_ERROR,
+    Finding,
+    accepted_keys,
+    details_of,
+    findings_of,
+    without_echoes_inside,
+)
 from mergekit_ray.config.yaml_source import MAX_DEPTH, MAX_NODES, YamlPath
 from mergekit_ray.core.errors import ConfigError
+from mergekit_ray.core.spelling import closest
 
 _MAX_ROUNDS = 12
 _STAND_INS: Mapping[str, Any] = {
@@ -73,6 +81,7 @@ def collect(root: type[RecipeModel], data: dict[str, Any], parameters: Collectio
                     delete_at(working, path)
                 continue
             result.findings += without_echoes_inside(new, result.damaged)
+            result.damaged += [path for path in map(_meant(root, working), unknown) if path is not None]
             repaired = [_repair(working, detail, result.damaged) for detail in details]
             if not all(repaired):
                 break
@@ -81,6 +90,16 @@ def collect(root: type[RecipeModel], data: dict[str, Any], parameters: Collectio
     if not (result.findings or result.recipe):  # held by construction: every round that repairs also finds
         raise ConfigError("the recipe cannot be validated", remedy="simplify it and report this as a bug")
     return result
+
+
+def _meant(root: type[RecipeModel], data: Any) -> Callable[[YamlPath], YamlPath | None]:
+    """For an unknown key, the key that was probably meant; None if there is none, or it is given as well."""
+
+    def meant(path: YamlPath) -> YamlPath | None:
+        near = closest(str(path[-1]), accepted_keys(root, path))
+        return None if near is None or near in _at(data, path[:-1]) else (*path[:-1], near)
+
+    return meant
 
 
 def _repair(data: Any, detail: ErrorDetails, damaged: list[YamlPath]) -> bool:

@@ -132,13 +132,13 @@ def findings_of(
     for detail in details:
         path = detail["loc"]
         if detail["type"] == "extra_forbidden":
-            findings.append(unknown_key(path, _accepted_keys(root, path), parameters))
+            findings.append(unknown_key(path, accepted_keys(root, path), parameters))
         elif detail["type"] == SETTINGS_ERROR:
             findings += [Finding((*path, *below), what, hint) for below, what, hint in detail["ctx"]["issues"]]
         elif detail["type"] == "missing":
             key = str(path[-1])
             siblings = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
-            if not any(closest(sibling, _accepted_keys(root, path)) == key for sibling in siblings):
+            if not any(closest(sibling, accepted_keys(root, path)) == key for sibling in siblings):
                 findings.append(Finding(path, f"{key!r} is missing", _MISSING_HINTS.get(key, "")))
         else:
             findings.append(Finding(path, *_wording(detail)))
@@ -171,7 +171,7 @@ def _wording(detail: ErrorDetails) -> tuple[str, str]:
     return what, hint
 
 
-def _accepted_keys(root: type[BaseModel], path: YamlPath) -> list[str]:
+def accepted_keys(root: type[BaseModel], path: YamlPath) -> list[str]:
     """Keys of the model that holds the last key of ``path``."""
     current: Any = root
     for part in path[:-1]:

@@ -161,12 +161,27 @@ def _among(blocks: Sequence[tuple[int, Patterns]], rank: int, low: int, num_elem
         ]
         remaining = wanted - len(collected)
         return Threshold(0, remaining, remaining == sum(zeros), zeros)
-    place = len(collected) - wanted
-    collected.partition(place)
-    pattern = collected[place]
+    pattern = _nth_largest(collected, wanted)
     equal = [int(np.count_nonzero(kept == pattern)) for _, kept in blocks]
     remaining = wanted - int(np.count_nonzero(collected > pattern))
-    return Threshold(int(pattern), remaining, remaining == sum(equal), equal)
+    return Threshold(pattern, remaining, remaining == sum(equal), equal)
+
+
+def _nth_largest(patterns: Patterns, rank: int) -> int:
+    """By counting, from the top bits down: many are equal, which comparison-based selection is slow at."""
+    import numpy as np  # noqa: PLC0415
+
+    while True:
+        lowest = int(patterns.min())
+        shift = max(0, (int(patterns.max()) - lowest).bit_length() - _DIGIT_BITS)
+        digits = (patterns - lowest) >> shift
+        at_least = np.cumsum(np.bincount(digits)[::-1])
+        place = int(np.searchsorted(at_least, rank))
+        digit = len(at_least) - 1 - place
+        if shift == 0:
+            return lowest + digit
+        rank -= int(at_least[place - 1]) if place else 0
+        patterns = patterns[digits == digit]
 
 
 def by_radix(operands: Operands, ranks: dict[int, int], values: Values) -> dict[int, Threshold]:

@@ -24,8 +24,8 @@ BATCH_BYTES = 64 << 20
 """Aim for the inputs and outputs of one batch."""
 
 FIXED_BYTES = 128 << 20
-"""Allowance of a worker beside its windows: scratch of the compute threads (a few MB each), parts being uploaded (80 MiB
-for shards up to 150 GB)."""
+"""Allowance of a worker beside its windows: scratch of the compute threads (a few MB each) and parts being uploaded
+(80 MiB for shards up to 150 GB)."""
 
 _WINDOW_ALIGNMENT = 1 << 16
 """Windows start at multiples of this many elements."""

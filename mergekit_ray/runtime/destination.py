@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -83,7 +83,8 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     names = [name for shard in plan.shards if (name := f"{folder}/{shard.file}.json") in present]
     records = _parse_records(_read_json(sink, name) for name in names)
     done = {record.file: record for record in records if _is_whole(record, present)}
-    foreign = _foreign(present, plan, folder, resuming=ours or any(name.startswith(f"{folder}/") for name in present))
+    resuming = ours or any(name.startswith(f"{folder}/") for name in present)
+    foreign = _foreign(present, plan, folder, _side_files(manifest), resuming=resuming)
     if foreign:
         if not overwrite:
             shown = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
@@ -92,13 +93,22 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
                 where=sink.uri,
                 remedy="choose another output, or pass --overwrite to replace it",
             )
-        index_first = sorted(foreign, key=lambda name: (not name.endswith(".index.json"), name))
-        sink.delete([name for name in index_first if name.endswith(".index.json")])
-        sink.delete(index_first)
+        # The index first, so that no reader sees half a model; the manifest last, which knows what else there is.
+        sink.delete([name for name in foreign if name.endswith(".index.json")])
+        sink.delete([name for name in foreign if name != MANIFEST_FILE])
+        sink.delete([MANIFEST_FILE])
     return Destination(sink, folder, done)
 
 
-def _foreign(present: Mapping[str, FileStat], plan: Plan, folder: str, *, resuming: bool) -> list[str]:
+def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:
+    """What a published model's manifest says was copied beside its weights."""
+    listed = (manifest or {}).get("side_files")
+    return frozenset(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else frozenset()
+
+
+def _foreign(
+    present: Mapping[str, FileStat], plan: Plan, folder: str, old_side_files: Collection[str], *, resuming: bool
+) -> list[str]:
     """Files that this plan did not write and that a model there would be confused with."""
     shards = {shard.file for shard in plan.shards}
     ours = shards | {INDEX_FILE, MANIFEST_FILE, CARD_FILE, "config.json"} | {s.file.name for s in plan.side_files}
@@ -111,7 +121,7 @@ def _foreign(present: Mapping[str, FileStat], plan: Plan, folder: str, *, resumi
             # Our own unfinished work: only weights of another model beside it are in the way.
             if _WEIGHT_FILE.fullmatch(name) and name not in ours:
                 found.append(name)
-        elif _CHECKPOINT_FILE.fullmatch(name) or name in ours:
+        elif _CHECKPOINT_FILE.fullmatch(name) or name in ours or name in old_side_files:
             found.append(name)
     return sorted(found)
 

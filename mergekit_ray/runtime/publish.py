@@ -78,6 +78,7 @@ def manifest(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, Any]:
         "num_parameters": plan.num_parameters,
         "dropped": dict(plan.dropped),
         "aliased": dict(plan.aliased),
+        "side_files": [side.file.name for side in plan.side_files],
         "shards": [_without_version(records[shard.file]) for shard in plan.shards],
     }
 

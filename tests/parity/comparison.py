@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 TABLE = Path(__file__).with_name("TOLERANCES.md")
-_ROW = re.compile(r"^\| `(\w+)` \| `(\w+)` → `(\w+)` \| ([\d.]+) \| ([\d.]+) %? ?\|", re.MULTILINE)
+_ROW = re.compile(
+    r"^\| `(\w+)` \| `(\w+)` → `(\w+)` \| ([\d.]+) \| ([\d.]+)(?: %)? \| ([\d.]+)(?: %)? \|", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,14 @@ class Tolerance:
     """How far apart two results of one method may be.
 
     Attributes:
-        units: largest difference of any element, in units as `difference_units` defines them.
-        percent: how many percent of a checkpoint's elements may differ at all.
+        units: how far apart elements may be, in units as `difference_units` defines them.
+        beyond_percent: how many percent of a checkpoint's elements may be further apart nevertheless.
+        differing_percent: how many percent of a checkpoint's elements may differ at all.
     """
 
     units: float
-    percent: float
+    beyond_percent: float
+    differing_percent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,12 @@ class Numbers:
 
     dtype: str
     out_dtype: str
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype that mergekit calculates in; ours is float32 always."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def yaml(self) -> str:
@@ -47,21 +57,23 @@ class Difference:
     """How far apart two checkpoints are.
 
     Attributes:
-        units: largest difference of any element in units as `difference_units` defines them.
-        percent: percentage of elements that differ at all.
-        tensor: where the largest difference is.
+        largest: largest difference of any element in units as `difference_units` defines them.
+        tensor: where it is.
+        beyond_percent: percentage of elements that differ by more than is tolerated.
+        differing_percent: percentage of elements that differ at all.
     """
 
-    units: float
-    percent: float
+    largest: float
     tensor: str
+    beyond_percent: float
+    differing_percent: float
 
 
 def read_tolerances() -> dict[tuple[str, Numbers], Tolerance]:
     """The published table: tolerance by method and dtypes."""
     return {
-        (method, Numbers(dtype, out_dtype)): Tolerance(float(units), float(percent))
-        for method, dtype, out_dtype, units, percent in _ROW.findall(TABLE.read_text())
+        (method, Numbers(dtype, out_dtype)): Tolerance(*map(float, figures))
+        for method, dtype, out_dtype, *figures in _ROW.findall(TABLE.read_text())
     }
 
 
@@ -80,27 +92,28 @@ def spacing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.full_like(x, info.eps), exponent)
 
 
-def difference_units(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+def difference_units(ours: torch.Tensor, theirs: torch.Tensor, arithmetic: torch.dtype) -> torch.Tensor:
     """Difference of each element, in units in the last place.
 
-    One unit is the spacing of the stored dtype at the element, but no less than the spacing of float32 at the tensor's
-    largest element: a sum that cancels to almost nothing carries the rounding of its terms, in whatever order.
+    One unit is the spacing of the stored dtype at the element, but not less than that of the arithmetic's dtype at the
+    tensor's largest element: a sum that cancels to almost nothing carries the rounding of its terms.
     """
     a, b = ours.double(), theirs.double()
-    largest = torch.maximum(a.abs().max(), b.abs().max())
-    unit = torch.maximum(
-        spacing(torch.maximum(a.abs(), b.abs()), ours.dtype), spacing(largest.reshape(1), torch.float32)
-    )
+    magnitude = torch.maximum(a.abs(), b.abs())
+    unit = torch.maximum(spacing(magnitude, ours.dtype), spacing(magnitude.max().reshape(1), arithmetic))
     return (a - b).abs() / unit
 
 
-def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Difference:
+def compare(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], arithmetic: torch.dtype, tolerated_units: float
+) -> Difference:
     """How far apart checkpoints with the same names, shapes and dtypes are."""
-    worst, worst_name, num_differing, num_elements = 0.0, "", 0, 0
+    largest, largest_name, num_beyond, num_differing, num_elements = 0.0, "", 0, 0, 0
     for name, expected in theirs.items():
-        units = difference_units(ours[name], expected)
+        units = difference_units(ours[name], expected, arithmetic)
+        num_beyond += int((units > tolerated_units).sum())
         num_differing += int((units > 0).sum())
         num_elements += units.numel()
-        if float(units.max()) > worst:
-            worst, worst_name = float(units.max()), name
-    return Difference(worst, 100.0 * num_differing / num_elements, worst_name)
+        if float(units.max()) > largest:
+            largest, largest_name = float(units.max()), name
+    return Difference(largest, largest_name, 100.0 * num_beyond / num_elements, 100.0 * num_differing / num_elements)

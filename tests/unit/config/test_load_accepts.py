@@ -110,7 +110,8 @@ def test_tokenizer_source_words_and_models(word: str, methods: Methods) -> None:
         HEAD + "parameters: {normalize: 1.0}\n",
         HEAD + "parameters: {normalize: yes}\n",
         HEAD + "parameters: {normalize: [true]}\n",
-        HEAD + "parameters: ~\nslices:\ndtype: null\nseed: ~\nname:\noutput: ~\ncompute_dtype: ~\ntokenizer_source: ~\n",
+        HEAD
+        + "parameters: ~\nslices:\ndtype: null\nseed: ~\nname:\noutput: ~\ncompute_dtype: ~\ntokenizer_source: ~\n",
         "merge_method: linear\nmodels:\n  - {model: a, parameters: ~}\nparameters: {weight: 1}\n",
         "merge_method: linear\nparameters: &x {weight: 1}\nmodels:\n  - {model: a, parameters: *x}\n",
         "merge_method: linear\nmodels:\n  - {model: a, parameters: {<<: &x {weight: 1}}}\nparameters: *x\n",
@@ -132,8 +133,10 @@ def test_untidy_spellings_of_one_recipe_plan_the_same(text: str, methods: Method
         "models: [{model: a}, {model: b, parameters: {t: 0.5}}]\n",
         "models: [{model: b}]\nparameters: {t: 0.5}\n",
         "models: [{model: a, parameters: {t: 0.5}}, {model: b, parameters: {t: 0.5}}]\n",
-        "slices:\n - sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]\n   parameters: {t: 0.5}\n",
-        "slices:\n - sources: [{model: a, layer_range: [0, 4], parameters: {t: 0.5}}, {model: b, layer_range: [0, 4]}]\n",
+        "slices:\n - sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]\n"
+        "   parameters: {t: 0.5}\n",
+        "slices:\n - sources:\n    - {model: a, layer_range: [0, 4], parameters: {t: 0.5}}\n"
+        "    - {model: b, layer_range: [0, 4]}\n",
         "modules: {text: {models: [{model: a}, {model: b}], parameters: {t: 0.5}}}\n",
     ],
 )
@@ -142,11 +145,13 @@ def test_t_may_stand_at_any_level(text: str, methods: Methods) -> None:
     (module,) = normalise(recipe, methods)
     (piece,) = module.slices
     assert [str(source.model) for source in piece.inputs] == ["b"]
-    assert [level["t"] for level in piece.levels if "t" in level][0] == 0.5
+    assert next(level["t"] for level in piece.levels if "t" in level) == 0.5
 
 
 def test_a_base_listed_twice_needs_no_weight(methods: Methods) -> None:
-    text = "merge_method: ties\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {weight: 1}}, {model: a%s}]\n"
+    text = (
+        "merge_method: ties\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {weight: 1}}, {model: a%s}]\n"
+    )
     for parameters in ("", ", parameters: {weight: 2}"):
         (module,) = normalise(load(text % parameters, methods), methods)
         assert [str(source.model) for source in module.slices[0].inputs] == ["b"]
@@ -163,7 +168,8 @@ def warnings_of(text: str, methods: Methods, **options: Any) -> list[tuple[str, 
     [
         (HEAD + "parameters: {int8_mask: true}\n", 4, "parameters.int8_mask", "no effect on linear"),
         (
-            "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 1]}]\n    residual_weight: 0.5\n",
+            "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 1]}]\n"
+            "    residual_weight: 0.5\n",
             4,
             "slices[0].residual_weight",
             "no effect",

@@ -81,13 +81,37 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
         (HEAD + "output: {max_shard_size: 2XB}\n", 4, "output.max_shard_size", "found '2XB'", ""),
         (HEAD + "output: 3.5.\nseed: x\n", 5, "seed", "expected a whole number, found 'x'", ""),
         (HEAD + "tokenizer_source: union\ntokenizer: {}\n", 4, "tokenizer_source", "beside `tokenizer`", "keep"),
-        (HEAD + "tokenizer: {source: unoin, pad_to_multiple_of: 0}\n", 4, "tokenizer.pad_to_multiple_of", "found 0", ""),
+        (
+            HEAD + "tokenizer: {source: unoin, pad_to_multiple_of: 0}\n",
+            4,
+            "tokenizer.pad_to_multiple_of",
+            "found 0",
+            "",
+        ),
         (HEAD + "base_model: a+b+c\n", 4, "base_model", "more than one LoRA", ""),
         (HEAD + "name: [x]\n", 4, "name", "expected text, found a list", ""),
         (HEAD + "parameters: 3\n", 4, "parameters", "expected a mapping", ""),
-        (HEAD.replace("linear", "lienar"), 1, "merge_method", "unknown merge method 'lienar'", "did you mean 'linear'?"),
-        (HEAD.replace("weight: 1", "weight: 1, lambda: 1"), 3, "models[0].parameters.lambda", "linear has no parameter", "remove it"),
-        (HEAD.replace("weight: 1", ""), 3, "models[0].parameters.weight", "needs 'weight' for each model; a has none", ""),
+        (
+            HEAD.replace("linear", "lienar"),
+            1,
+            "merge_method",
+            "unknown merge method 'lienar'",
+            "did you mean 'linear'?",
+        ),
+        (
+            HEAD.replace("weight: 1", "weight: 1, lambda: 1"),
+            3,
+            "models[0].parameters.lambda",
+            "linear has no parameter",
+            "remove it",
+        ),
+        (
+            HEAD.replace("weight: 1", ""),
+            3,
+            "models[0].parameters.weight",
+            "needs 'weight' for each model; a has none",
+            "",
+        ),
         (HEAD.replace("model: a", "modle: a"), 3, "models[0].modle", "unknown key 'modle'", "did you mean 'model'?"),
         (HEAD.replace("model: a,", ""), 3, "models[0].model", "'model' is missing", "org/name"),
         ("merge_method: linear\nmodels: []\n", 2, "models", "an empty list", ""),
@@ -111,7 +135,8 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "",
         ),
         (
-            SLERP + "slices:\n  - sources:\n    - {model: a, layer_range: [0, 8]}\n    - {model: b, layer_range: [0, 9]}\n",
+            SLERP
+            + "slices:\n  - sources:\n    - {model: a, layer_range: [0, 8]}\n    - {model: b, layer_range: [0, 9]}\n",
             7,
             "slices[0].sources[1].layer_range",
             "different numbers of layers: [0, 8] (8), [0, 9] (9)",
@@ -119,8 +144,20 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
         ),
         (SLERP + "models: [{model: b}, {model: c}]\n", 4, "models", "base_model a is neither of b and c", "make one"),
         (SLERP + "models: [{model: a}]\n", 4, "models", "takes exactly 1 model beside", ""),
-        ("merge_method: slerp\nmodels: [{model: b}]\nbase_model: a\n", 1, "parameters.t", "needs the parameter 't'", "t: 0.5"),
-        (SLERP.replace("base_model: a\n", "") + "models: [{model: b}]\n", 1, "base_model", "slerp needs a base model", "one of"),
+        (
+            "merge_method: slerp\nmodels: [{model: b}]\nbase_model: a\n",
+            1,
+            "parameters.t",
+            "needs the parameter 't'",
+            "t: 0.5",
+        ),
+        (
+            SLERP.replace("base_model: a\n", "") + "models: [{model: b}]\n",
+            1,
+            "base_model",
+            "slerp needs a base model",
+            "one of",
+        ),
         (
             "merge_method: slerp\nbase_model: a\nmodels:\n"
             "  - {model: a, parameters: {t: 0}}\n  - {model: b, parameters: {t: 1}}\n",
@@ -129,7 +166,13 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "models[0].parameters sets another",
             "set it once",
         ),
-        ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n", 2, "models", "exactly 1 model, found 2", "remove"),
+        (
+            "merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n",
+            2,
+            "models",
+            "exactly 1 model, found 2",
+            "remove",
+        ),
         (
             "merge_method: model_stock\nbase_model: a\nmodels: [{model: a}, {model: b}]\n",
             3,
@@ -200,7 +243,10 @@ def test_mappings_have_paths_but_no_lines(methods: Methods) -> None:
 
 
 def test_a_problem_behind_an_alias_stands_where_it_is_written(methods: Methods) -> None:
-    text = "merge_method: linear\nmodels:\n  - model: a\n    parameters: &p\n      wieght: 1\n  - {model: b, parameters: *p}\n"
+    text = (
+        "merge_method: linear\nmodels:\n  - model: a\n    parameters: &p\n      wieght: 1\n"
+        "  - {model: b, parameters: *p}\n"
+    )
     assert brief(problems(text, methods)) == [
         ("<text>:5", "models[0].parameters.wieght"),
         ("<text>:5", "models[1].parameters.wieght"),
@@ -216,7 +262,9 @@ def test_a_problem_behind_an_alias_stands_where_it_is_written(methods: Methods) 
         ("broken.yml", b"a: [", "not valid YAML"),
     ],
 )
-def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes | None, words: str, methods: Methods) -> None:
+def test_unreadable_files_are_named(
+    tmp_path: Path, name: str, content: bytes | None, words: str, methods: Methods
+) -> None:
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)

@@ -86,7 +86,15 @@ def test_precedence_is_the_order_of_levels_and_misses_fall_through() -> None:
 
 @pytest.mark.parametrize(
     ("raw", "expected"),
-    [("1e-3", 0.001), (True, True), ("true", "true"), ([0.5], 0.5), ([[0.5]][0], 0.5), (["1"], 1.0), ([True, 1.0], True)],
+    [
+        ("1e-3", 0.001),
+        (True, True),
+        ("true", "true"),
+        ([0.5], 0.5),
+        ([[0.5]][0], 0.5),
+        (["1"], 1.0),
+        ([True, 1.0], True),
+    ],
 )
 def test_untidy_scalars(raw: object, expected: object) -> None:
     assert at(raw) == expected

@@ -29,7 +29,9 @@ def test_sizes_count_in_thousands_unless_binary(text: object, num_bytes: int) ->
     assert parse_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1", "0", 0, -5, True, None, "1XB", "1iB", "5 GB/s", 1.5, float("nan"), "9" * 99])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1", "0", 0, -5, True, None, "1XB", "1iB", "5 GB/s", 1.5, float("nan"), "9" * 99]
+)
 def test_what_is_no_size_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match=r"size|bytes|byte"):
         parse_size(text)
@@ -82,9 +84,11 @@ def test_a_path_object_is_a_folder_not_a_repository() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    ["", " ", "org/a@", "a+b+c", "+x", None, 3, [], {}, {"model": "a", "path": "b"}, {"path": "a", "revison": "b"}]
-    + [{"path": 3}, {"path": "a", "revision": 7}, {"model": "a@b", "revision": "c"}, "a\nb", {"path": "/a", "revision": "r"}]
-    + [{"model": "a+b", "lora": "c"}],
+    [
+        *("", " ", "org/a@", "+x", "a+b+c", "a\nb", None, 3, [], {}),
+        *({"path": 3}, {"path": "a", "revision": 7}, {"path": "a", "revison": "b"}, {"path": "/a", "revision": "r"}),
+        *({"model": "a", "path": "b"}, {"model": "a@b", "revision": "c"}, {"model": "a+b", "lora": "c"}),
+    ],
 )
 def test_what_is_no_reference_is_refused(data: object) -> None:
     with pytest.raises(ValueError, match=r"."):
@@ -95,9 +99,7 @@ PART = st.text(st.sampled_from("ab/@+\\ .:~s3hf-é"), min_size=1, max_size=12)
 
 
 @given(PART, st.none() | PART, st.none() | st.tuples(PART, st.none() | PART))
-def test_references_survive_a_round_trip(
-    path: str, revision: str | None, lora: tuple[str, str | None] | None
-) -> None:
+def test_references_survive_a_round_trip(path: str, revision: str | None, lora: tuple[str, str | None] | None) -> None:
     try:
         reference = ModelReference(path, revision, ModelReference(*lora) if lora else None)
     except ValueError:

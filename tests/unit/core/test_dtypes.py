@@ -50,7 +50,7 @@ def test_sizes_and_names_are_those_of_torch(dtype: DType) -> None:
     assert dtype.is_floating == (theirs.is_floating_point and theirs.itemsize > 1)
 
 
-@pytest.mark.parametrize("pair", itertools.product(FLOATS, FLOATS))
+@pytest.mark.parametrize("pair", list(itertools.product(FLOATS, FLOATS)))
 def test_promotion_of_two_is_that_of_torch(pair: tuple[DType, DType]) -> None:
     theirs = torch.promote_types(*(getattr(torch, dtype.config_name) for dtype in pair))
     assert promote(pair).config_name == str(theirs).removeprefix("torch.")

@@ -37,7 +37,13 @@ def test_exit_codes_are_those_of_the_design() -> None:
         "Interrupted": 130,
         "InternalError": 1,
     }
-    assert [kind for kind in all_errors() if kind.retryable] == [StorageError]
+
+
+def test_only_a_failing_store_is_worth_another_try_and_only_if_it_says_so() -> None:
+    assert [kind for kind in all_errors() if kind("x").retryable] == [StorageError]
+    refused = StorageError("wrong password", retryable=False)
+    assert not refused.retryable
+    assert not pickle.loads(pickle.dumps(refused)).retryable
 
 
 @pytest.mark.parametrize("kind", all_errors())

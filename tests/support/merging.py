@@ -1,0 +1,127 @@
+"""Running merges from tests: recipes, a reporter that remembers, a merge in the background, the commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mergekit_ray
+from mergekit_ray.runtime.api import MergeOptions, MergeResult
+from mergekit_ray.runtime.worker import Progress
+
+COMMANDS = Path(sys.executable).parent
+"""Where ``merge`` and ``mergekit-ray`` are installed."""
+
+
+class Events:
+    """A reporter that remembers what it was told.
+
+    Args:
+        on_event: called with each kind of event.
+    """
+
+    def __init__(self, on_event: Callable[[str], None] = lambda kind: None) -> None:
+        self.all: list[tuple[str, dict[str, Any]]] = []
+        self._on_event = on_event
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """See `Reporter.event`."""
+        self.all.append((kind, {"message": message, **fields}))
+        self._on_event(kind)
+
+    def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
+        """See `Reporter.progress`."""
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The fields of all events of a kind."""
+        return [fields for each, fields in self.all if each == kind]
+
+
+class Background:
+    """A merge in a thread.
+
+    Args:
+        recipe, out, options: as `mergekit_ray.merge` takes them.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any], out: Path, options: MergeOptions) -> None:
+        self.events = Events()
+        self.stop = threading.Event()
+        self._outcome: list[MergeResult | BaseException] = []
+
+        def run() -> None:
+            try:
+                result = mergekit_ray.merge(recipe, out, options=options, reporter=self.events, stop=self.stop)
+            except BaseException as error:  # noqa: BLE001 - raised again by result()
+                self._outcome.append(error)
+            else:
+                self._outcome.append(result)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
+
+    def result(self, seconds: float = 120.0) -> MergeResult:
+        """Wait for the end of the merge; raises what it raised."""
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), f"the merge did not end within {seconds} s: {self.events.all[-5:]}"
+        [outcome] = self._outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0, every: float = 0.02) -> Any:
+    """What ``condition`` gives once it is true; fails the test if that takes too long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(every)
+    raise AssertionError(f"did not come true within {seconds} s")
+
+
+def command_environment(**changes: str) -> dict[str, str]:
+    """The environment of a user's shell: no Ray cluster, nothing said of colours or width."""
+    unwanted = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "FORCE_COLOR", "COLUMNS", "TERM")
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return {**kept, "HF_HUB_OFFLINE": "1", **changes}
+
+
+def run_command(
+    name: str, *args: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``merge`` or ``mergekit-ray`` as a user would."""
+    return subprocess.run(
+        [str(COMMANDS / name), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=dict(env) if env is not None else command_environment(),
+        timeout=120,
+        check=False,
+    )
+
+
+def recipe_of(method: str, base: Path, tuned: Sequence[Path], **more: Any) -> dict[str, Any]:
+    """A recipe of one of the methods that tests run everywhere."""
+    if method == "linear":
+        listed = [{"model": str(m), "parameters": {"weight": 0.5 + i}} for i, m in enumerate([base, *tuned])]
+        return {"merge_method": "linear", "models": listed, **more}
+    if method == "slerp":
+        listed = [{"model": str(base)}, {"model": str(tuned[0])}]
+        parameters = {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.3}]}
+        return {"merge_method": method, "base_model": str(base), "models": listed, "parameters": parameters, **more}
+    listed = [{"model": str(m), "parameters": {"weight": 0.5, "density": 0.5}} for m in tuned]
+    return {"merge_method": method, "base_model": str(base), "models": listed, **more}

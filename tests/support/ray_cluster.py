@@ -1,0 +1,95 @@
+"""A real Ray of several nodes on this machine, with its processes within reach."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from typing import Any, Self
+from unittest import mock
+
+import psutil
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A dead node is noticed within seconds.
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""For every process of a Ray in tests."""
+
+_OBJECT_STORE_BYTES = 80 << 20
+
+
+class RayCluster:
+    """A head without CPUs, and nodes to compute on; this process is connected to it as a driver.
+
+    Args:
+        num_nodes: to start with, of one CPU each.
+    """
+
+    def __init__(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+        self._environment = contextlib.ExitStack()
+        self._folder = ""
+        self._cluster: Any = None
+
+    def __enter__(self) -> Self:
+        import ray
+        from ray.cluster_utils import Cluster
+
+        self._environment.enter_context(mock.patch.dict(os.environ, ENVIRONMENT))
+        # Sockets lie in it, and their paths may have 107 characters.
+        self._folder = tempfile.mkdtemp(prefix="ray-")
+        head = {"num_cpus": 0, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": self._folder})
+        for _ in range(self._num_nodes):
+            self.add_node()
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="error")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        import ray
+
+        ray.shutdown()
+        self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._environment.close()
+
+    @property
+    def nodes(self) -> list[Any]:
+        """The nodes that compute."""
+        return sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
+
+    def add_node(self, num_cpus: int = 1) -> Any:
+        """A new node."""
+        return self._cluster.add_node(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES)
+
+    def remove_node(self, node: Any) -> None:
+        """Kill a node as a power cut would."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def workers(self, node: Any = None) -> list[psutil.Process]:
+        """The processes that run our actors, of one node or of all."""
+        found = []
+        for each in [node] if node is not None else self.nodes:
+            [raylet] = each.all_processes["raylet"]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += psutil.Process(raylet.process.pid).children(recursive=True)
+        return [process for process in found if _title(process).startswith("ray::RayWorker")]
+
+
+def freeze(process: psutil.Process) -> None:
+    """Stop a process in its tracks: whatever it is doing stays undone, and nobody is told."""
+    process.send_signal(signal.SIGSTOP)
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
