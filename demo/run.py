@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before transformers is imported: nothing here may ask the Hub for anything.
+# Before transformers is imported: nothing may ask the Hub for anything, nor drown the demo's lines in progress bars.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 from demo import smollm
 from support.s3_server import S3Server

@@ -17,10 +17,10 @@ from mergekit_ray.core.plan import OutputTensor, Plan, Shard
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
 
-WINDOW_BYTES = 48 << 20
+WINDOW_BYTES = 32 << 20
 """Aim for the inputs and output of one window of an elementwise tensor."""
 
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 32 << 20
 """Aim for the inputs and outputs of one batch."""
 
 FIXED_BYTES = 128 << 20
@@ -135,7 +135,7 @@ def memory_needed(plan: Plan) -> int:
 
 def comfortable_memory(plan: Plan) -> int:
     """A budget, in bytes, in which reading, computing and writing overlap."""
-    return max(768 << 20, memory_needed(plan) + 3 * BATCH_BYTES)
+    return memory_needed(plan) + 4 * BATCH_BYTES
 
 
 def check_memory(plan: Plan, memory_bytes: int) -> None:

@@ -170,8 +170,9 @@ def run_shards(
                 shard = waiting.pop()
                 running[shard.file] = shard
                 executor.submit(shard)
-            for outcome in executor.wait(_WAIT_SECONDS):
-                shard = running.pop(outcome.file)
+            # All that ended are taken off the list before one of them may end the merge: none is waited for then.
+            ended = [(running.pop(outcome.file), outcome) for outcome in executor.wait(_WAIT_SECONDS)]
+            for shard, outcome in ended:
                 if outcome.record is not None:
                     records[shard.file] = outcome.record
                     reporter.event(

@@ -96,7 +96,9 @@ def model_card(plan: Plan) -> str:
     Source: https://huggingface.co/docs/hub/model-cards.
     """
     models = [model.reference for model in plan.inputs.values()]
-    on_hub = [name.split("@")[0] for name in models if _is_hub_name(name)]
+    # By where they were found, not by how they look: "runs/merged" may be a folder.
+    uris = [model.uri for model in plan.inputs.values()]
+    on_hub = [uri.removeprefix("hf://").split("@")[0] for uri in uris if uri.startswith("hf://")]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergekit-ray", "merge"]}
     if on_hub:
         front = {"base_model": on_hub, **front}
@@ -111,11 +113,6 @@ def model_card(plan: Plan) -> str:
         f"versions of the inputs are in `{MANIFEST_FILE}`.\n\n"
         f"## Recipe\n\n```yaml\n{recipe}```\n"
     )
-
-
-def _is_hub_name(reference: str) -> bool:
-    name = reference.split("@", maxsplit=1)[0].split("+", maxsplit=1)[0]
-    return "://" not in name and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _json_bytes(data: Any) -> bytes:

@@ -7,6 +7,8 @@ Weights never pass through Ray: actors read from and write to the stores, only p
 from __future__ import annotations
 
 import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ MAX_CPUS_PER_WORKER: Final = 4
 """CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
 
 _SPREAD: Final[SchedulingStrategyT] = "SPREAD"
+_HOST_AND_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+):(?P<port>\d+)")
+_CONNECT_SECONDS: Final = 10.0
 _RESCALE_SECONDS: Final = 5.0
 _NO_WORKER_SECONDS: Final = 300.0
 
@@ -96,7 +100,8 @@ class RayExecutor:
     Args:
         address: of the cluster; None for ``RAY_ADDRESS``, the cluster of the running job, or else a new local one.
         num_workers: actors; None for as many as the cluster's CPUs allow, growing when nodes join.
-        cpus_per_worker: CPUs each actor reserves and computes on; None for at most `MAX_CPUS_PER_WORKER`.
+        cpus_per_worker: CPUs each actor reserves and computes on; None for at most `MAX_CPUS_PER_WORKER`, and no more
+            than its share where ``num_workers`` is given.
     """
 
     def __init__(
@@ -112,8 +117,10 @@ class RayExecutor:
         if not ray.is_initialized():
             _connect(address)
             self._started_ray = True
-        smallest = min((int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()), default=1)
-        self.cpus_per_worker = cpus_per_worker or max(1, min(MAX_CPUS_PER_WORKER, smallest))
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()] or [1]
+        # As many workers as were asked for must find room, so each may take its share at most.
+        share = min(cpus) if num_workers is None else sum(cpus) // num_workers
+        self.cpus_per_worker = cpus_per_worker or max(1, min(MAX_CPUS_PER_WORKER, share, *cpus))
 
     @property
     def num_workers(self) -> int:
@@ -247,6 +254,7 @@ class RayExecutor:
 
 def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_listening(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(
             address=address or ("auto" if in_ray_cluster() else None),
@@ -259,6 +267,25 @@ def _connect(address: str | None) -> None:
             f"cannot connect to Ray: {str(error).splitlines()[0]}",
             where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
             remedy="check the address, or use --executor local",
+        ) from error
+
+
+def _check_listening(address: str) -> None:
+    """See that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process without a word.
+
+    Raises:
+        StorageError: nobody does.
+    """
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise StorageError(
+            f"cannot connect to Ray: {error}",
+            where=address,
+            remedy="check the address and that the cluster is up, or use --executor local",
         ) from error
 
 

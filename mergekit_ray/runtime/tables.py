@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mergekit_ray.core.declaration import MethodDeclaration
@@ -27,7 +28,7 @@ def print_plan(plan: Plan) -> None:
     for column in ("model", "where", "files read"):
         inputs.add_column(column, overflow="fold")
     for model in plan.inputs.values():
-        inputs.add_row(model.reference, model.uri, str(len(model.files)))
+        inputs.add_row(escape(model.reference), escape(model.uri), str(len(model.files)))
     console.print(inputs)
 
     shards = Table(title="Shards", title_justify="left")
@@ -62,13 +63,13 @@ def print_plan(plan: Plan) -> None:
         f"{format_bytes(comfortable_memory(plan))} if --memory is not given."
     )
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
     for title, named in (("Not used", plan.dropped), ("Shared", plan.aliased)):
         for i, (name, reason) in enumerate(named.items()):
             if i == _MAX_DROPPED:
                 console.print(f"{title}: ... and {len(named) - i} more (all with --json)")
                 break
-            console.print(f"{title}: {name} ({reason})", highlight=False)
+            console.print(f"{title}: {name} ({reason})", highlight=False, markup=False)
 
 
 def describe_methods(name: str | None = None) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.direct_io import AppendingFile
 from mergekit_ray.storage.protocols import FileStat
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _STALE_SECONDS = 60.0
-_WRITEBACK_BYTES = 32 << 20
 _NO_FALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -71,30 +71,29 @@ class LocalUpload:
         self._num_bytes = num_bytes
         self._version = version
         self._num_written = 0
-        self._num_flushed = 0
         self._fd: int | None = None
+        self._file: AppendingFile | None = None
         self._temporary: Path | None = None
         try:
             self._remove_stale()
             self._create()
             self._reserve()
+            assert self._fd is not None
+            self._file = AppendingFile(self._fd, num_bytes)
         except OSError as error:
             self.abort()
             raise local_fault(error, path, num_bytes) from error
 
     def write(self, data: memoryview | bytes) -> None:
         """See `Upload.write`."""
-        if self._fd is None:
+        if self._fd is None or self._file is None:
             raise ValueError(f"{self._path} is already committed or aborted")
         view = memoryview(data).cast("B")
         if self._num_written + len(view) > self._num_bytes:
             raise self._wrong_size(self._num_written + len(view))
         try:
-            while view:
-                count = os.write(self._fd, view)
-                self._num_written += count
-                view = view[count:]
-            self._start_writeback()
+            self._file.write(view)
+            self._num_written += len(view)
         except OSError as error:
             raise local_fault(error, self._path, self._num_bytes) from error
 
@@ -184,21 +183,14 @@ class LocalUpload:
             if error.errno not in _NO_FALLOCATE:
                 raise
 
-    def _start_writeback(self) -> None:
-        """Let the disk work on what is there, so that the sync at the end finds little left to do."""
-        if self._fd is None or self._num_written - self._num_flushed < _WRITEBACK_BYTES:
-            return
-        if hasattr(os, "posix_fadvise"):
-            # On Linux this starts writing dirty pages and drops only clean ones, of which there are none yet.
-            os.posix_fadvise(self._fd, self._num_flushed, self._num_written - self._num_flushed, os.POSIX_FADV_DONTNEED)
-        self._num_flushed = self._num_written
-
     def _complete(self) -> Path:
         if self._fd is None or self._temporary is None:
             raise ValueError(f"{self._path} is already committed or aborted")
         if self._num_written != self._num_bytes:
             raise self._wrong_size(self._num_written)
         try:
+            if self._file is not None:
+                self._file.finish()
             os.fsync(self._fd)
         except OSError as error:
             raise local_fault(error, self._path, self._num_bytes) from error

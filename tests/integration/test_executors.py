@@ -336,24 +336,6 @@ class TestLostWorkers:
         assert running.events.of("worker_lost") == []
         assert_same(contents(tmp_path / "out"), many_expected)
 
-    def test_as_many_workers_as_asked_for_share_a_large_node(
-        self, cluster: RayCluster, many: dict[str, Any], many_expected: dict[str, bytes], tmp_path: Path
-    ) -> None:
-        large = cluster.add_node(num_cpus=4)
-        small = [node for node in cluster.nodes if node is not large]
-        try:
-            for node in small:
-                cluster.remove_node(node)
-            running = Background(many, tmp_path / "out", MergeOptions(executor="ray", num_workers=2))
-            wait_until(lambda: len(cluster.workers(large)) == 2 or not running.is_running)
-            assert len(cluster.workers(large)) == 2
-            running.result()
-        finally:
-            for _ in small:
-                cluster.add_node()
-            cluster.remove_node(large)
-        assert_same(contents(tmp_path / "out"), many_expected)
-
 
 def busy(cluster: RayCluster, node: Any = None) -> list[psutil.Process]:
     """Workers that are in the middle of a shard."""

@@ -364,7 +364,10 @@ def test_families(family: str) -> None:
     found = read(shapes, config)
     assert {key: getattr(found, key) for key in expected} == expected
     below = {
-        f"{prefix}.{i}.{rest}" for prefix, layers in found.layers.items() for i, rests in enumerate(layers) for rest in rests
+        f"{prefix}.{i}.{rest}"
+        for prefix, layers in found.layers.items()
+        for i, rests in enumerate(layers)
+        for rest in rests
     }
     outside = [*found.before, *found.after]
     assert below | set(outside) == set(shapes), "every tensor has one place"
@@ -380,7 +383,7 @@ def test_layers_that_are_missing_are_named() -> None:
 
 
 def test_a_checkpoint_cut_short_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="layers 2-4 of 'model.layers' have no tensors"):
+    with pytest.raises(CheckpointError, match=r"layers 2-4 of 'model\.layers' have no tensors"):
         read(llama_shapes(2), {"num_hidden_layers": 5})
 
 

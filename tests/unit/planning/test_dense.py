@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.expressions import Cast, Load, Merge, Scale, loads
 from mergekit_ray.core.plan import Plan
+from mergekit_ray.planning.make import make_plan
 from support.fake_checkpoints import checkpoint, expressions_of, llama, llama_shapes, plan_of
 
 LINEAR = """
@@ -125,16 +128,13 @@ slices:
 
 
 def test_base_layers_must_be_given_where_sources_differ() -> None:
-    text = """
-merge_method: ties
-base_model: /a
-slices:
-- sources:
-  - {model: /b, layer_range: [0, 2], parameters: {weight: 1}}
-  - {model: /c, layer_range: [2, 4], parameters: {weight: 1}}
-"""
+    """Also where a recipe was built in Python and not checked against its method."""
+    sources = [
+        {"model": f"/{m}", "layer_range": [i, i + 2], "parameters": {"weight": 1}} for m, i in (("b", 0), ("c", 2))
+    ]
+    recipe = DenseRecipe.model_validate({"merge_method": "ties", "base_model": "/a", "slices": [{"sources": sources}]})
     with pytest.raises(PlanError, match="the base model's are not given"):
-        plan_of(text, llama("/a", 4), llama("/b", 4), llama("/c", 4))
+        make_plan(recipe, {ModelReference(path): llama(path, 4) for path in ("/a", "/b", "/c")})
 
 
 def test_a_model_listed_twice_has_two_streams_of_randomness() -> None:
@@ -271,7 +271,9 @@ def test_other_shapes_must_match_and_all_mismatches_are_listed() -> None:
     with pytest.raises(ModelError) as caught:
         plan_of(LINEAR, llama("/a", inner=6), llama("/b", inner=8))
     lines = caught.value.what.splitlines()[1:]
-    assert lines == [f"  model.layers.{i}.mlp.up_proj.weight: different shapes (/a: [6, 4], /b: [8, 4])" for i in (0, 1)]
+    assert lines == [
+        f"  model.layers.{i}.mlp.up_proj.weight: different shapes (/a: [6, 4], /b: [8, 4])" for i in (0, 1)
+    ]
 
 
 def test_a_long_list_of_mismatches_is_counted() -> None:
@@ -355,7 +357,9 @@ def test_codes_of_8_bit_floats_are_refused() -> None:
 
 
 def test_quantised_models_are_refused_by_name() -> None:
-    quantised = checkpoint("/b", llama_shapes(1), {"num_hidden_layers": 1, "quantization_config": {"quant_method": "awq"}})
+    quantised = checkpoint(
+        "/b", llama_shapes(1), {"num_hidden_layers": 1, "quantization_config": {"quant_method": "awq"}}
+    )
     with pytest.raises(ModelError) as caught:
         plan_of(LINEAR, llama("/a", 1), quantised)
     assert caught.value.where == "model /b"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -35,14 +36,21 @@ class ScriptedExecutor:
         script: what happens to a shard's attempts, in order.
         num_workers: shards in work at a time.
         hold: shards that end only when the driver asks to stop.
+        at_once: how many ends the driver hears of at a time.
     """
 
     def __init__(
-        self, script: dict[str, list[MergekitRayError | str]], *, num_workers: int = 1, hold: Sequence[str] = ()
+        self,
+        script: dict[str, list[MergekitRayError | str]],
+        *,
+        num_workers: int = 1,
+        hold: Sequence[str] = (),
+        at_once: int = 1,
     ) -> None:
         self.script = {file: deque(ends) for file, ends in script.items()}
         self.num_workers = num_workers
         self.hold = set(hold)
+        self.at_once = at_once
         self.submitted: list[str] = []
         self.calls: list[str] = []
         self.running: list[str] = []
@@ -63,7 +71,7 @@ class ScriptedExecutor:
         self.most_running = max(self.most_running, len(self.running))
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        ready = [file for file in self.running if self.is_stopped or file not in self.hold][:1]
+        ready = [file for file in self.running if self.is_stopped or file not in self.hold][: self.at_once]
         self.running = [file for file in self.running if file not in ready]
         return [self._end(file) for file in ready]
 
@@ -175,6 +183,16 @@ def test_error_that_will_not_pass_ends_the_merge_at_once_and_abandons_the_rest()
     # The running ones are waited for, so that they clean up behind themselves, before the workers go.
     assert executor.running == []
     assert executor.calls == ["start 4", "stop", "close"]
+
+
+def test_error_beside_other_ends_waits_for_nobody_who_has_ended() -> None:
+    error = MergeError("NaN in the input", where="tensor 'x'")
+    executor = ScriptedExecutor({"a": [error]}, num_workers=3, at_once=3)
+    began = time.monotonic()
+    with pytest.raises(MergeError):
+        run(executor, [shard("a", 30), shard("b", 20), shard("c", 10)])
+    assert time.monotonic() - began < 5
+    assert executor.running == []
 
 
 def test_stop_ends_the_merge_with_running_shards_abandoned() -> None:

@@ -1,0 +1,233 @@
+"""Merges from S3 to S3 through the command, against a real server: nothing on local disk, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+import mergekit_ray
+from mergekit_ray.runtime.api import MergeOptions
+from support.merging import COMMANDS, command_environment, recipe_of, run_command, wait_until
+from support.models import ModelLibrary, contents, load, logits, rewrite, tensors_of
+from support.s3_server import SECRET_KEY, S3Server
+
+pytestmark = pytest.mark.s3
+
+WRONG_SECRET = "not-the-secret-42"
+# More than two parts of 16 MiB: what is smaller goes up as one object.
+LARGE: dict[str, Any] = {"vocab_size": 150_000, "hidden_size": 64, "num_layers": 1, "tied": True}
+
+
+class Bucket:
+    """A prefix of the server's bucket, seen from outside the product."""
+
+    def __init__(self, server: S3Server, prefix: str) -> None:
+        self.uri = prefix
+        self._client = server.client()
+        self._bucket, _, self._prefix = prefix.removeprefix("s3://").partition("/")
+
+    def upload(self, folder: Path, name: str) -> str:
+        """Copy a folder there; gives its URI."""
+        for file in folder.iterdir():
+            self._client.upload_file(str(file), self._bucket, f"{self._prefix}/{name}/{file.name}")
+        return f"{self.uri}/{name}"
+
+    def keys(self, name: str) -> list[str]:
+        """Names of the objects below a folder."""
+        prefix = f"{self._prefix}/{name}/"
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+        return [found["Key"].removeprefix(prefix) for page in pages for found in page.get("Contents", [])]
+
+    def download(self, name: str, folder: Path) -> Path:
+        """Copy a folder from there."""
+        for key in self.keys(name):
+            (folder / key).parent.mkdir(parents=True, exist_ok=True)
+            self._client.download_file(self._bucket, f"{self._prefix}/{name}/{key}", str(folder / key))
+        return folder
+
+    def unfinished(self) -> list[str]:
+        """Multipart uploads below the prefix that were neither completed nor aborted."""
+        found = self._client.list_multipart_uploads(Bucket=self._bucket).get("Uploads", [])
+        return [upload["Key"] for upload in found if upload["Key"].startswith(f"{self._prefix}/")]
+
+
+class Home:
+    """The folders of a process of its own: home, temporary files, working directory; to be seen unchanged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folders = {name: folder / name for name in ("home", "tmp", "cwd")}
+        for path in self.folders.values():
+            path.mkdir()
+        self.cwd = self.folders["cwd"]
+
+    def environment(self, server: S3Server, **changes: str) -> dict[str, str]:
+        """By which nothing but these folders and the server is found."""
+        own = {"HOME": str(self.folders["home"]), "TMPDIR": str(self.folders["tmp"])}
+        kept = {name: value for name, value in command_environment().items() if not name.startswith(("AWS_", "XDG_"))}
+        return {**kept, **own, **server.environment, **changes}
+
+    def files(self) -> list[str]:
+        """Everything that lies in them."""
+        return sorted(str(path) for folder in self.folders.values() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, s3_prefix: str) -> Bucket:
+    """A place of its own on the server."""
+    return Bucket(s3_server, s3_prefix)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """Empty folders for a process."""
+    return Home(tmp_path)
+
+
+def write_recipe(home: Home, data: dict[str, Any]) -> Path:
+    path = home.cwd / "recipe.yml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def recipe_on(bucket: Bucket, folders: list[Path], method: str = "ties", **more: Any) -> dict[str, Any]:
+    """A recipe over copies of models in the bucket."""
+    uris = [bucket.upload(folder, f"in{number}") for number, folder in enumerate(folders)]
+    recipe = recipe_of(method, Path("BASE"), [Path(f"TUNED{number}") for number in range(1, len(uris))], **more)
+    text = json.dumps(recipe).replace("BASE", uris[0])
+    for number, uri in enumerate(uris):
+        text = text.replace(f"TUNED{number}", uri)
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def test_from_s3_to_s3_without_local_disk(
+    bucket: Bucket, home: Home, s3_server: S3Server, models: ModelLibrary, tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {"max_shard_size": "60KB", "with_tokenizer": True}
+    folders = [models.get("llama", variant, **shape) for variant in range(3)]
+    path = write_recipe(home, recipe_on(bucket, folders, output={"max_shard_size": 50_000}))
+    env, out = home.environment(s3_server), f"{bucket.uri}/out"
+    before = home.files()
+    done = run_command("merge", path, out, cwd=home.cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    assert home.files() == before
+    assert bucket.unfinished() == []
+    assert not any(key.startswith(".mergekit-ray") for key in bucket.keys("out"))
+    assert SECRET_KEY not in done.stderr + done.stdout
+
+    checked = run_command("mergekit-ray", "verify", out, "--json", cwd=home.cwd, env=env)
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["ok"] is True
+    assert home.files() == before
+
+    fetched = bucket.download("out", tmp_path / "fetched")
+    assert not any(SECRET_KEY.encode() in data for data in contents(fetched).values())
+    # The same numbers as from disk to disk; where the inputs were is all that tells the two apart.
+    here = recipe_of("ties", folders[0], folders[1:], output={"max_shard_size": 50_000})
+    mergekit_ray.merge(here, tmp_path / "local", options=MergeOptions(executor="local"))
+    ours, theirs = contents(fetched), contents(tmp_path / "local")
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "mergekit-ray.json"}
+    torch.testing.assert_close(logits(load(fetched)), logits(load(tmp_path / "local")), rtol=0, atol=0)
+
+    again = run_command("merge", path, out, cwd=home.cwd, env=env)
+    assert again.returncode == 0
+    assert "already holds the result" in again.stderr
+
+
+@pytest.fixture
+def large_recipe(bucket: Bucket, models: ModelLibrary) -> dict[str, Any]:
+    """One shard of 38 MB."""
+    return recipe_on(bucket, [models.get("llama", variant, **LARGE) for variant in range(2)], "linear")
+
+
+def test_large_shards_go_up_in_parts(
+    bucket: Bucket, home: Home, s3_server: S3Server, large_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_recipe(home, large_recipe)
+    before = home.files()
+    out, env = f"{bucket.uri}/out", home.environment(s3_server)
+    done = run_command("merge", path, out, "--quiet", cwd=home.cwd, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert home.files() == before
+    assert bucket.unfinished() == []
+    assert run_command("mergekit-ray", "verify", out, cwd=home.cwd, env=env).returncode == 0
+    assert load(bucket.download("out", tmp_path / "fetched")).num_parameters() > 150_000 * 64
+
+
+@pytest.fixture
+def interrupted(
+    bucket: Bucket, home: Home, s3_server: S3Server, large_recipe: dict[str, Any]
+) -> Iterator[subprocess.Popen[str]]:
+    """A merge that is stopped in the middle of an upload in parts, and has been sent SIGTERM."""
+    path = write_recipe(home, large_recipe)
+    command = [str(COMMANDS / "merge"), str(path), f"{bucket.uri}/out"]
+    env = home.environment(s3_server)
+    with subprocess.Popen(command, cwd=home.cwd, env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(bucket.unfinished, every=0.002)
+            psutil.Process(process.pid).suspend()
+            process.send_signal(signal.SIGTERM)
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def test_interrupted_it_leaves_no_upload_and_no_file(
+    bucket: Bucket, home: Home, interrupted: subprocess.Popen[str], s3_server: S3Server
+) -> None:
+    before = home.files()
+    assert bucket.unfinished() != []
+    psutil.Process(interrupted.pid).resume()
+    _, said = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130, said
+    assert bucket.unfinished() == []
+    assert [key for key in bucket.keys("out") if not key.startswith(".mergekit-ray/")] == []
+    assert home.files() == before
+    done = run_command("merge", "recipe.yml", f"{bucket.uri}/out", cwd=home.cwd, env=home.environment(s3_server))
+    assert done.returncode == 0, done.stderr
+    assert bucket.unfinished() == []
+
+
+def test_nan_leaves_no_upload(bucket: Bucket, home: Home, s3_server: S3Server, models: ModelLibrary) -> None:
+    bad = home.folders["tmp"] / "bad"
+    shutil.copytree(models.get("llama", 1, **LARGE), bad)
+    # At the end of the shard's largest tensor: most of it has been sent by then.
+    embedding = tensors_of(bad)["model.embed_tokens.weight"]
+    embedding[-1, -1] = float("inf")
+    rewrite(bad, {"model.embed_tokens.weight": embedding})
+    recipe = recipe_on(bucket, [models.get("llama", **LARGE), bad], "linear")
+    shutil.rmtree(bad)
+    path = write_recipe(home, recipe)
+    done = run_command("merge", path, f"{bucket.uri}/out", cwd=home.cwd, env=home.environment(s3_server))
+    assert done.returncode == 3, done.stderr
+    assert "model.embed_tokens.weight" in done.stderr
+    assert f"{bucket.uri}/in1" in done.stderr
+    assert bucket.unfinished() == []
+    assert [key for key in bucket.keys("out") if not key.startswith(".mergekit-ray/")] == []
+
+
+def test_wrong_credentials(bucket: Bucket, home: Home, s3_server: S3Server, models: ModelLibrary) -> None:
+    recipe = recipe_on(bucket, [models.get("llama"), models.get("llama", 1)], "linear")
+    path = write_recipe(home, recipe)
+    env = home.environment(s3_server, AWS_SECRET_ACCESS_KEY=WRONG_SECRET)
+    for extra in ([], ["--debug"]):
+        done = run_command("merge", path, f"{bucket.uri}/out", *extra, cwd=home.cwd, env=env)
+        assert done.returncode == 4, done.stderr
+        assert WRONG_SECRET not in done.stdout + done.stderr
+        assert f"{bucket.uri}/in" in done.stderr
+        assert "403" in done.stderr
+        assert "check the credentials" in done.stderr
+    assert bucket.keys("out") == []

@@ -1,0 +1,188 @@
+"""Windows, batches, and the memory they are projected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_ray.core.declaration import Access
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
+from mergekit_ray.core.plan import OutputTensor, Plan, Shard
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.methods.protocol import WholeMethod
+from mergekit_ray.planning.windows import (
+    BATCH_BYTES,
+    FIXED_BYTES,
+    access,
+    batches,
+    check_memory,
+    comfortable_memory,
+    largest_window,
+    memory_needed,
+    scratch_bytes,
+    windows,
+)
+
+ALIGNMENT = 1 << 16
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _whole_method() -> Iterator[None]:
+    """A method that must see everything, registered for these tests."""
+
+    class WholeForTests(WholeMethod):
+        name = "whole_for_tests"
+
+    METHODS.names()
+    METHODS.register(WholeForTests.name)(WholeForTests)
+    yield
+    del METHODS._entries[WholeForTests.name]
+
+
+def load(model: int, num_elements: int, name: str = "w") -> Load:
+    spec = TensorSpec(name, DType.BF16, (num_elements,))
+    return Load(f"m{model}", spec, Location("f", 0, spec.num_bytes))
+
+
+def merge(method: str, num_elements: int, num_inputs: int = 2, *, base: bool = False, **parameters: object) -> Merge:
+    return Merge(
+        method,
+        TensorSpec("w", DType.BF16, (num_elements,)),
+        tuple(load(i, num_elements) for i in range(num_inputs)),
+        load(9, num_elements) if base else None,
+        parameters,  # type: ignore[arg-type]
+        ({},) * num_inputs,
+        ("",) * num_inputs,
+    )
+
+
+def tensor(expression: Expression, name: str = "w") -> OutputTensor:
+    spec = TensorSpec(name, expression.spec.dtype, expression.spec.shape)
+    return OutputTensor(spec, expression, 0, spec.num_bytes)
+
+
+def test_access_is_the_most_that_any_node_needs() -> None:
+    elementwise, reduce = merge("linear", 4), merge("slerp", 4, 1, base=True)
+    assert access(load(0, 4)) is Access.ELEMENTWISE
+    assert access(Cast(Scale(elementwise, 2.0, DType.F32), DType.F16)) is Access.ELEMENTWISE
+    assert access(reduce) is Access.REDUCE
+    assert access(Scale(reduce, 2.0, DType.F32)) is Access.REDUCE
+    assert access(Merge("linear", reduce.spec, (reduce,), None, {}, ({},), ("",))) is Access.REDUCE
+    assert access(merge("whole_for_tests", 4)) is Access.WHOLE
+    assert access(merge("dare_linear", 4, base=True, rescale=True)) is Access.REDUCE
+    assert access(merge("dare_linear", 4, base=True, rescale=False)) is Access.ELEMENTWISE
+
+
+def test_scratch_grows_with_the_tensor_only_where_all_of_it_is_needed() -> None:
+    assert scratch_bytes(merge("linear", 1000)) == 0
+    assert scratch_bytes(merge("slerp", 1000, 1, base=True)) == 0
+    # Two inputs, the base and the result, in float32.
+    assert scratch_bytes(merge("whole_for_tests", 1000, 2, base=True)) == 4 * 1000 * 4
+
+
+def test_memory_of_a_window() -> None:
+    [copied] = windows(tensor(load(0, 1000)))
+    assert (copied.read_bytes, copied.write_bytes, copied.memory_bytes) == (2000, 2000, 2000)
+    [merged] = windows(tensor(merge("linear", 1000, 3)))
+    assert (merged.read_bytes, merged.write_bytes, merged.memory_bytes) == (6000, 2000, 8000)
+
+
+EXPRESSIONS = st.integers(0, 5 * ALIGNMENT + 7).flatmap(
+    lambda n: st.sampled_from(
+        [
+            load(0, n),
+            Cast(load(0, n), DType.F64),
+            merge("linear", n, 3),
+            merge("slerp", n, 1, base=True),
+            merge("whole_for_tests", n),
+        ]
+    )
+)
+
+
+@given(EXPRESSIONS, st.integers(1, 2 * MIB))
+def test_windows_cover_a_tensor_once_in_order(expression: Expression, max_bytes: int) -> None:
+    found = list(windows(tensor(expression), max_bytes))
+    position = 0
+    for window in found:
+        assert window.start == position
+        assert window.stop > window.start
+        position = window.stop
+    assert position == expression.spec.num_elements
+    if access(expression) is Access.ELEMENTWISE:
+        for window in found:
+            assert window.start % ALIGNMENT == 0
+            assert window.memory_bytes <= max_bytes or window.num_elements <= ALIGNMENT
+    else:
+        assert len(found) == (expression.spec.num_elements > 0)
+
+
+@given(st.lists(EXPRESSIONS, max_size=6), st.integers(1, 4 * MIB))
+@settings(max_examples=60)
+def test_batches_are_all_windows_in_order_within_the_limit(expressions: list[Expression], spare: int) -> None:
+    shard = Shard("f", b"", tuple(tensor(x, f"t{i}") for i, x in enumerate(expressions)))
+    limit = max(1, min(BATCH_BYTES, spare // 3))
+    found = list(batches(shard, FIXED_BYTES + spare))
+    position = {t.spec.name: 0 for t in shard.tensors}
+    for batch in found:
+        assert batch
+        assert len(batch) == 1 or sum(window.memory_bytes for window in batch) <= limit
+        for window in batch:
+            assert window.start == position[window.tensor.spec.name]
+            position[window.tensor.spec.name] = window.stop
+    assert position == {t.spec.name: t.spec.num_elements for t in shard.tensors}
+    order = [window.tensor.spec.name for batch in found for window in batch]
+    assert order == sorted(order, key=lambda name: int(name[1:]))
+
+
+@dataclass(frozen=True)
+class Sized:
+    plan: Plan
+    largest_bytes: int
+
+
+@pytest.fixture
+def sized() -> Sized:
+    num_elements = 80 * MIB
+    big, small = merge("slerp", num_elements, 1, base=True), merge("linear", 80 * MIB)
+    shards = (
+        Shard("a", b"", (tensor(small, "streamed"), tensor(big, "whole"))),
+        Shard("b", b"", (tensor(load(0, 10), "little"),)),
+    )
+    return Sized(Plan({}, shards, {}, (), {}, 0), 3 * 2 * num_elements)
+
+
+def test_the_largest_window(sized: Sized) -> None:
+    found = largest_window(sized.plan.shards[0].tensors)
+    assert found is not None
+    assert (found.tensor.spec.name, found.memory_bytes) == ("whole", sized.largest_bytes)
+    assert largest_window([]) is None
+    assert largest_window([tensor(load(0, 0))]) is None
+
+
+def test_a_budget_too_small_is_refused_with_tensor_and_bytes(sized: Sized) -> None:
+    needed = memory_needed(sized.plan)
+    assert needed == FIXED_BYTES + sized.largest_bytes * 9 // 8
+    check_memory(sized.plan, needed)
+    check_memory(sized.plan, comfortable_memory(sized.plan))
+    with pytest.raises(PlanError) as caught:
+        check_memory(sized.plan, needed - 1)
+    assert caught.value.where == "tensor 'whole'"
+    assert f"({needed} bytes)" in caught.value.what
+    assert caught.value.remedy is not None
+    [megabytes] = [int(word[:-2]) for word in caught.value.remedy.split() if word.endswith("MB")]
+    check_memory(sized.plan, megabytes * 10**6)
+    with pytest.raises(PlanError):
+        check_memory(sized.plan, (megabytes - 1) * 10**6)
+
+
+def test_an_empty_plan_needs_the_fixed_part() -> None:
+    assert memory_needed(Plan({}, (), {}, (), {}, 0)) == FIXED_BYTES

@@ -1,0 +1,94 @@
+"""What may be imported without paying for torch, ray and the clients of the stores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "ray", "transformers", "boto3", "botocore", "huggingface_hub", "numpy", "safetensors")
+
+MODULES = [
+    "mergekit_ray",
+    "mergekit_ray.cli",
+    "mergekit_ray.config",
+    "mergekit_ray.core.plan",
+    "mergekit_ray.architectures.anatomy",
+    "mergekit_ray.checkpoint.opening",
+    "mergekit_ray.checkpoint.writer",
+    "mergekit_ray.planning.make",
+    "mergekit_ray.planning.windows",
+    "mergekit_ray.storage",
+    "mergekit_ray.storage.opening",
+    "mergekit_ray.runtime.api",
+    "mergekit_ray.runtime.reporting",
+    "mergekit_ray.runtime.tables",
+    "mergekit_ray.runtime.verify",
+]
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def heavy_after(code: str) -> list[str]:
+    found = python(f"import sys\n{code}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])")
+    return found.split()
+
+
+def test_no_module_drags_in_what_it_does_not_use() -> None:
+    """All in one process; which one is to blame is found by the next test's list if this fails."""
+    assert heavy_after("\n".join(f"import {module}" for module in MODULES)) == []
+
+
+def test_declarations_of_all_methods_are_read_without_torch() -> None:
+    code = "from mergekit_ray.core.registry import METHODS\nassert 'ties' in METHODS.names()\nMETHODS.get('dare_ties')"
+    assert heavy_after(code) == []
+
+
+def test_a_recipe_is_loaded_without_torch() -> None:
+    code = (
+        "import mergekit_ray\nmergekit_ray.load_recipe("
+        "'merge_method: linear\\nmodels: [{model: a/b, parameters: {weight: [0, 1]}}]\\n')"
+    )
+    assert heavy_after(code) == []
+
+
+def test_a_checkpoint_is_planned_without_torch() -> None:
+    code = (
+        "from benchmarks.plan_405b import headers, recipe\n"
+        "from mergekit_ray.planning.make import make_plan, referenced_models\n"
+        "dense = recipe('ties')\n"
+        "assert make_plan(dense, {ref: headers(str(ref), 1) for ref in referenced_models(dense)}).digest"
+    )
+    assert heavy_after(code) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("from mergekit_ray.cli import app_main; app_main()", "Merge language-model checkpoints across a cluster"),
+        ("from mergekit_ray.cli import merge_main; merge_main()", "Merge models as RECIPE says"),
+    ],
+)
+def test_help_is_quick_and_light(code: str, line: str) -> None:
+    script = (
+        "import atexit, sys\nsys.argv = ['command', '--help']\n"
+        f"atexit.register(lambda: print('heavy:', *[name for name in {HEAVY!r} if name in sys.modules]))\n{code}"
+    )
+    began = time.perf_counter()
+    text = python(script)
+    seconds = time.perf_counter() - began
+    assert line in " ".join(text.replace("│", " ").split())
+    assert text.rstrip().endswith("heavy:")
+    assert seconds < 10  # half a second on an idle machine; a bound that only a heavy import can break
+
+
+def test_the_public_names() -> None:
+    code = "import mergekit_ray\nprint(*[getattr(mergekit_ray, name) is not None for name in mergekit_ray.__all__])"
+    assert set(python(code).split()) == {"True"}
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        python("import mergekit_ray\nmergekit_ray.merj")
+    assert "module 'mergekit_ray' has no attribute 'merj'" in caught.value.stderr
