@@ -35,8 +35,14 @@ def _disk(folder: Path) -> str:
     if not mounts:
         return "unknown disk"
     mount = max(mounts, key=lambda part: len(part.mountpoint))
-    rotational = Path("/sys/block") / Path(mount.device).name / "queue/rotational"
-    kind = {"0": "solid state", "1": "rotational"}.get(rotational.read_text().strip()) if rotational.exists() else None
+    device = Path(mount.device).name
+    rotational = Path("/sys/block") / device / "queue/rotational"
+    if device.startswith(("vd", "xvd")):  # says "rotational" whatever is behind it
+        kind: str | None = "virtual"
+    else:
+        kind = (
+            {"0": "solid state", "1": "rotational"}.get(rotational.read_text().strip()) if rotational.exists() else None
+        )
     return f"{mount.fstype} on {mount.device}" + (f" ({kind})" if kind else "")
 
 

@@ -8,7 +8,6 @@ pool of threads; every number is independent of how the tensor was cut and of ho
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from mergekit_ray.methods.protocol import (
     Scratch,
     WholeMethod,
 )
+from mergekit_ray.runtime.rounding import fits, is_finite, round_into
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, ThreadScratch
 
 R = TypeVar("R")
@@ -117,7 +117,7 @@ class _LoadNode:
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         out.copy_(self._piece.data[start - self._piece.start : stop - self._piece.start])
-        if self._guard.inputs and not _is_finite(out):
+        if self._guard.inputs and not is_finite(out):
             raise _NonFiniteError
 
 
@@ -357,7 +357,7 @@ def check_copy_finite(load: Load, data: torch.Tensor, start: int, reference: str
     if not load.spec.dtype.is_floating:
         return
     for i in range(0, data.numel(), CHUNK_ELEMENTS):
-        if not _is_finite(data[i : i + CHUNK_ELEMENTS]):
+        if not is_finite(data[i : i + CHUNK_ELEMENTS]):
             index = i + int(torch.nonzero(~torch.isfinite(data[i : i + CHUNK_ELEMENTS]))[0])
             raise MergeError(
                 f"{float(data[index])} in the input, first at flat index {start + index}",
@@ -382,35 +382,17 @@ def _propagates(expression: Expression) -> bool:
             return METHODS.get(method).propagates_non_finite and all(_propagates(x) for x in below)
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    """Whether all values are finite: one fast sum, which a NaN or infinity spoils; doubts are settled exactly."""
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    total = float(values.sum(dtype=wide))
-    return math.isfinite(total) or bool(torch.isfinite(values).all())
-
-
-def _fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are finite, and stay so when rounded to ``dtype``."""
-    largest = torch.finfo(dtype).max
-    if largest >= torch.finfo(values.dtype).max:
-        return _is_finite(values)
-    # Half way between the largest number and the power of two above it, values begin to be rounded to infinity.
-    limit = (largest + 2.0 ** math.frexp(largest)[1]) / 2
-    low, high = torch.aminmax(values)
-    return float(low) > -limit and float(high) < limit
-
-
 def _round_into(values: torch.Tensor, dtype: DType, out: torch.Tensor, scratch: ThreadScratch, guard: _Guard) -> None:
     """Round once to ``dtype``, then widen to what the caller works in (exact) if that differs."""
     target = TORCH_DTYPES[dtype]
-    if guard.result and not _fits(values, target):
+    if guard.result and not fits(values, target):
         raise _NonFiniteError
     if target in (out.dtype, values.dtype):
-        out.copy_(values)
+        round_into(values, out, scratch)
     else:
         rounded = scratch.take(values.numel(), target)
-        rounded.copy_(values)
-        out.copy_(rounded)
+        round_into(values, rounded, scratch)
+        round_into(rounded, out, scratch)
 
 
 def _fill_parallel(

@@ -295,7 +295,7 @@ class _ShardRun:
 
     def _write_all(self) -> None:
         while (output := self._written.get()) is not None:
-            if self._failed.is_set():
+            if not self._check():
                 continue
             began = time.perf_counter()
             self._writer.write(_bytes_of(output.data))

@@ -26,7 +26,6 @@ NAN_TENSOR = "model.layers.2.mlp.up_proj.weight"
 EXECUTORS = [
     pytest.param(("local", 1), id="local-1"),
     pytest.param(("local", 4), id="local-4"),
-    pytest.param(("ray", 1), id="ray-1", marks=pytest.mark.ray),
     pytest.param(("ray", 2), id="ray-2", marks=pytest.mark.ray),
 ]
 CHUNKS = [1 << 10, 1 << 16, 1000]
@@ -283,6 +282,7 @@ class TestTakenPlace:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 class TestLostWorkers:
     """A worker that is frozen holds its shard, so the merge cannot end before the test has done its worst."""
 
@@ -294,7 +294,7 @@ class TestLostWorkers:
         victim = wait_until(cluster.workers)[0]
         freeze(victim)
         # All else is done by the other worker (or waits, if the frozen one is the only one yet).
-        wait_until(lambda: len(many_shards(tmp_path / "out")) > 20)
+        wait_until(lambda: len(written(tmp_path / "out")) > 20)
         assert running.is_running
         victim.kill()
         running.result()
@@ -323,11 +323,11 @@ class TestLostWorkers:
         frozen = wait_until(lambda: len(found := busy(cluster)) == 2 and found)
         for process in frozen:
             freeze(process)
-        num_done = len(many_shards(tmp_path / "out"))
+        num_done = len(written(tmp_path / "out"))
         node = cluster.add_node()
         try:
             # Nobody but a worker on the new node can have written these.
-            wait_until(lambda: len(many_shards(tmp_path / "out")) > num_done + 3)
+            wait_until(lambda: len(written(tmp_path / "out")) > num_done + 3)
             for process in frozen:
                 process.resume()
             running.result()
@@ -342,7 +342,7 @@ def busy(cluster: RayCluster, node: Any = None) -> list[psutil.Process]:
     return [process for process in cluster.workers(node) if "RayWorker.run" in " ".join(process.cmdline())]
 
 
-def many_shards(out: Path) -> list[Path]:
+def written(out: Path) -> list[Path]:
     return list(out.glob("*.safetensors"))
 
 

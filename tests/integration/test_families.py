@@ -51,9 +51,7 @@ def as_float64(tensor: torch.Tensor) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 class TestEveryFamily:
-    def test_mean_of_a_model_with_itself_is_the_model(
-        self, family: str, models: ModelLibrary, tmp_path: Path
-    ) -> None:
+    def test_mean_of_a_model_with_itself_is_the_model(self, family: str, models: ModelLibrary, tmp_path: Path) -> None:
         source = models.get(family, max_shard_size="60KB")
         _, model = merge_and_load(average(source, source), tmp_path / "out")
         torch.testing.assert_close(logits(model), logits(load(source)), rtol=0, atol=0)
@@ -112,7 +110,7 @@ class TestEveryFamily:
         _, model = merge_and_load(recipe, tmp_path / "out")
         order = [layer for first, last in cuts for layer in range(first, last)]
         before, after = config_of(source), config_of(tmp_path / "out")
-        changed = {"num_hidden_layers": len(order)}
+        changed: dict[str, Any] = {"num_hidden_layers": len(order)}
         if before.get("layer_types") is not None:
             changed["layer_types"] = [before["layer_types"][layer] for layer in order]
         assert after == {**before, **changed}
@@ -218,9 +216,7 @@ class TestBuffersOfGptNeoX:
             }
 
     def test_in_all_inputs_the_donors_are_copied(self, models: ModelLibrary, tmp_path: Path) -> None:
-        inputs = [
-            self.with_buffers(models.get("gpt_neox", number), tmp_path / f"old{number}") for number in range(2)
-        ]
+        inputs = [self.with_buffers(models.get("gpt_neox", number), tmp_path / f"old{number}") for number in range(2)]
         mergekit_ray.merge(average(*inputs), tmp_path / "out")
         ours, theirs = tensors_of(tmp_path / "out"), tensors_of(inputs[0])
         assert ours.keys() == theirs.keys()
@@ -241,9 +237,7 @@ class TestVocabulary:
             expected = (first[name][:120].double() + second[name].double()) / 2
             torch.testing.assert_close(ours[name].double(), expected, rtol=1e-6, atol=1e-7)
 
-    def test_other_shapes_are_refused_with_tensor_models_and_shapes(
-        self, models: ModelLibrary, tmp_path: Path
-    ) -> None:
+    def test_other_shapes_are_refused_with_tensor_models_and_shapes(self, models: ModelLibrary, tmp_path: Path) -> None:
         narrow, wide = models.get("llama"), models.get("llama", hidden_size=48)
         with pytest.raises(ModelError) as caught:
             mergekit_ray.merge(average(narrow, wide), tmp_path / "out")

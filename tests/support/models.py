@@ -151,7 +151,8 @@ def logits(model: Any) -> torch.Tensor:
     """What a model says after a fixed text longer than any sliding window here, in float32."""
     tokens = torch.arange(3, 27).reshape(1, -1)
     with torch.inference_mode():
-        return model(tokens).logits.float()
+        said: torch.Tensor = model(tokens).logits
+        return said.float()
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
+from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.methods.protocol import Operands, WholeMethod
 from mergekit_ray.runtime.evaluate import ComputePool, Evaluation, check_copy_finite
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 from support.memory_inputs import DTYPES, Inputs, evaluate
@@ -263,6 +267,39 @@ def test_copies_are_checked_too() -> None:
     assert caught.value.where == "model org/m, tensor 'w'"
     integers = Load("m1", TensorSpec("w", DType.I64, (3,)), Location("f", 0, 24))
     check_copy_finite(integers, torch.tensor([1, 2, 3]), 0)
+
+
+@pytest.fixture
+def row_sums() -> Iterator[str]:
+    """A method that must see whole tensors: ``base + Σ x_i``, each row's elements replaced by their sum."""
+
+    class RowSums(WholeMethod):
+        name = "row_sums_for_tests"
+        base = BaseUse.OPTIONAL
+
+        def combine_whole(
+            self, inputs: Sequence[torch.Tensor], base: torch.Tensor | None, operands: Operands
+        ) -> torch.Tensor:
+            assert all(x.shape == operands.shape and x.dtype == operands.compute_dtype for x in inputs)
+            total = torch.stack(list(inputs)).sum(0).sum(-1, keepdim=True)
+            return total.expand(operands.shape) + (0 if base is None else base)
+
+    METHODS.names()
+    METHODS.register(RowSums.name)(RowSums)
+    yield RowSums.name
+    del METHODS._entries[RowSums.name]
+
+
+def test_whole_methods_see_tensors_in_their_shape(row_sums: str) -> None:
+    inputs, xs = Inputs(), [torch.randint(-8, 8, (300, 400)).to(torch.bfloat16) for _ in range(3)]
+    x, y, base = (inputs.load(f"m{i}", x) for i, x in enumerate(xs))
+    tree = merge(row_sums, [x, weighted([y], 1.0)], base=base, dtype=DType.F32)
+    expected = (xs[0].double() + xs[1].double()).sum(-1, keepdim=True) + xs[2].double()
+    for num_threads, chunk_elements in CUTS:
+        found = evaluate(tree, inputs, num_threads=num_threads, chunk_elements=chunk_elements)
+        assert torch.equal(found.double(), expected)  # small integers: exact
+    above = weighted([tree], 2.0, parameters={"normalize": False}, dtype=DType.F32)
+    assert torch.equal(evaluate(above, inputs).double(), 2 * expected)
 
 
 def test_errors_of_a_method_keep_their_words() -> None:
