@@ -91,7 +91,7 @@ def _products(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     base.copy_(chunk.base)
     x.copy_(chunk.inputs[0])
     return (
-        partial_sums(torch.mul(base, base, out=product)),
-        partial_sums(torch.mul(x, x, out=product)),
-        partial_sums(torch.mul(base, x, out=product)),
+        partial_sums(torch.mul(base, base, out=product), product),
+        partial_sums(torch.mul(x, x, out=product), product),
+        partial_sums(torch.mul(base, x, out=product), product),
     )

@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from mergekit_ray.storage.direct_io import AppendingFile
 from mergekit_ray.storage.protocols import FileStat
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-_STALE_SECONDS = 60.0
 _NO_FALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -151,28 +149,27 @@ class LocalUpload:
         for entry in entries:
             if not is_temporary(entry.name):
                 continue
-            with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime < _STALE_SECONDS:
-                    continue  # it may be so new that its writer has not locked it yet
-                with entry.open("rb+") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    entry.unlink()
+            # Should it be so new that its writer has not locked it yet, the writer notices and takes another (`_hold`).
+            with contextlib.suppress(OSError), entry.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.unlink()
 
     def _create(self) -> None:
         for attempt in range(_NUM_CREATE_ATTEMPTS):
             temporary = self._path.parent / f"{self._temporary_prefix()}{secrets.token_hex(8)}.tmp"
             try:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
-                self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
                 # Whoever deleted the last file of this folder has just removed it.
                 if attempt == _NUM_CREATE_ATTEMPTS - 1:
                     raise
             else:
-                self._temporary = temporary
-                with contextlib.suppress(OSError):  # no locks on this file system: stale files stay
-                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                if _hold(fd):
+                    self._fd, self._temporary = fd, temporary
+                    return
+                os.close(fd)
+        raise OSError(errno.EBUSY, "others keep removing the files that are to be written")
 
     def _reserve(self) -> None:
         if self._fd is None or not self._num_bytes or not hasattr(os, "posix_fallocate"):
@@ -214,6 +211,17 @@ class LocalUpload:
     def _temporary_prefix(self) -> str:
         # File names end at 255 bytes; what is added to the name takes 22.
         return f".{self._path.name.encode()[:200].decode(errors='ignore')}."
+
+
+def _hold(fd: int) -> bool:
+    """Lock a new temporary file. False if somebody took it for that of a killed process and removes it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system: nobody removes anything
+        return True
+    return os.fstat(fd).st_nlink > 0
 
 
 def prune_empty_folders(folder: Path, root: Path) -> None:

@@ -286,12 +286,16 @@ class TestTakenPlace:
 class TestLostWorkers:
     """A worker that is frozen holds its shard, so the merge cannot end before the test has done its worst."""
 
+    @pytest.fixture(autouse=True)
+    def nobody_else(self, cluster: RayCluster) -> None:
+        """The workers of the test before have gone."""
+        wait_until(lambda: not cluster.workers())
+
     def test_killed_actor(
         self, cluster: RayCluster, many: dict[str, Any], many_expected: dict[str, bytes], tmp_path: Path
     ) -> None:
         running = Background(many, tmp_path / "out", MergeOptions(executor="ray", num_workers=2))
-        wait_until(lambda: len(running.events.of("shard_done")) >= 2)
-        victim = wait_until(cluster.workers)[0]
+        victim = wait_until(lambda: running.events.of("shard_done") and busy(cluster))[0]
         freeze(victim)
         # All else is done by the other worker (or waits, if the frozen one is the only one yet).
         wait_until(lambda: len(written(tmp_path / "out")) > 20)

@@ -184,6 +184,7 @@ def test_interrupted_it_leaves_no_upload_and_no_file(
         # Nothing more is stored until the merge has understood.
         server.suspend()
         try:
+            time.sleep(1.0)  # all is computed by now, and waits to be sent
             process.send_signal(signal.SIGTERM)
             assert any("stopping cleanly" in line for line in process.stderr)
             time.sleep(1.0)

@@ -71,7 +71,10 @@ class RayCluster:
         return self._cluster.add_node(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES)
 
     def remove_node(self, node: Any) -> None:
-        """Kill a node as a power cut would."""
+        """Kill a node with all that runs on it, as a power cut would."""
+        for process in self.workers(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
 
     def workers(self, node: Any = None) -> list[psutil.Process]:
