@@ -9,6 +9,7 @@ busy spell of the machine falls on both. mergekit is run as a user runs it, from
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
+import mergekit_ray
 from benchmarks.llama_1b import is_whole, make_models, weight_files
 from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.measure import CommandError, Measurement, measure
@@ -183,6 +185,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     # Not resolved: a virtual environment's python is a link, and its folder is what holds mergekit-yaml.
     mergekit_python: Path = arguments.mergekit_python.absolute()
+    # As pip does with what it installs: a checkout's modules may not have been compiled yet.
+    compileall.compile_dir(str(Path(mergekit_ray.__file__).parent), quiet=1)
     models = make_models(work / "models")
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
 

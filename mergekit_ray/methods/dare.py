@@ -14,7 +14,7 @@ from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
 from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.random_mask import MaskSpace, RandomMask, apply_packed_
 from mergekit_ray.methods.sign import add_elected_
-from mergekit_ray.methods.sums import partial_sums, total
+from mergekit_ray.methods.sums import folded_sums, total
 from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ class _Dare(ReduceMethod):
 
     def statistics(self, operands: Operands) -> DareStatistics:
         """What is kept is scaled by ``‖δ‖₁ / ‖δ̃‖₁``, 1 where either is below `NEGLIGIBLE_NORM`."""
-        import torch  # noqa: PLC0415 - declarations are read without torch
-
         factors = [1.0] * operands.num_inputs
         masks = _masks(operands)
         trimmed = [index for index, mask in enumerate(masks) if not mask.keeps_all and mask.density > 0]
@@ -59,8 +57,8 @@ class _Dare(ReduceMethod):
 
         def measure(chunk: Chunk) -> list[_Norms]:
             space = MaskSpace.like(chunk.inputs[0], chunk.scratch)
-            wide = chunk.scratch.like(chunk.inputs[0], torch.float64)
-            return [_norms(chunk, index, masks[index], space, wide) for index in trimmed]
+            spare = chunk.scratch.like(chunk.inputs[0])
+            return [_norms(chunk, index, masks[index], space, spare) for index in trimmed]
 
         blocks = operands.map_blocks(measure)
         for place, index in enumerate(trimmed):
@@ -110,15 +108,15 @@ class _Norms(NamedTuple):
     mask: PackedMask | None
 
 
-def _norms(chunk: Chunk, index: int, mask: RandomMask, space: MaskSpace, wide: torch.Tensor) -> _Norms:
+def _norms(chunk: Chunk, index: int, mask: RandomMask, space: MaskSpace, spare: torch.Tensor) -> _Norms:
     magnitude = task_vector(chunk, index).abs_()
-    whole = partial_sums(magnitude, wide)
+    whole = folded_sums(magnitude, spare)
     packed = None
     if magnitude.device.type == "cpu":
         packed = mask.apply_and_pack_(magnitude, chunk.start, space)
     else:
         mask.apply_(magnitude, chunk.start, space)
-    return _Norms(whole, partial_sums(magnitude, wide), packed)
+    return _Norms(whole, folded_sums(magnitude, spare), packed)
 
 
 def _masks(operands: Operands) -> list[RandomMask]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 18
 """Elements in a block of `Operands.map_blocks`. Fixed, whatever the chunk size: sums taken per block and added in block
 order are the same for every chunk size and number of threads."""
 

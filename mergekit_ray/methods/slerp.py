@@ -12,7 +12,7 @@ from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import weighted_sum_
 from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.sums import partial_sums, total
+from mergekit_ray.methods.sums import folded_sums, is_folded, total
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,8 @@ class Arc:
 class Slerp(ReduceMethod):
     """Interpolation along the arc between the base and one other model (Shoemake 1985), each tensor as one flat vector.
 
-    Norms and the dot product are summed in float64 whatever the compute dtype, so the two factors are exact to double
-    precision before they are rounded to it.
+    Norms and the dot product are taken by `methods.sums.folded_sums`, in float64 for short tensors: the two factors are
+    exact to well below the rounding of the compute dtype.
     """
 
     name = "slerp"
@@ -63,9 +63,10 @@ class Slerp(ReduceMethod):
 
     def statistics(self, operands: Operands) -> Arc:
         """The angle between base and model over the whole tensor."""
-        blocks = operands.map_blocks(_products)
-        base_norm, norm = (math.sqrt(total(block[i] for block in blocks)) for i in (0, 1))
-        dot = total(block[2] for block in blocks)
+        squares = _summed(operands, exact=False)
+        if not all(map(math.isfinite, squares)):
+            squares = _summed(operands, exact=True)  # products beyond float32
+        base_norm, norm, dot = math.sqrt(squares[0]), math.sqrt(squares[1]), squares[2]
         cosine = dot / (base_norm if base_norm > ZERO_NORM else 1.0) / (norm if norm > ZERO_NORM else 1.0)
         return Arc(cosine, abs(cosine) > COLINEAR_COSINE)
 
@@ -82,16 +83,19 @@ class Slerp(ReduceMethod):
         return weighted_sum_([chunk.base, x], [math.sin((1.0 - t) * theta) / sine, math.sin(t * theta) / sine])
 
 
-def _products(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Partial sums of ``b·b``, ``x·x`` and ``b·x`` in float64."""
+def _summed(operands: Operands, *, exact: bool) -> tuple[float, float, float]:
+    """``b·b``, ``x·x`` and ``b·x`` over the whole tensor."""
+    blocks = operands.map_blocks(lambda chunk: _products(chunk, exact=exact))
+    return total(b[0] for b in blocks), total(b[1] for b in blocks), total(b[2] for b in blocks)
+
+
+def _products(chunk: Chunk, *, exact: bool) -> list[torch.Tensor]:
+    """Partial sums of ``b·b``, ``x·x`` and ``b·x``; ``exact`` has the products themselves formed in float64."""
     import torch  # noqa: PLC0415 - declarations are read without torch
 
     assert chunk.base is not None
-    base, x, product = (chunk.scratch.like(chunk.base, torch.float64) for _ in range(3))
-    base.copy_(chunk.base)
-    x.copy_(chunk.inputs[0])
-    return (
-        partial_sums(torch.mul(base, base, out=product), product),
-        partial_sums(torch.mul(x, x, out=product), product),
-        partial_sums(torch.mul(base, x, out=product), product),
-    )
+    base, (x,) = chunk.base, chunk.inputs
+    if exact or not is_folded(base):
+        base, x = (chunk.scratch.like(base, torch.float64).copy_(y) for y in (base, x))
+    product, spare = chunk.scratch.like(base), chunk.scratch.like(base)
+    return [folded_sums(torch.mul(y, z, out=product), spare) for y, z in ((base, base), (x, x), (base, x))]

@@ -121,7 +121,20 @@ def recipe_as_data(recipe: DenseRecipe) -> dict[str, Any]:
     """The recipe as plain data without what does not change the result (where it is written)."""
     data = recipe.to_data()
     data.pop("output", None)
+    _sort_parameters(data)
     return data
+
+
+def _sort_parameters(data: Any) -> None:
+    """Order the names of parameters, in place: in which order they were written decides nothing."""
+    if isinstance(data, list):
+        for item in data:
+            _sort_parameters(item)
+    elif isinstance(data, dict):
+        if isinstance(data.get("parameters"), dict):
+            data["parameters"] = dict(sorted(data["parameters"].items()))
+        for value in data.values():
+            _sort_parameters(value)
 
 
 def _models(checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[ModelReference, Model]:

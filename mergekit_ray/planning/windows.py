@@ -23,9 +23,9 @@ WINDOW_BYTES = 32 << 20
 BATCH_BYTES = 32 << 20
 """Aim for the inputs and outputs of one batch."""
 
-FIXED_BYTES = 128 << 20
-"""Allowance of a worker beside its windows: scratch of the compute threads (a few MB each) and parts being uploaded
-(80 MiB for shards up to 150 GB)."""
+FIXED_BYTES = 256 << 20
+"""Allowance of a worker beside its windows: scratch of up to eight compute threads (about 20 MiB each) and parts being
+uploaded (80 MiB for shards up to 150 GB)."""
 
 _WINDOW_ALIGNMENT = 1 << 16
 """Windows start at multiples of this many elements."""

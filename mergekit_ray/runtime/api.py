@@ -26,7 +26,7 @@ from mergekit_ray.storage.opening import open_sink, open_source
 
 RecipeLike = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]
 
-_MAX_LOCAL_THREADS: Final = 16
+_MAX_LOCAL_THREADS: Final = 8
 
 
 @dataclass(frozen=True)

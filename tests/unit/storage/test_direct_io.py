@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def write(path: Path, pieces: list[bytes], announced: int) -> None:
 def pieces() -> list[bytes]:
     data = os.urandom(MIN_DIRECT_BYTES + 12345)
     bounds = [0, 1, 1, 4097, 5_000_000, 13_388_608, len(data) - 7, len(data)]
-    return [data[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("announced", [0, MIN_DIRECT_BYTES], ids=["ordinary", "direct"])
