@@ -33,7 +33,7 @@ Values = Callable[[Chunk, int], "torch.Tensor"]
 
 _SAMPLE = 1 << 16
 """Elements of the sample, about."""
-_SAMPLED_BLOCKS = 32
+_SAMPLED_BLOCKS = 16
 _SMALL_BLOCKS = 4
 """Tensors of no more blocks are collected whole, without a sample."""
 _DIGIT_BITS = 16

@@ -23,16 +23,19 @@ import torch
 
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
-from mergekit_ray.core.errors import Interrupted
+from mergekit_ray.core.errors import CheckpointError, Interrupted
 from mergekit_ray.core.expressions import Load, is_copy, loads
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES, Window, batches
 from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, ComputePool, Evaluation, Piece, check_copy_finite
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, BufferPool
-from mergekit_ray.storage.protocols import Sink, Source
+from mergekit_ray.storage.protocols import MappableSource, Sink, Source
 
 _POLL_SECONDS: Final = 0.1
+
+_MIN_MAPPED_BYTES: Final = 1 << 20
+"""Smaller pieces are copied: a mapping costs more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,17 @@ class _Budget:
 
 
 @dataclass(slots=True)
+class _Inputs:
+    """The bytes of a window's loads, mapped or in ``buffers`` (which go back to the pool)."""
+
+    data: dict[Load, torch.Tensor] = field(default_factory=dict)
+    buffers: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Batch:
     windows: list[Window]
-    buffers: list[dict[Load, torch.Tensor]] = field(default_factory=list)
+    inputs: list[_Inputs] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -178,7 +189,9 @@ class _ShardRun:
 
     def __init__(self, worker: Worker, shard: Shard, writer: ShardWriter, stop: threading.Event) -> None:
         self._options = worker.options
-        self._inputs, self._sources = worker.inputs, worker.sources
+        self._model_inputs, self._sources = worker.inputs, worker.sources
+        self._mappable = {key: source for key, source in worker.sources.items() if isinstance(source, MappableSource)}
+        self._mapped_files: set[tuple[str, str]] = set()
         self._pool, self._buffers = worker.pool, worker.buffers
         self._progress = worker.progress
         self._shard = shard
@@ -207,6 +220,7 @@ class _ShardRun:
                 thread.join()
         if self._errors:
             raise self._errors[0]
+        self._check_mapped_files()
 
     def _guard(self, work: Callable[[], None], sentinel: queue.Queue[_Batch | None] | None) -> None:
         try:
@@ -235,27 +249,51 @@ class _ShardRun:
             self._budget.take(sum(window.memory_bytes for window in windows), self._failed)
             if not self._check():
                 return
-            requests = []
-            for window in windows:
-                held: dict[Load, torch.Tensor] = {}
-                for load in loads(window.tensor.expression):
-                    itemsize = load.spec.dtype.itemsize
-                    start = load.location.start + window.start * itemsize
-                    stop = load.location.start + window.stop * itemsize
-                    held[load] = self._buffers.take(stop - start)
-                    view = _bytes_of(held[load][: stop - start])
-                    version = self._inputs[load.model].files[load.location.file].version
-                    requests.append(ByteRange(load.model, load.location.file, start, stop, version, view))
-                batch.buffers.append(held)
+            requests: list[ByteRange] = []
             began = time.perf_counter()
+            for window in windows:
+                batch.inputs.append(self._inputs_of(window, requests))
             read_into(self._sources, requests)
             self._progress.read_seconds += time.perf_counter() - began
-            self._progress.read_bytes += sum(request.stop - request.start for request in requests)
+            self._progress.read_bytes += sum(window.read_bytes for window in windows)
             self._read.put(batch)
+
+    def _inputs_of(self, window: Window, requests: list[ByteRange]) -> _Inputs:
+        """Map what can be mapped, and add requests for the rest."""
+        inputs = _Inputs()
+        for load in loads(window.tensor.expression):
+            itemsize = load.spec.dtype.itemsize
+            file = load.location.file
+            start = load.location.start + window.start * itemsize
+            stop = load.location.start + window.stop * itemsize
+            version = self._model_inputs[load.model].files[file].version
+            mappable = self._mappable.get(load.model)
+            if mappable is not None and stop - start >= _MIN_MAPPED_BYTES and start % itemsize == 0:
+                mapped = mappable.map_range(file, start, stop, version=version)
+                inputs.data[load] = torch.frombuffer(mapped, dtype=torch.uint8)
+                self._mapped_files.add((load.model, file))
+                continue
+            buffer = self._buffers.take(stop - start)
+            inputs.buffers.append(buffer)
+            inputs.data[load] = buffer[: stop - start]
+            requests.append(ByteRange(load.model, file, start, stop, version, _bytes_of(inputs.data[load])))
+        return inputs
+
+    def _check_mapped_files(self) -> None:
+        """See that no file changed while it was used where it lies."""
+        for model, file in sorted(self._mapped_files):
+            source, planned = self._sources[model], self._model_inputs[model].files[file]
+            stat = source.stat(file)
+            if stat is None or stat.version != planned.version:
+                raise CheckpointError(
+                    "changed while it was being read: it is no longer the file that was planned for",
+                    where=f"{source.uri}/{file}",
+                    remedy="let nothing write to the inputs, and start the merge again",
+                )
 
     def _compute_all(self) -> None:
         while (batch := self._read.get()) is not None:
-            for window, held in zip(batch.windows, batch.buffers, strict=True):
+            for window, held in zip(batch.windows, batch.inputs, strict=True):
                 if not self._check():
                     return
                 began = time.perf_counter()
@@ -263,32 +301,28 @@ class _ShardRun:
                 self._progress.compute_seconds += time.perf_counter() - began
                 self._written.put(output)
 
-    def _compute(self, window: Window, held: dict[Load, torch.Tensor]) -> _Output:
+    def _compute(self, window: Window, held: _Inputs) -> _Output:
         spec = window.tensor.spec
         expression = window.tensor.expression
         ends_tensor = window.stop == spec.num_elements
-        pieces = {
-            load: buffer[: window.num_elements * load.spec.dtype.itemsize].view(TORCH_DTYPES[load.spec.dtype])
-            for load, buffer in held.items()
-        }
+        pieces = {load: data.view(TORCH_DTYPES[load.spec.dtype]) for load, data in held.data.items()}
         if is_copy(expression) and isinstance(expression, Load):
             if not self._options.allow_non_finite:
-                reference = self._inputs[expression.model].reference
+                reference = self._model_inputs[expression.model].reference
                 check_copy_finite(expression, pieces[expression], window.start, reference)
-            data = held[expression][: window.write_bytes]
-            return _Output(data, list(held.values()), window.memory_bytes, ends_tensor)
+            return _Output(held.data[expression], held.buffers, window.memory_bytes, ends_tensor)
         evaluation = Evaluation(
             expression,
             {load: Piece(data, window.start) for load, data in pieces.items()},
             self._pool,
             chunk_elements=self._options.chunk_elements,
             allow_non_finite=self._options.allow_non_finite,
-            references={key: model.reference for key, model in self._inputs.items()},
+            references={key: model.reference for key, model in self._model_inputs.items()},
         )
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
         evaluation.fill(window.start, window.stop, data.view(TORCH_DTYPES[spec.dtype]))
-        for buffer in held.values():
+        for buffer in held.buffers:
             self._buffers.give(buffer)
         self._budget.give(window.memory_bytes - window.write_bytes)
         return _Output(data, [out], window.write_bytes, ends_tensor)

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
 from mergekit_ray.storage.local_upload import LocalUpload, is_temporary, local_fault, prune_empty_folders
+from mergekit_ray.storage.mapped import map_file
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
@@ -111,11 +112,7 @@ class LocalSource:
             raise self._changed(name)
         for _, end, _ in wanted:
             if end > before.st_size:
-                raise CheckpointError(
-                    f"has {before.st_size} bytes, but byte {end - 1} is asked for",
-                    where=str(self._path(name)),
-                    remedy="the file is cut short: download or copy it again",
-                )
+                raise self._cut_short(name, before, end)
         try:
             _read_sorted(file.fd, wanted)
             after = os.fstat(file.fd)
@@ -126,6 +123,18 @@ class LocalSource:
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise self._changed(name)
 
+    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
+        """See `MappableSource.map_range`."""
+        file, status = self._open(name)
+        if version is not None and self._version(name, status) != version:
+            raise self._changed(name)
+        if end > status.st_size:
+            raise self._cut_short(name, status, end)
+        try:
+            return map_file(file.fd, start, end)
+        except OSError as error:
+            raise local_fault(error, self._path(name)) from error
+
     def _path(self, name: str) -> Path:
         check_name(name, str(self._root))
         return self._root / name
@@ -133,6 +142,13 @@ class LocalSource:
     def _version(self, name: str, status: os.stat_result) -> str:
         del name
         return f"{status.st_size}-{status.st_mtime_ns}"
+
+    def _cut_short(self, name: str, status: os.stat_result, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"has {status.st_size} bytes, but byte {end - 1} is asked for",
+            where=str(self._path(name)),
+            remedy="the file is cut short: download or copy it again",
+        )
 
     def _changed(self, name: str) -> CheckpointError:
         return CheckpointError(

@@ -93,6 +93,22 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class MappableSource(Source, Protocol):
+    """A source whose files can be used where they lie, without copying them into buffers."""
+
+    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
+        """Bytes ``[start, end)`` of a file, read in but not copied. They are not to be written to.
+
+        The bytes are those of the file, also if it changes later: whoever uses them checks the version once more
+        afterwards. A file that is cut short while a mapping of it is in use ends the process (SIGBUS).
+
+        Raises:
+            CheckpointError, StorageError: as `read_ranges`.
+        """
+        ...
+
+
 class Upload(Protocol):
     """One file being written, in order. Nothing is visible under its name before `commit`."""
 
