@@ -100,7 +100,7 @@ class RandomMask:
         words = hash_words(self.key, start, space.words, space.spare)
         kept = space.spare.numpy().view(np.bool_)[: values.numel()]
         np.less(words.numpy(), math.floor(self.density * (1 << 32)) - (1 << 31), out=kept)
-        _zero_where_not_(values, words.copy_(torch.from_numpy(kept)))
+        _keep_(values, torch.from_numpy(kept.view(np.uint8)), space)
         return np.packbits(kept)
 
 
@@ -109,8 +109,17 @@ def apply_packed_(values: torch.Tensor, packed: PackedMask, space: MaskSpace) ->
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
-    space.words.copy_(torch.from_numpy(np.unpackbits(packed, count=values.numel())))
-    return _zero_where_not_(values, space.words)
+    return _keep_(values, torch.from_numpy(np.unpackbits(packed, count=values.numel())), space)
+
+
+def _keep_(values: torch.Tensor, kept: torch.Tensor, space: MaskSpace) -> torch.Tensor:
+    """Zero ``values`` where ``kept``, of bytes 0 and 1 (torch converts booleans nine times slower), is 0."""
+    import torch  # noqa: PLC0415
+
+    if values.dtype != torch.float32:
+        return _zero_where_not_(values, space.words.copy_(kept))
+    # One operation less than on the bits; a dropped negative number becomes -0.0, which no sum can tell from 0.0.
+    return values.mul_(space.words.view(torch.float32).copy_(kept))
 
 
 def _zero_where_not_(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

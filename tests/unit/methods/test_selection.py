@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mergekit_ray.methods import order_statistics
 from mergekit_ray.methods.order_statistics import Threshold, by_bracket, by_radix, cut_after, kth_largest, patterns_
-from mergekit_ray.methods.protocol import Chunk
+from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Chunk
 from mergekit_ray.methods.selection import Selection, _selection, select_largest
 from support.operands import MemoryOperands
 
@@ -65,7 +65,7 @@ def test_random_values(dtype: torch.dtype, way: Callable[[torch.Tensor, int], Se
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_enough_to_be_sampled(dtype: torch.dtype) -> None:
-    x = (torch.randn(600_000, generator=torch.Generator().manual_seed(1)) * 0.01).to(dtype)
+    x = (torch.randn(1_500_000, generator=torch.Generator().manual_seed(1)) * 0.01).to(dtype)
     for density in (1e-5, 0.01, 0.2, 0.5, 0.99, 0.99999):
         count = math.floor(density * x.numel())
         assert 0 in by_bracket(MemoryOperands([x], compute_dtype=dtype), {0: count}, values)
@@ -91,19 +91,19 @@ def test_many_ties_and_zeros(zeros: float) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_all_equal_keeps_the_lowest_indices(way: Callable[[torch.Tensor, int], Selection]) -> None:
-    x = torch.full((200_000,), -0.5)
+    x = torch.full((600_000,), -0.5)
     x[1::2] = 0.5
-    for count in (1, 65_536, 65_537, 199_999):
+    for count in (1, 262_144, 262_145, 599_999):
         selection = way(x, count)
-        assert torch.equal(selection.mask(x, 0), torch.arange(200_000) < count)
+        assert torch.equal(selection.mask(x, 0), torch.arange(600_000) < count)
         assert torch.count_nonzero(selection.trim_(x.clone(), 0)) == count
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_all_zero(way: Callable[[torch.Tensor, int], Selection]) -> None:
-    x = torch.zeros(300_000)
+    x = torch.zeros(700_000)
     selection = way(x, 1234)
-    assert torch.equal(selection.mask(x, 0), torch.arange(300_000) < 1234)
+    assert torch.equal(selection.mask(x, 0), torch.arange(700_000) < 1234)
     assert torch.equal(selection.trim_(x.clone(), 0), x)
 
 
@@ -147,7 +147,7 @@ def test_infinities_rank_highest() -> None:
 
 def test_models_share_one_pass() -> None:
     generator = torch.Generator().manual_seed(4)
-    xs = [torch.randn(140_000, generator=generator) for _ in range(3)]
+    xs = [torch.randn(2 * BLOCK_ELEMENTS + 9000, generator=generator) for _ in range(3)]
     operands = MemoryOperands(xs)
     selections = select_largest(operands, [100, 0, 70_000], values)
     for x, count, selection in zip(xs, [100, 0, 70_000], selections, strict=True):
@@ -158,10 +158,10 @@ def test_models_share_one_pass() -> None:
 
 def test_a_misleading_sample_falls_back() -> None:
     """Values that decrease over the tensor within a block whose sampled offsets hold something else."""
-    x = torch.linspace(1.0, 2.0, 12 * 65_536)
-    stride = (12 * 65_536 // (1 << 16)) | 1
-    for start in range(0, x.numel(), 65_536):
-        x[start : start + 65_536 : stride] = 100.0
+    x = torch.linspace(1.0, 2.0, 12 * BLOCK_ELEMENTS)
+    stride = (12 * BLOCK_ELEMENTS // order_statistics._SAMPLE) | 1
+    for start in range(0, x.numel(), BLOCK_ELEMENTS):
+        x[start : start + BLOCK_ELEMENTS : stride] = 100.0
     operands = MemoryOperands([x])
     count = x.numel() // 2
     assert by_bracket(operands, {0: count}, values) == {}
@@ -169,10 +169,10 @@ def test_a_misleading_sample_falls_back() -> None:
 
 
 def test_too_many_equals_to_collect_fall_back() -> None:
-    x = torch.ones(6 * 65_536)
+    x = torch.ones(6 * BLOCK_ELEMENTS)
     operands = MemoryOperands([x])
-    assert by_bracket(operands, {0: 200_000}, values) == {}
-    assert kth_largest(operands, {0: 200_000}, values)[0].num_equal_kept == 200_000
+    assert by_bracket(operands, {0: 4 * BLOCK_ELEMENTS}, values) == {}
+    assert kth_largest(operands, {0: 4 * BLOCK_ELEMENTS}, values)[0].num_equal_kept == 4 * BLOCK_ELEMENTS
 
 
 def test_both_ways_agree_on_every_threshold() -> None:
