@@ -18,7 +18,8 @@ import torch
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Load, Merge
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.runtime.evaluate import ComputePool, Evaluation, Piece
+from mergekit_ray.runtime.evaluate import Evaluation, Piece
+from mergekit_ray.runtime.pool import ComputePool
 
 REFERENCE_ELEMENTS = 64 << 20
 WEIGHTS = (0.3, 0.5, 0.4)

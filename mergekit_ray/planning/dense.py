@@ -5,104 +5,20 @@ Works on the normal form of a recipe (modules of slices of sources) and the head
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from mergekit_ray.architectures.anatomy import Anatomy, is_buffer, place_of
-from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.config.normal import NormalModule, NormalSlice
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Resolver, gradient_position
-from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
-from mergekit_ray.core.dtypes import DType, promote
+from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ModelError, PlanError
-from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
-from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand
+from mergekit_ray.planning.tensors import TensorLowering
 
 _MAX_LISTED = 12
-
-
-@dataclass(frozen=True)
-class Model:
-    """An input as planning sees it: headers, config, and what its names mean."""
-
-    key: str
-    reference: ModelReference
-    checkpoint: Checkpoint
-    anatomy: Anatomy
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """What the recipe says of numbers.
-
-    Attributes:
-        stored: dtype of the output, None for that of the inputs.
-        inputs: dtype mergekit would do arithmetic in (``dtype``), None for that of the inputs.
-        compute: dtype of all arithmetic, None for the inputs' own.
-        seed: of all randomness.
-    """
-
-    stored: DType | None
-    inputs: DType | None
-    compute: DType | None
-    seed: int
-
-
-@dataclass
-class Lowering:
-    """The outcome: output tensors in model order, each with its expression.
-
-    Attributes:
-        groups: what comes before the layers, each layer, what comes after; empty groups are left out.
-        expressions: by output name.
-        layers: source of each output layer of the main stack: the model and its layer; None where they are the donor's.
-        tied: whether the output's head is its embedding; None if there is no embedding.
-        vocab_size: rows of the output's embedding where inputs had to be cut, else None.
-        dropped, aliased, warnings: as in `core.plan.Plan`.
-    """
-
-    groups: list[list[TensorSpec]] = field(default_factory=list)
-    expressions: dict[str, Expression] = field(default_factory=dict)
-    layers: list[tuple[Model, int]] | None = None
-    tied: bool | None = None
-    vocab_size: int | None = None
-    dropped: dict[str, str] = field(default_factory=dict)
-    aliased: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Operand:
-    """One model's contribution to one output tensor: the tensor called ``name`` there."""
-
-    model: Model
-    name: str
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A slice with its models looked up: which layers of which model it takes."""
-
-    sources: tuple[Model, ...]
-    first_layers: tuple[int, ...]
-    base: Model | None
-    base_first_layer: int
-    num_layers: int
-    is_all: bool
-    parameters: Resolver
-    source_parameters: tuple[Resolver, ...]
-
-    @property
-    def models(self) -> tuple[Model, ...]:
-        """The sources, and the base if there is one."""
-        return self.sources if self.base is None else (*self.sources, self.base)
-
-    @property
-    def donor(self) -> Model:
-        """Who gives what is not merged: the base, or the first source."""
-        return self.base or self.sources[0]
 
 
 def lower(
@@ -139,11 +55,8 @@ class _DenseLowering:
         self._method = method
         self._models = models
         self._donor = donor
-        self._arithmetic = arithmetic
         self._result = Lowering()
-        self._problems: list[str] = []
-        self._used: set[tuple[str, str]] = set()
-        self._cut_rows: dict[str, set[int]] = {}
+        self._tensors = TensorLowering(method, arithmetic, self._result)
         self._prefixes: list[str | None] = []
 
     def run(self, modules: Sequence[NormalModule]) -> Lowering:
@@ -153,16 +66,16 @@ class _DenseLowering:
             self._module([self._cut(s) for s in module.slices], prefix)
         if named:
             self._check_all_covered()
-        if self._problems:
-            shown = self._problems[:_MAX_LISTED]
-            rest = len(self._problems) - len(shown)
+        if self._tensors.problems:
+            shown = self._tensors.problems[:_MAX_LISTED]
+            rest = len(self._tensors.problems) - len(shown)
             listed = "\n  ".join([*shown, *([f"... and {rest} more"] if rest else [])])
             raise ModelError(
                 f"the models do not fit together:\n  {listed}",
                 remedy="merge models of one architecture and shape, or leave out the layers that differ with slices",
             )
         self._name_unused()
-        for name, rows in sorted(self._cut_rows.items()):
+        for name, rows in sorted(self._tensors.cut_rows.items()):
             few, many = min(rows), max(rows)
             self._result.warnings.append(
                 f"{name} has between {few} and {many} rows in the models: the first {few} are merged, the rest left out"
@@ -171,7 +84,7 @@ class _DenseLowering:
 
     # -- slices ---------------------------------------------------------------------------------------------------
 
-    def _cut(self, recipe: NormalSlice) -> _Cut:
+    def _cut(self, recipe: NormalSlice) -> Cut:
         sources = tuple(self._models[source.model] for source in recipe.inputs)
         base = None if recipe.base is None else self._models[recipe.base]
         ranges = [source.layer_range for source in recipe.inputs]
@@ -193,7 +106,7 @@ class _DenseLowering:
             )
         firsts = tuple((source.layer_range or (0, 0))[0] for source in recipe.inputs)
         method = self._method
-        return _Cut(
+        return Cut(
             parameters=Resolver(method.global_parameters, recipe.levels, f"method {method.name}"),
             source_parameters=tuple(
                 Resolver(method.model_parameters, source.levels, f"model {source.model}") for source in recipe.inputs
@@ -250,7 +163,7 @@ class _DenseLowering:
             remedy=f"use 'default' for the whole model, or one of: {', '.join(prefixes[:_MAX_LISTED])}",
         )
 
-    def _module(self, cuts: list[_Cut], prefix: str | None) -> None:
+    def _module(self, cuts: list[Cut], prefix: str | None) -> None:
         first, last = cuts[0], cuts[-1]
         anatomy = first.donor.anatomy
         stack = anatomy.main
@@ -276,13 +189,13 @@ class _DenseLowering:
             self._result.layers = layers
 
     @staticmethod
-    def _uncut(cut: _Cut) -> _Cut:
+    def _uncut(cut: Cut) -> Cut:
         """The same models over all their layers: for stacks that slices do not speak of."""
         return replace(
             cut, first_layers=tuple(0 for _ in cut.first_layers), base_first_layer=0, num_layers=0, is_all=True
         )
 
-    def _names(self, cut: _Cut, side: str, prefix: str | None) -> list[str]:
+    def _names(self, cut: Cut, side: str, prefix: str | None) -> list[str]:
         names: dict[str, None] = {}
         for model in cut.models:
             for name in getattr(model.anatomy, side):
@@ -311,7 +224,7 @@ class _DenseLowering:
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
-    def _layer(self, cut: _Cut, stack: str, i: int, num_layers: int, out_layer: int) -> None:
+    def _layer(self, cut: Cut, stack: str, i: int, num_layers: int, out_layer: int) -> None:
         t = gradient_position(i, num_layers)
         places = [first + i for first in cut.first_layers]
         base_place = cut.base_first_layer + i
@@ -321,20 +234,20 @@ class _DenseLowering:
             rests |= dict.fromkeys(layers[layer] if layer < len(layers) else ())
         group = []
         for rest in sorted(rests):
-            operands = [_Operand(m, f"{stack}.{layer}.{rest}") for m, layer in zip(cut.sources, places, strict=True)]
-            base = None if cut.base is None else _Operand(cut.base, f"{stack}.{base_place}.{rest}")
-            group += self._tensor(f"{stack}.{out_layer}.{rest}", operands, base, cut, t)
+            operands = [Operand(m, f"{stack}.{layer}.{rest}") for m, layer in zip(cut.sources, places, strict=True)]
+            base = None if cut.base is None else Operand(cut.base, f"{stack}.{base_place}.{rest}")
+            group += self._tensors.add(f"{stack}.{out_layer}.{rest}", operands, base, cut, t)
         self._add_group(group)
 
-    def _outside(self, cut: _Cut, names: list[str]) -> None:
+    def _outside(self, cut: Cut, names: list[str]) -> None:
         group = []
         for name in names:
             operands = [self._outside_operand(model, name) for model in cut.sources]
             base = None if cut.base is None else self._outside_operand(cut.base, name)
-            group += self._tensor(name, operands, base, cut, 0.0)
+            group += self._tensors.add(name, operands, base, cut, 0.0)
         self._add_group(group)
 
-    def _with_head(self, first: _Cut, last: _Cut, names: list[str], prefix: str | None) -> list[str]:
+    def _with_head(self, first: Cut, last: Cut, names: list[str], prefix: str | None) -> list[str]:
         """Decide whether the output is tied, and add the head to ``names`` if it must be made of an embedding.
 
         It is decided once, by the module that makes the embedding.
@@ -348,27 +261,27 @@ class _DenseLowering:
             for model in {m.key: m for m in (*first.models, *last.models)}.values():
                 for name in model.anatomy.redundant:
                     self._result.aliased[name] = embedding
-                    self._used.add((model.key, name))
+                    self._tensors.used.add((model.key, name))
             return names
         elsewhere = any(p is not None and p != prefix and _below(heads[0], p) for p in self._prefixes)
         return names if heads[0] in names or elsewhere else sorted([*names, heads[0]])
 
     @staticmethod
-    def _head_names(first: _Cut, last: _Cut) -> list[str]:
+    def _head_names(first: Cut, last: Cut) -> list[str]:
         """Name of the output projection, if any model has one or is tied."""
         models = (*last.models, *first.models)
         named = [m.anatomy.head for m in models if m.anatomy.head is not None]
         named += [name for m in models for name in m.anatomy.redundant]
         return named or (["lm_head.weight"] if any(m.anatomy.tied for m in models) else [])
 
-    def _is_tied(self, first: _Cut, last: _Cut) -> bool:
+    def _is_tied(self, first: Cut, last: Cut) -> bool:
         """The output is tied if every input is and head and embedding are made from the same models."""
         if not all(model.anatomy.tied for model in (*first.models, *last.models)):
             return False
         return first.sources == last.sources and first.base == last.base
 
     @staticmethod
-    def _outside_operand(model: Model, name: str) -> _Operand:
+    def _outside_operand(model: Model, name: str) -> Operand:
         """A tied model's head is its embedding."""
         anatomy = model.anatomy
         stored = model.checkpoint.tensors
@@ -379,131 +292,8 @@ class _DenseLowering:
             and anatomy.embedding is not None
             and name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
         ):
-            return _Operand(model, anatomy.embedding)
-        return _Operand(model, name)
-
-    def _tensor(
-        self, name: str, operands: list[_Operand], base: _Operand | None, cut: _Cut, t: float
-    ) -> list[TensorSpec]:
-        """Add one output tensor; returns its spec, or nothing if it is left out (and named)."""
-        if name in self._result.expressions:
-            raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
-        everyone = [*operands, *([base] if base is not None else [])]
-        absent = [o for o in everyone if o.name not in o.model.checkpoint.tensors]
-        for operand in everyone:
-            self._used.add((operand.model.key, operand.name))
-        if is_buffer(name):
-            return self._buffer(name, everyone, absent, base or operands[0])
-        if absent:
-            having = [o for o in everyone if o not in absent]
-            self._problems.append(
-                f"{name}: in {', '.join(sorted({str(o.model.reference) for o in having}))}, "
-                f"not in {', '.join(sorted({str(o.model.reference) for o in absent}))}"
-            )
-            return []
-        specs = [o.model.checkpoint.tensors[o.name][0] for o in everyone]
-        if not all(spec.dtype.is_floating for spec in specs):
-            return self._not_floating(name, everyone, specs, base or operands[0])
-        shape = self._common_shape(name, everyone, specs)
-        if shape is None:
-            return []
-        inputs = [self._load(o, shape) for o in operands]
-        base_load = None if base is None else self._load(base, shape)
-        dtypes = [spec.dtype for spec in specs]
-        spec = TensorSpec(name, self._arithmetic.stored or self._arithmetic.inputs or promote(dtypes), shape)
-        self._result.expressions[name] = self._expression(spec, inputs, base_load, cut, t)
-        return [spec]
-
-    def _expression(self, spec: TensorSpec, inputs: list[Load], base: Load | None, cut: _Cut, t: float) -> Expression:
-        method = self._method
-        dtypes = [load.spec.dtype for load in (*inputs, *([base] if base else []))]
-        compute = self._arithmetic.compute or self._arithmetic.inputs or promote(dtypes)
-        if method.name == "passthrough":
-            scale = cut.source_parameters[0].at(spec.name, t)["scale"]
-            if scale is not None and float(scale) != 1.0:
-                return Scale(inputs[0], float(scale), spec.dtype, compute)
-            return inputs[0] if inputs[0].spec.dtype is spec.dtype else Cast(inputs[0], spec.dtype)
-        seen: Counter[str] = Counter()
-        keys = []
-        for model in cut.sources:
-            label = str(model.reference)
-            seen[label] += 1
-            keys.append(
-                f"{self._arithmetic.seed}\n{spec.name}\n{label}" + (f"\n{seen[label]}" if seen[label] > 1 else "")
-            )
-        return Merge(
-            method=method.name,
-            spec=spec,
-            inputs=tuple(inputs),
-            base=base if method.base is not BaseUse.FORBIDDEN else None,
-            parameters=cut.parameters.at(spec.name, t),
-            input_parameters=tuple(source.at(spec.name, t) for source in cut.source_parameters),
-            keys=tuple(keys),
-            compute_dtype=compute,
-        )
-
-    def _buffer(self, name: str, everyone: list[_Operand], absent: list[_Operand], donor: _Operand) -> list[TensorSpec]:
-        """A constant is copied from the donor, or left out if any model does without it."""
-        reason = f"a constant that the model computes itself: that of {donor.model.reference} is copied"
-        if absent:
-            reason = "a constant that the model computes itself, and not all models store it"
-        for operand in everyone:
-            if operand not in absent and (absent or operand.model is not donor.model):
-                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = reason
-        return [] if absent else self._copy(name, donor)
-
-    def _copy(self, name: str, operand: _Operand) -> list[TensorSpec]:
-        spec, location = operand.model.checkpoint.tensors[operand.name]
-        self._result.expressions[name] = Load(operand.model.key, spec, location)
-        return [TensorSpec(name, spec.dtype, spec.shape)]
-
-    def _not_floating(
-        self, name: str, everyone: list[_Operand], specs: list[TensorSpec], donor: _Operand
-    ) -> list[TensorSpec]:
-        """Integers and booleans are no weights: the donor's are copied. Codes of 8-bit floats are refused."""
-        for operand, spec in zip(everyone, specs, strict=True):
-            if spec.dtype in (DType.F8_E4M3, DType.F8_E5M2):
-                self._problems.append(
-                    f"{name}: stored as 8-bit floats ({spec.dtype.value}) in {operand.model.reference}; "
-                    "convert it to bfloat16 first"
-                )
-                return []
-        if len({(spec.dtype, spec.shape) for spec in specs}) > 1:
-            found = ", ".join(
-                f"{o.model.reference}: {s.dtype.value} {list(s.shape)}" for o, s in zip(everyone, specs, strict=True)
-            )
-            self._problems.append(f"{name}: not a weight (not floating point), and not alike: {found}")
-            return []
-        for operand in everyone:
-            if operand.model is not donor.model:
-                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
-                    f"not floating point: that of {donor.model.reference} is copied"
-                )
-        return self._copy(name, donor)
-
-    def _common_shape(self, name: str, everyone: list[_Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
-        """The shape all share; for the vocabulary's tensors, the common leading rows."""
-        shapes = {spec.shape for spec in specs}
-        if len(shapes) == 1:
-            return specs[0].shape
-        is_vocabulary = all(o.name in o.model.anatomy.vocabulary for o in everyone)
-        if is_vocabulary and len({shape[1:] for shape in shapes}) == 1:
-            rows = {shape[0] for shape in shapes}
-            self._cut_rows[name] = rows
-            self._result.vocab_size = min(rows)
-            return (min(rows), *specs[0].shape[1:])
-        found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))
-        self._problems.append(f"{name}: different shapes ({found})")
-        return None
-
-    @staticmethod
-    def _load(operand: _Operand, shape: tuple[int, ...]) -> Load:
-        spec, location = operand.model.checkpoint.tensors[operand.name]
-        if spec.shape != shape:
-            # Fewer rows of a row-major tensor are its leading bytes.
-            spec = TensorSpec(spec.name, spec.dtype, shape)
-            location = Location(location.file, location.start, location.start + spec.num_bytes)
-        return Load(operand.model.key, spec, location)
+            return Operand(model, anatomy.embedding)
+        return Operand(model, name)
 
     def _add_group(self, group: list[TensorSpec]) -> None:
         if group:
@@ -511,12 +301,12 @@ class _DenseLowering:
 
     def _name_unused(self) -> None:
         """Every input tensor is used, aliased, or named as dropped."""
-        read = {model_key for model_key, _ in self._used}
+        read = {model_key for model_key, _ in self._tensors.used}
         for model in self._models.values():
             if model.key not in read:
                 continue
             for name in model.checkpoint.tensors:
-                if (model.key, name) not in self._used:
+                if (model.key, name) not in self._tensors.used:
                     reason = (
                         "a stored copy of the embedding" if name in model.anatomy.redundant else "no slice takes it"
                     )

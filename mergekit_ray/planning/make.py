@@ -19,7 +19,8 @@ from mergekit_ray.core.expressions import loads
 from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.dense import Arithmetic, Lowering, Model, lower
+from mergekit_ray.planning.dense import lower
+from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.output_config import output_config
 from mergekit_ray.planning.partition import partition
 

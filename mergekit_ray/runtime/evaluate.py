@@ -7,10 +7,7 @@ pool of threads; every number is independent of how the tensor was cut and of ho
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -30,6 +27,7 @@ from mergekit_ray.methods.protocol import (
     Scratch,
     WholeMethod,
 )
+from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.rounding import fits, is_finite, round_into
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, ThreadScratch
 
@@ -38,40 +36,6 @@ R = TypeVar("R")
 CHUNK_ELEMENTS = 1 << 18
 """Elements handled at a time: 1 MiB per float32 buffer. A merge of a few models works inside the cache, and operations
 are long enough that threads seldom wait for each other's turn in the interpreter."""
-
-
-class ComputePool:
-    """Threads that share the arithmetic of one process, each with its own scratch.
-
-    torch's own intra-op threads are switched off inside (one pool, no oversubscription).
-    """
-
-    def __init__(self, num_threads: int) -> None:
-        self.num_threads = max(1, num_threads)
-        self._executor = ThreadPoolExecutor(self.num_threads, thread_name_prefix="compute") if num_threads > 1 else None
-        self._local = threading.local()
-
-    @property
-    def scratch(self) -> ThreadScratch:
-        """The calling thread's scratch."""
-        scratch = getattr(self._local, "scratch", None)
-        if scratch is None:
-            scratch = self._local.scratch = ThreadScratch()
-        return cast(ThreadScratch, scratch)
-
-    def map_runs(self, num_items: int, function: Callable[[int, int], R]) -> list[R]:
-        """``function(first, last)`` over a few contiguous runs of ``range(num_items)``; results in order."""
-        num_runs = min(self.num_threads, num_items)
-        if num_runs <= 1 or self._executor is None:
-            return [function(0, num_items)] if num_items else []
-        bounds = [num_items * i // num_runs for i in range(num_runs + 1)]
-        futures = [self._executor.submit(function, a, b) for a, b in itertools.pairwise(bounds)]
-        return [future.result() for future in futures]
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._executor is not None:
-            self._executor.shutdown()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ from mergekit_ray.core.expressions import Load, is_copy, loads
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES, Window, batches
-from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, ComputePool, Evaluation, Piece, check_copy_finite
+from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, Evaluation, Piece, check_copy_finite
+from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, BufferPool
 from mergekit_ray.storage.protocols import MappableSource, Sink, Source
 

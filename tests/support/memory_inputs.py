@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Expression, Load, loads
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.runtime.evaluate import ComputePool, Evaluation, Piece
+from mergekit_ray.runtime.evaluate import Evaluation, Piece
+from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 
 DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}

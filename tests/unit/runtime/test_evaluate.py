@@ -17,7 +17,8 @@ from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.methods.protocol import Operands, WholeMethod
-from mergekit_ray.runtime.evaluate import ComputePool, Evaluation, check_copy_finite
+from mergekit_ray.runtime.evaluate import Evaluation, check_copy_finite
+from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 from support.memory_inputs import DTYPES, Inputs, evaluate
 from support.merge_reference import ulp

@@ -1,0 +1,152 @@
+"""One output tensor: which input tensors make it, whether they fit together, and its expression."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mergekit_ray.architectures.anatomy import is_buffer
+from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
+from mergekit_ray.core.dtypes import DType, promote
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
+from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Operand
+
+
+class TensorLowering:
+    """Adds output tensors to a `Lowering`, one by one.
+
+    Attributes:
+        problems: tensors that do not fit together, in words; collected so that all can be told at once.
+        used: (model key, tensor name) of every input tensor that was asked for.
+        cut_rows: numbers of rows found, by name, of vocabulary tensors that are cut to their common rows.
+    """
+
+    def __init__(self, method: type[MethodDeclaration], arithmetic: Arithmetic, result: Lowering) -> None:
+        self._method = method
+        self._arithmetic = arithmetic
+        self._result = result
+        self.problems: list[str] = []
+        self.used: set[tuple[str, str]] = set()
+        self.cut_rows: dict[str, set[int]] = {}
+
+    def add(self, name: str, operands: list[Operand], base: Operand | None, cut: Cut, t: float) -> list[TensorSpec]:
+        """Add one output tensor; returns its spec, or nothing if it is left out (and named)."""
+        if name in self._result.expressions:
+            raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
+        everyone = [*operands, *([base] if base is not None else [])]
+        absent = [o for o in everyone if o.name not in o.model.checkpoint.tensors]
+        for operand in everyone:
+            self.used.add((operand.model.key, operand.name))
+        if is_buffer(name):
+            return self._buffer(name, everyone, absent, base or operands[0])
+        if absent:
+            having = [o for o in everyone if o not in absent]
+            self.problems.append(
+                f"{name}: in {', '.join(sorted({str(o.model.reference) for o in having}))}, "
+                f"not in {', '.join(sorted({str(o.model.reference) for o in absent}))}"
+            )
+            return []
+        specs = [o.model.checkpoint.tensors[o.name][0] for o in everyone]
+        if not all(spec.dtype.is_floating for spec in specs):
+            return self._not_floating(name, everyone, specs, base or operands[0])
+        shape = self._common_shape(name, everyone, specs)
+        if shape is None:
+            return []
+        inputs = [self._load(o, shape) for o in operands]
+        base_load = None if base is None else self._load(base, shape)
+        dtypes = [spec.dtype for spec in specs]
+        spec = TensorSpec(name, self._arithmetic.stored or self._arithmetic.inputs or promote(dtypes), shape)
+        self._result.expressions[name] = self._expression(spec, inputs, base_load, cut, t)
+        return [spec]
+
+    def _expression(self, spec: TensorSpec, inputs: list[Load], base: Load | None, cut: Cut, t: float) -> Expression:
+        method = self._method
+        dtypes = [load.spec.dtype for load in (*inputs, *([base] if base else []))]
+        compute = self._arithmetic.compute or self._arithmetic.inputs or promote(dtypes)
+        if method.name == "passthrough":
+            scale = cut.source_parameters[0].at(spec.name, t)["scale"]
+            if scale is not None and float(scale) != 1.0:
+                return Scale(inputs[0], float(scale), spec.dtype, compute)
+            return inputs[0] if inputs[0].spec.dtype is spec.dtype else Cast(inputs[0], spec.dtype)
+        seen: Counter[str] = Counter()
+        keys = []
+        for model in cut.sources:
+            label = str(model.reference)
+            seen[label] += 1
+            keys.append(
+                f"{self._arithmetic.seed}\n{spec.name}\n{label}" + (f"\n{seen[label]}" if seen[label] > 1 else "")
+            )
+        return Merge(
+            method=method.name,
+            spec=spec,
+            inputs=tuple(inputs),
+            base=base if method.base is not BaseUse.FORBIDDEN else None,
+            parameters=cut.parameters.at(spec.name, t),
+            input_parameters=tuple(source.at(spec.name, t) for source in cut.source_parameters),
+            keys=tuple(keys),
+            compute_dtype=compute,
+        )
+
+    def _buffer(self, name: str, everyone: list[Operand], absent: list[Operand], donor: Operand) -> list[TensorSpec]:
+        """A constant is copied from the donor, or left out if any model does without it."""
+        reason = f"a constant that the model computes itself: that of {donor.model.reference} is copied"
+        if absent:
+            reason = "a constant that the model computes itself, and not all models store it"
+        for operand in everyone:
+            if operand not in absent and (absent or operand.model is not donor.model):
+                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = reason
+        return [] if absent else self._copy(name, donor)
+
+    def _copy(self, name: str, operand: Operand) -> list[TensorSpec]:
+        spec, location = operand.model.checkpoint.tensors[operand.name]
+        self._result.expressions[name] = Load(operand.model.key, spec, location)
+        return [TensorSpec(name, spec.dtype, spec.shape)]
+
+    def _not_floating(
+        self, name: str, everyone: list[Operand], specs: list[TensorSpec], donor: Operand
+    ) -> list[TensorSpec]:
+        """Integers and booleans are no weights: the donor's are copied. Codes of 8-bit floats are refused."""
+        for operand, spec in zip(everyone, specs, strict=True):
+            if spec.dtype in (DType.F8_E4M3, DType.F8_E5M2):
+                self.problems.append(
+                    f"{name}: stored as 8-bit floats ({spec.dtype.value}) in {operand.model.reference}; "
+                    "convert it to bfloat16 first"
+                )
+                return []
+        if len({(spec.dtype, spec.shape) for spec in specs}) > 1:
+            found = ", ".join(
+                f"{o.model.reference}: {s.dtype.value} {list(s.shape)}" for o, s in zip(everyone, specs, strict=True)
+            )
+            self.problems.append(f"{name}: not a weight (not floating point), and not alike: {found}")
+            return []
+        for operand in everyone:
+            if operand.model is not donor.model:
+                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
+                    f"not floating point: that of {donor.model.reference} is copied"
+                )
+        return self._copy(name, donor)
+
+    def _common_shape(self, name: str, everyone: list[Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
+        """The shape all share; for the vocabulary's tensors, the common leading rows."""
+        shapes = {spec.shape for spec in specs}
+        if len(shapes) == 1:
+            return specs[0].shape
+        is_vocabulary = all(o.name in o.model.anatomy.vocabulary for o in everyone)
+        if is_vocabulary and len({shape[1:] for shape in shapes}) == 1:
+            rows = {shape[0] for shape in shapes}
+            self.cut_rows[name] = rows
+            self._result.vocab_size = min(rows)
+            return (min(rows), *specs[0].shape[1:])
+        found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))
+        self.problems.append(f"{name}: different shapes ({found})")
+        return None
+
+    @staticmethod
+    def _load(operand: Operand, shape: tuple[int, ...]) -> Load:
+        spec, location = operand.model.checkpoint.tensors[operand.name]
+        if spec.shape != shape:
+            # Fewer rows of a row-major tensor are its leading bytes.
+            spec = TensorSpec(spec.name, spec.dtype, shape)
+            location = Location(location.file, location.start, location.start + spec.num_bytes)
+        return Load(operand.model.key, spec, location)
