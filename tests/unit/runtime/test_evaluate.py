@@ -16,7 +16,7 @@ from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.methods.protocol import Operands, WholeMethod
+from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Operands, WholeMethod
 from mergekit_ray.runtime.evaluate import Evaluation, check_copy_finite
 from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
@@ -323,7 +323,7 @@ def test_scratch_does_not_grow_with_the_tensor() -> None:
         assert not any(pool.scratch.mark().values()), "everything taken was released"
         return {dtype: sum(b.numel() for b in held) for dtype, held in pool.scratch._buffers.items()}
 
-    assert buffers_after(8 << 16) == buffers_after(2 << 16)
+    assert buffers_after(8 * BLOCK_ELEMENTS) == buffers_after(2 * BLOCK_ELEMENTS)
 
 
 def test_scratch_is_released_after_an_error() -> None:

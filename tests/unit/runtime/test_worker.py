@@ -249,6 +249,33 @@ def test_an_input_that_changed_is_refused(pair: tuple[dict[str, InputModel], Sha
     assert files_below(tmp_path / "out") == set()
 
 
+@pytest.mark.parametrize("smallest", [0, 1 << 40], ids=["mapped", "copied"])
+def test_inputs_used_where_they_lie_give_the_same_bytes(
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest: int
+) -> None:
+    inputs, shard = pair
+    expected = make_worker(inputs, tmp_path / "expected").run(shard)
+    monkeypatch.setattr(worker_module, "_MIN_MAPPED_BYTES", smallest)
+    assert make_worker(inputs, tmp_path / "out").run(shard).sha256 == expected.sha256
+
+
+def test_an_input_that_changes_while_it_is_used_is_refused(
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, shard = pair
+    monkeypatch.setattr(worker_module, "_MIN_MAPPED_BYTES", 0)
+    compute = worker_module._ShardRun._compute
+
+    def touch_and_compute(*args: Any) -> Any:
+        os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
+        return compute(*args)
+
+    monkeypatch.setattr(worker_module._ShardRun, "_compute", touch_and_compute)
+    with pytest.raises(CheckpointError, match="changed"):
+        make_worker(inputs, tmp_path / "out").run(shard)
+    assert files_below(tmp_path / "out") == set()
+
+
 class SlowSource(LocalSource):
     """Reads only after a signal."""
 
