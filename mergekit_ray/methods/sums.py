@@ -67,7 +67,8 @@ def folded_sums(x: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     for _ in range(_NUM_FOLDS - 1):
         half //= 2
         sums = sums[:half].add_(sums[half:])
-    return torch.stack([sums.sum(dtype=torch.float64), x[folded:].sum(dtype=torch.float64)])
+    summed = sums.sum(dtype=torch.float64).view(1)
+    return summed if folded == x.numel() else torch.cat([summed, x[folded:].sum(dtype=torch.float64).view(1)])
 
 
 def total(parts: Iterable[torch.Tensor]) -> float:
