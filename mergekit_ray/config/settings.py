@@ -320,7 +320,7 @@ class Resolver:
             if settings and not isinstance(settings[0], Conditional | tuple):
                 self._constant[name] = settings[0]
             elif not settings and self._defaults[name] is not MISSING:
-                self._constant[name] = self._defaults[name]  # type: ignore[assignment]
+                self._constant[name] = self._defaults[name]  # type: ignore[assignment] # not MISSING, which mypy cannot follow through a dict
             else:
                 self._varying[name] = settings
 

@@ -53,7 +53,7 @@ def _parse_token_source(value: object) -> TokenSource | None:
     if not isinstance(kind, str) or kind not in kinds:
         hint = did_you_mean(kind, kinds) if isinstance(kind, str) else ""
         raise ValueError(f"unknown kind {found(kind)}; accepted: {', '.join(kinds)}\n{hint}")
-    model: type[ZeroEmbedding | ModelTokenEmbedding] = kinds[kind]  # type: ignore[assignment]
+    model: type[ZeroEmbedding | ModelTokenEmbedding] = kinds[kind]  # type: ignore[assignment] # mypy joins the classes to their base
     try:
         return model.model_validate(value)
     except ValidationError as error:

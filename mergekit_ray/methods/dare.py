@@ -77,7 +77,7 @@ class DareStatistics:
     Attributes:
         factors: rescaling of each model.
         masks: by model, the mask of each block in a bit per element where it is worth keeping (on the CPU, where to
-            unpack it takes a quarter of the time to make it again).
+            unpack it takes a fifth of the time to make it again).
     """
 
     factors: Sequence[float]

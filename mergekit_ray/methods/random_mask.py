@@ -164,7 +164,7 @@ def hash_words(key: str, start: int, out: torch.Tensor, scratch: torch.Tensor) -
 
 
 def _hash_with_numpy(table: Words, addends: Sequence[int | Words], out: Words, scratch: Words) -> None:
-    """The same integers as by torch: numpy has unsigned numbers, whose shifts are logical, and is twice as fast."""
+    """The same integers as by torch: numpy has unsigned numbers, whose shifts are logical: two operations less."""
     import numpy as np  # noqa: PLC0415
 
     x, shifted = out.view(np.uint32), scratch.view(np.uint32)

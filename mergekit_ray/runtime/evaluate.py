@@ -34,8 +34,8 @@ from mergekit_ray.runtime.scratch import TORCH_DTYPES, ThreadScratch
 R = TypeVar("R")
 
 CHUNK_ELEMENTS = 1 << 18
-"""Elements handled at a time: 1 MiB per float32 buffer. A merge of a few models works inside the cache, and operations
-are long enough that threads seldom wait for each other's turn in the interpreter."""
+"""Elements handled at a time: 1 MiB per float32 buffer. Of 2^16 to 2^20, measured on two cores with dare_ties,
+2^18 and 2^19 took the least time; smaller ones spend it on waiting for the interpreter, larger ones on memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,7 @@ class RayExecutor:
             cpus = [int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()]
             wanted = max(1, sum(cpu // self.cpus_per_worker for cpu in cpus))
         for i in range(len(self._actors), min(wanted, self._max_actors)):
-            handle = RayWorker.options(  # type: ignore[attr-defined]
+            handle = RayWorker.options(  # type: ignore[attr-defined] # added by the decorator, untyped
                 num_cpus=self.cpus_per_worker, memory=self._memory_bytes, scheduling_strategy=_SPREAD
             ).remote(self._job)
             self._actors.append(_Actor(f"worker-{i}", handle, handle.node.remote()))

@@ -11,6 +11,7 @@ from mergekit_ray.config import load_recipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.expressions import loads
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.planning.make import make_plan
@@ -101,3 +102,21 @@ def _donor_first(recipe: DenseRecipe, checkpoints: Sequence[Checkpoint]) -> list
 def expressions_of(plan: Plan) -> dict[str, Any]:
     """The expression of each output tensor, in file order."""
     return {tensor.spec.name: tensor.expression for shard in plan.shards for tensor in shard.tensors}
+
+
+LINEAR = """
+merge_method: linear
+models:
+- {model: /a, parameters: {weight: 0.25}}
+- {model: /b, parameters: {weight: 0.75}}
+"""
+
+
+def sources(expression: Any) -> list[str]:
+    """``model: tensor`` of everything that is read."""
+    return [f"m{load.model[1:]}: {load.spec.name}" for load in loads(expression)]
+
+
+def stack(text: str, *models: Any) -> dict[str, list[str]]:
+    """What each output tensor is made of."""
+    return {name: sources(expression) for name, expression in expressions_of(plan_of(text, *models)).items()}

@@ -269,7 +269,7 @@ class StoreConformance:
     def test_a_closed_store_opens_again(self, store: Sink) -> None:
         store.put("a", b"1")
         with contextlib.suppress(AttributeError):
-            store.close()  # type: ignore[attr-defined]
+            store.close()
         assert fetch(store, "a", [(0, 1)]) == [b"1"]
 
 

@@ -242,16 +242,16 @@ def test_the_wrong_model_names_the_right_one() -> None:
 
 def test_recipes_built_in_python_meet_the_same_checks(methods: Methods) -> None:
     model = {"model": "a", "parameters": {"weight": [0, "1e-3"]}}
-    recipe = DenseRecipe(merge_method="linear", models=[model], base_model="b")  # type: ignore[arg-type, list-item]
+    recipe = DenseRecipe(merge_method="linear", models=[model], base_model="b")
     check_recipe(recipe, methods=methods)
     with pytest.raises(ValueError, match="both given"):
-        DenseRecipe(merge_method="linear", models=[model], modules={"m": {"models": [model]}})  # type: ignore[arg-type, list-item, dict-item]
+        DenseRecipe(merge_method="linear", models=[model], modules={"m": {"models": [model]}})
     with pytest.raises(ValueError, match="nothing to merge"):
         DenseRecipe(merge_method="linear")
     with pytest.raises(ValueError, match="expected a finite number"):
-        DenseRecipe(merge_method="linear", models=[{"model": "a", "parameters": {"weight": float("nan")}}])  # type: ignore[arg-type, list-item]
+        DenseRecipe(merge_method="linear", models=[{"model": "a", "parameters": {"weight": float("nan")}}])
     with pytest.raises(ConfigError, match="needs a base model"):
-        check_recipe(DenseRecipe(merge_method="ties", models=[model]), methods=methods)  # type: ignore[arg-type, list-item]
+        check_recipe(DenseRecipe(merge_method="ties", models=[model]), methods=methods)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yml")), ids=lambda file: file.stem)

@@ -298,7 +298,7 @@ def test_a_mapping_that_holds_itself_is_refused(methods: Methods) -> None:
     with pytest.raises(ConfigError, match="contains itself"):
         load_recipe(data, methods=methods)
     with pytest.raises(ConfigError, match="key 3 is not text"):
-        load_recipe({3: 4}, methods=methods)  # type: ignore[dict-item]
+        load_recipe({3: 4}, methods=methods)
 
 
 def test_lenient_makes_warnings_of_unknown_keys_and_parameters_only(methods: Methods) -> None:

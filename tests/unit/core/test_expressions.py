@@ -44,9 +44,9 @@ def test_loads_come_once_each_in_order_of_appearance_with_the_base_last() -> Non
 def test_loads_are_the_distinct_leaves(tree: Expression) -> None:
     def leaves(data: list[object]) -> list[tuple[object, ...]]:
         if data[0] == "load":
-            return [(data[1], *data[3])]  # type: ignore[misc]
-        below = [data[1]] if data[0] != "merge" else [*data[3], *([data[4]] if data[4] else [])]  # type: ignore[misc]
-        return [leaf for x in below for leaf in leaves(x)]  # type: ignore[arg-type]
+            return [(data[1], *data[3])]
+        below = [data[1]] if data[0] != "merge" else [*data[3], *([data[4]] if data[4] else [])]
+        return [leaf for x in below for leaf in leaves(x)]
 
     expected = list(dict.fromkeys(leaves(to_json(tree))))
     found = [(x.model, x.location.file, x.location.start, x.location.end) for x in loads(tree)]

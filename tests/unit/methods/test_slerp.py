@@ -11,7 +11,7 @@ from support.operands import MemoryOperands, merge
 
 
 def slerp(base: torch.Tensor, x: torch.Tensor, t: float, **options: object) -> torch.Tensor:
-    return merge("slerp", [x], base, parameters={"t": t}, **options)  # type: ignore[arg-type]
+    return merge("slerp", [x], base, parameters={"t": t}, **options)
 
 
 def test_stays_on_the_circle() -> None:

@@ -13,24 +13,7 @@ from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.expressions import Cast, Load, Merge, Scale, loads
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.make import make_plan
-from support.fake_checkpoints import checkpoint, expressions_of, llama, llama_shapes, plan_of
-
-LINEAR = """
-merge_method: linear
-models:
-- {model: /a, parameters: {weight: 0.25}}
-- {model: /b, parameters: {weight: 0.75}}
-"""
-
-
-def sources(expression: Any) -> list[str]:
-    """``model: tensor`` of everything that is read."""
-    return [f"m{load.model[1:]}: {load.spec.name}" for load in loads(expression)]
-
-
-def stack(text: str, *models: Any) -> dict[str, list[str]]:
-    """What each output tensor is made of."""
-    return {name: sources(expression) for name, expression in expressions_of(plan_of(text, *models)).items()}
+from support.fake_checkpoints import LINEAR, checkpoint, expressions_of, llama, llama_shapes, plan_of, sources, stack
 
 
 def test_models_merge_tensor_by_tensor() -> None:

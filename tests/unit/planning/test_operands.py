@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
-from mergekit_ray.core.expressions import Load, loads
-from support.fake_checkpoints import checkpoint, expressions_of, llama, llama_shapes, plan_of
-
-LINEAR = """
-merge_method: linear
-models:
-- {model: /a, parameters: {weight: 0.25}}
-- {model: /b, parameters: {weight: 0.75}}
-"""
-
-
-def sources(expression: Any) -> list[str]:
-    """``model: tensor`` of everything that is read."""
-    return [f"m{load.model[1:]}: {load.spec.name}" for load in loads(expression)]
-
-
-def stack(text: str, *models: Any) -> dict[str, list[str]]:
-    """What each output tensor is made of."""
-    return {name: sources(expression) for name, expression in expressions_of(plan_of(text, *models)).items()}
+from mergekit_ray.core.expressions import Load
+from support.fake_checkpoints import LINEAR, checkpoint, expressions_of, llama, llama_shapes, plan_of, sources
 
 
 def test_tied_models_make_a_tied_model() -> None:

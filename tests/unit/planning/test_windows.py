@@ -58,7 +58,7 @@ def merge(method: str, num_elements: int, num_inputs: int = 2, *, base: bool = F
         TensorSpec("w", DType.BF16, (num_elements,)),
         tuple(load(i, num_elements) for i in range(num_inputs)),
         load(9, num_elements) if base else None,
-        parameters,  # type: ignore[arg-type]
+        parameters,
         ({},) * num_inputs,
         ("",) * num_inputs,
     )

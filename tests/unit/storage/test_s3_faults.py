@@ -50,7 +50,7 @@ def store(server: FaultyS3) -> Iterator[S3Store]:
     ],
 )
 def test_a_transient_fault_is_outlived(server: FaultyS3, store: S3Store, fault: object) -> None:
-    server.faults.extend([fault] * 2)  # type: ignore[list-item]
+    server.faults.extend([fault] * 2)
     assert fetch(store, "a", [(100, 5_000)], "etag") == [DATA[100:5_000]]
     assert len(server.requests) == 3
 
@@ -142,7 +142,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_parts")
 def test_an_upload_outlives_a_fault_anywhere(server: FaultyS3, store: S3Store, fault: object, at: int) -> None:
     """Request 0 begins the upload, 1 to 10 are its parts, 11 completes it."""
-    server.faults.extend([lambda _: True] * at + [fault])  # type: ignore[list-item]
+    server.faults.extend([lambda _: True] * at + [fault])
     stat = store_bytes(store, "b", DATA)
     assert server.objects["prefix/b"] == DATA
     assert (stat.num_bytes, stat.version) == (len(DATA), "etag")
@@ -193,5 +193,5 @@ def test_pauses_grow_are_jittered_and_obey_the_server() -> None:
         assert 0.0 <= min(pauses) < bound / 4
         assert bound * 0.75 < max(pauses) <= bound
     asked = OSError()
-    asked.response = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": "3"}}}  # type: ignore[attr-defined]
+    asked.response = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": "3"}}}
     assert 3.0 <= policy.pause(1, asked) <= 4.0
