@@ -83,3 +83,12 @@ class MethodDeclaration:
         """Access needed with these global parameters; a method may need less than it declares (dare, no rescale)."""
         del parameters
         return cls.access
+
+    @classmethod
+    def whole_tensors(cls, num_tensors: int) -> int:
+        """Tensors in compute dtype that a whole-tensor method holds at once, for the projection of memory.
+
+        Args:
+            num_tensors: models, the base among them. By default all of them and the result.
+        """
+        return num_tensors + 1

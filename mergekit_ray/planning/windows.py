@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale, is_copy, loads
+from mergekit_ray.core.expressions import Expression, Load, is_copy
 from mergekit_ray.core.plan import OutputTensor, Plan, Shard
-from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
 
 WINDOW_BYTES = 32 << 20
@@ -52,36 +51,28 @@ class Window:
     @property
     def read_bytes(self) -> int:
         """Bytes of input."""
-        return sum(self.num_elements * load.spec.dtype.itemsize for load in loads(self.tensor.expression))
+        return sum((stop - start) * load.spec.dtype.itemsize for load, (start, stop) in self.needs.items())
+
+    @property
+    def needs(self) -> dict[Load, tuple[int, int]]:
+        """What is read: each load with its run of elements."""
+        return _needed(self.tensor.expression, self.start, self.stop)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes held while it is worked on: inputs, output (a copy needs none of its own), whole-tensor scratch."""
         if is_copy(self.tensor.expression):
             return self.read_bytes
-        return self.read_bytes + self.write_bytes + scratch_bytes(self.tensor.expression)
+        return self.read_bytes + self.write_bytes + self.tensor.expression.scratch_bytes
 
 
-def access(expression: Expression) -> Access:
-    """What an expression must see at once: the most that any node of it needs."""
-    match expression:
-        case Load():
-            return Access.ELEMENTWISE
-        case Cast(x) | Scale(x):
-            return access(x)
-        case Merge(method, _, inputs, base, parameters):
-            own = METHODS.get(method).effective_access(dict(parameters))
-            below = [access(x) for x in (*inputs, *([base] if base is not None else []))]
-            order = [Access.ELEMENTWISE, Access.REDUCE, Access.WHOLE]
-            return max([own, *below], key=order.index)
-
-
-def scratch_bytes(expression: Expression) -> int:
-    """Bytes of temporaries that grow with the tensor: whole tensors in compute dtype, for methods that need them."""
-    if access(expression) is not Access.WHOLE or not isinstance(expression, Merge):
-        return 0
-    held = len(expression.inputs) + (expression.base is not None) + 1
-    return held * expression.spec.num_elements * expression.compute_dtype.itemsize
+def _needed(expression: Expression, start: int, stop: int) -> dict[Load, tuple[int, int]]:
+    """Every load with the run of its elements that elements ``[start, stop)`` of the result need."""
+    found: dict[Load, tuple[int, int]] = {}
+    for load, first, last in expression.needs(start, stop):
+        known_first, known_last = found.get(load, (first, last))
+        found[load] = (min(known_first, first), max(known_last, last))
+    return found
 
 
 def windows(tensor: OutputTensor, max_bytes: int = WINDOW_BYTES) -> Iterator[Window]:
@@ -90,13 +81,25 @@ def windows(tensor: OutputTensor, max_bytes: int = WINDOW_BYTES) -> Iterator[Win
     if num_elements == 0:
         return
     whole = Window(tensor, 0, num_elements)
-    if access(tensor.expression) is not Access.ELEMENTWISE:
+    if tensor.expression.access is not Access.ELEMENTWISE:
         yield whole
         return
-    per_element = whole.memory_bytes / num_elements
-    step = max(1, int(max_bytes / per_element) // _WINDOW_ALIGNMENT) * _WINDOW_ALIGNMENT
+    step = _step(whole, max_bytes)
     for start in range(0, num_elements, step):
         yield Window(tensor, start, min(start + step, num_elements))
+
+
+def _step(whole: Window, max_bytes: int) -> int:
+    """Elements of a window that takes about ``max_bytes``, beside what every window of the tensor needs anew."""
+    aligned = min(_WINDOW_ALIGNMENT, whole.num_elements)
+    least = Window(whole.tensor, 0, aligned).memory_bytes
+    if aligned == whole.num_elements:
+        return aligned
+    per_element = (whole.memory_bytes - least) / (whole.num_elements - aligned)
+    fixed_bytes = max(0, int(least - per_element * aligned))
+    # What does not shrink with the window (the factors of a LoRA) is read at most about once more than the rest.
+    room = max(max_bytes - fixed_bytes, fixed_bytes)
+    return max(1, int(room / per_element) // _WINDOW_ALIGNMENT) * _WINDOW_ALIGNMENT
 
 
 def batches(shard: Shard, memory_bytes: int) -> Iterator[list[Window]]:

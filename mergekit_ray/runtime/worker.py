@@ -24,7 +24,7 @@ import torch
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
 from mergekit_ray.core.errors import CheckpointError, Interrupted
-from mergekit_ray.core.expressions import Load, is_copy, loads
+from mergekit_ray.core.expressions import Load, is_copy
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES, Window, batches
@@ -262,11 +262,11 @@ class _ShardRun:
     def _inputs_of(self, window: Window, requests: list[ByteRange]) -> _Inputs:
         """Map what can be mapped, and add requests for the rest."""
         inputs = _Inputs()
-        for load in loads(window.tensor.expression):
+        for load, (first, last) in window.needs.items():
             itemsize = load.spec.dtype.itemsize
             file = load.location.file
-            start = load.location.start + window.start * itemsize
-            stop = load.location.start + window.stop * itemsize
+            start = load.location.start + first * itemsize
+            stop = load.location.start + last * itemsize
             version = self._model_inputs[load.model].files[file].version
             mappable = self._mappable.get(load.model)
             if mappable is not None and stop - start >= _MIN_MAPPED_BYTES and start % itemsize == 0:
@@ -306,15 +306,18 @@ class _ShardRun:
         spec = window.tensor.spec
         expression = window.tensor.expression
         ends_tensor = window.stop == spec.num_elements
-        pieces = {load: data.view(TORCH_DTYPES[load.spec.dtype]) for load, data in held.data.items()}
+        starts = window.needs
+        pieces = {
+            load: Piece(data.view(TORCH_DTYPES[load.spec.dtype]), starts[load][0]) for load, data in held.data.items()
+        }
         if is_copy(expression) and isinstance(expression, Load):
             if not self._options.allow_non_finite:
                 reference = self._model_inputs[expression.model].reference
-                check_copy_finite(expression, pieces[expression], window.start, reference)
+                check_copy_finite(expression, pieces[expression].data, window.start, reference)
             return _Output(held.data[expression], held.buffers, window.memory_bytes, ends_tensor)
         evaluation = Evaluation(
             expression,
-            {load: Piece(data, window.start) for load, data in pieces.items()},
+            pieces,
             self._pool,
             chunk_elements=self._options.chunk_elements,
             allow_non_finite=self._options.allow_non_finite,

@@ -20,13 +20,11 @@ from mergekit_ray.methods.protocol import WholeMethod
 from mergekit_ray.planning.windows import (
     BATCH_BYTES,
     FIXED_BYTES,
-    access,
     batches,
     check_memory,
     comfortable_memory,
     largest_window,
     memory_needed,
-    scratch_bytes,
     windows,
 )
 
@@ -71,21 +69,21 @@ def tensor(expression: Expression, name: str = "w") -> OutputTensor:
 
 def test_access_is_the_most_that_any_node_needs() -> None:
     elementwise, reduce = merge("linear", 4), merge("slerp", 4, 1, base=True)
-    assert access(load(0, 4)) is Access.ELEMENTWISE
-    assert access(Cast(Scale(elementwise, 2.0, DType.F32), DType.F16)) is Access.ELEMENTWISE
-    assert access(reduce) is Access.REDUCE
-    assert access(Scale(reduce, 2.0, DType.F32)) is Access.REDUCE
-    assert access(Merge("linear", reduce.spec, (reduce,), None, {}, ({},), ("",))) is Access.REDUCE
-    assert access(merge("whole_for_tests", 4)) is Access.WHOLE
-    assert access(merge("dare_linear", 4, base=True, rescale=True)) is Access.REDUCE
-    assert access(merge("dare_linear", 4, base=True, rescale=False)) is Access.ELEMENTWISE
+    assert load(0, 4).access is Access.ELEMENTWISE
+    assert Cast(Scale(elementwise, 2.0, DType.F32), DType.F16).access is Access.ELEMENTWISE
+    assert reduce.access is Access.REDUCE
+    assert Scale(reduce, 2.0, DType.F32).access is Access.REDUCE
+    assert Merge("linear", reduce.spec, (reduce,), None, {}, ({},), ("",)).access is Access.REDUCE
+    assert merge("whole_for_tests", 4).access is Access.WHOLE
+    assert merge("dare_linear", 4, base=True, rescale=True).access is Access.REDUCE
+    assert merge("dare_linear", 4, base=True, rescale=False).access is Access.ELEMENTWISE
 
 
 def test_scratch_grows_with_the_tensor_only_where_all_of_it_is_needed() -> None:
-    assert scratch_bytes(merge("linear", 1000)) == 0
-    assert scratch_bytes(merge("slerp", 1000, 1, base=True)) == 0
+    assert merge("linear", 1000).scratch_bytes == 0
+    assert merge("slerp", 1000, 1, base=True).scratch_bytes == 0
     # Two inputs, the base and the result, in float32.
-    assert scratch_bytes(merge("whole_for_tests", 1000, 2, base=True)) == 4 * 1000 * 4
+    assert merge("whole_for_tests", 1000, 2, base=True).scratch_bytes == 4 * 1000 * 4
 
 
 def test_memory_of_a_window() -> None:
@@ -117,7 +115,7 @@ def test_windows_cover_a_tensor_once_in_order(expression: Expression, max_bytes:
         assert window.stop > window.start
         position = window.stop
     assert position == expression.spec.num_elements
-    if access(expression) is Access.ELEMENTWISE:
+    if expression.access is Access.ELEMENTWISE:
         for window in found:
             assert window.start % ALIGNMENT == 0
             assert window.memory_bytes <= max_bytes or window.num_elements <= ALIGNMENT

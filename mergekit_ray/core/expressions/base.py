@@ -1,0 +1,140 @@
+"""What every kind of expression is, and what can be asked of a tree."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
+
+from mergekit_ray.core.declaration import Access
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.tensors import Location, TensorSpec
+
+if TYPE_CHECKING:
+    from mergekit_ray.core.expressions.load import Load
+
+Scalar: TypeAlias = float | int | bool | str | None
+
+_ORDER = [Access.ELEMENTWISE, Access.REDUCE, Access.WHOLE]
+
+
+class Expression(ABC):
+    """A node of a tree: plain frozen data. It names methods and files, it never holds weights.
+
+    Attributes:
+        kind: tag in JSON.
+        spec: name, dtype and shape of the result.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str]
+
+    if TYPE_CHECKING:
+
+        @property
+        def spec(self) -> TensorSpec: ...  # noqa: D102 - see the class
+
+    @abstractmethod
+    def children(self) -> tuple[Expression, ...]:
+        """The expressions directly below."""
+
+    @abstractmethod
+    def to_data(self) -> list[Any]:
+        """Its attributes as plain JSON data, children by `to_json`."""
+
+    @classmethod
+    @abstractmethod
+    def from_data(cls, data: list[Any]) -> Self:
+        """Inverse of `to_data`.
+
+        Raises:
+            ValueError, TypeError: ``data`` is of another form.
+        """
+
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+        """What must be read for elements ``[start, stop)`` of the result: each load with its own run of elements.
+
+        By default the same run of every child. A load may come more than once.
+        """
+        for child in self.children():
+            yield from child.needs(start, stop)
+
+    @property
+    def access(self) -> Access:
+        """What must be seen at once: by default the most that any child needs."""
+        return most([child.access for child in self.children()])
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of temporaries that grow with the tensor."""
+        return sum(child.scratch_bytes for child in self.children())
+
+    @property
+    def propagates_non_finite(self) -> bool:
+        """Whether a NaN or infinity in any input always shows in the result."""
+        return all(child.propagates_non_finite for child in self.children())
+
+
+def most(accesses: Sequence[Access]) -> Access:
+    """The most demanding of several, elementwise if there are none."""
+    return max(accesses, key=_ORDER.index, default=Access.ELEMENTWISE)
+
+
+KINDS: dict[str, type[Expression]] = {}
+"""Kinds of expression by their tag."""
+
+E = TypeVar("E", bound=type[Expression])
+
+
+def expression_kind(tag: str) -> Callable[[E], E]:
+    """Decorator: a kind of expression with its tag in JSON."""
+
+    def enter(cls: E) -> E:
+        cls.kind = tag
+        KINDS[tag] = cls
+        return cls
+
+    return enter
+
+
+def to_json(expression: Expression) -> list[Any]:
+    """The tree as nested JSON lists, tagged by kind."""
+    return [expression.kind, *expression.to_data()]
+
+
+def from_json(data: list[Any]) -> Expression:
+    """Inverse of `to_json`.
+
+    Raises:
+        ValueError: an unknown kind of node, or attributes that do not fit its kind.
+    """
+    match data:
+        case [str(tag), *rest] if tag in KINDS:
+            try:
+                return KINDS[tag].from_data(rest)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"not an expression: {data[:1]!r}: {error}") from error
+    raise ValueError(f"not an expression: {data[:1]!r}")
+
+
+def spec_to_json(spec: TensorSpec) -> list[Any]:
+    """``[name, dtype, shape]``."""
+    return [spec.name, spec.dtype.value, list(spec.shape)]
+
+
+def spec_from_json(data: list[Any]) -> TensorSpec:
+    """Inverse of `spec_to_json`."""
+    name, dtype, shape = data
+    return TensorSpec(name, DType(dtype), tuple(shape))
+
+
+def location_to_json(location: Location) -> list[Any]:
+    """``[file, start, end]``."""
+    return [location.file, location.start, location.end]
+
+
+def location_from_json(data: list[Any]) -> Location:
+    """Inverse of `location_to_json`."""
+    file, start, end = data
+    return Location(file, start, end)

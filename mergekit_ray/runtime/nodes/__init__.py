@@ -1,0 +1,5 @@
+"""Nodes evaluate expressions: one class for each kind, found by its registration when this package is imported."""
+
+from mergekit_ray.runtime.nodes import arithmetic, merge
+
+__all__ = ["arithmetic", "merge"]
