@@ -153,7 +153,7 @@ class _DenseLowering:
         anatomy = self._donor.anatomy
         if name in ("text_decoder", "decoder", "language_model") and len(anatomy.stacks) == 1:
             return None
-        prefixes = sorted({".".join(n.split(".")[:i]) for n in self._donor.checkpoint.tensors for i in (1, 2)})
+        prefixes = sorted({".".join(n.split(".")[:i]) for n in self._donor.weights.specs for i in (1, 2)})
         for prefix in prefixes:
             if prefix == name or prefix.split(".")[-1] == name:
                 return prefix
@@ -210,7 +210,7 @@ class _DenseLowering:
     def _check_all_covered(self) -> None:
         missing = [
             name
-            for name in self._donor.checkpoint.tensors
+            for name in self._donor.weights.specs
             if name not in self._result.expressions
             and name not in self._donor.anatomy.redundant
             and not is_buffer(name)
@@ -284,7 +284,7 @@ class _DenseLowering:
     def _outside_operand(model: Model, name: str) -> Operand:
         """A tied model's head is its embedding."""
         anatomy = model.anatomy
-        stored = model.checkpoint.tensors
+        stored = model.weights.specs
         is_head = name == anatomy.head or (name not in stored or name in anatomy.redundant)
         if (
             is_head
@@ -305,7 +305,7 @@ class _DenseLowering:
         for model in self._models.values():
             if model.key not in read:
                 continue
-            for name in model.checkpoint.tensors:
+            for name in model.weights.specs:
                 if (model.key, name) not in self._tensors.used:
                     reason = (
                         "a stored copy of the embedding" if name in model.anatomy.redundant else "no slice takes it"

@@ -11,15 +11,17 @@ from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Expression
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.weights import Weights
 
 
 @dataclass(frozen=True)
 class Model:
-    """An input as planning sees it: headers, config, and what its names mean."""
+    """An input as planning sees it: its tensors, config and side files, and what its names mean."""
 
     key: str
     reference: ModelReference
     checkpoint: Checkpoint
+    weights: Weights
     anatomy: Anatomy
 
 

@@ -23,6 +23,7 @@ from mergekit_ray.planning.dense import lower
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.output_config import output_config
 from mergekit_ray.planning.partition import partition
+from mergekit_ray.planning.weights import StoredWeights
 
 _COMPUTE_DTYPES = {ComputeDType.FLOAT32: DType.F32, ComputeDType.FLOAT64: DType.F64, ComputeDType.INPUTS: None}
 
@@ -150,28 +151,31 @@ def _models(checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[ModelRefer
                 where=where,
                 remedy="name the unquantised checkpoint, or dequantise it first",
             )
-        specs = {name: spec for name, (spec, _) in checkpoint.tensors.items()}
-        models[reference] = Model(f"m{i}", reference, checkpoint, anatomy(specs, checkpoint.config, where))
+        weights = StoredWeights(f"m{i}", checkpoint)
+        models[reference] = Model(
+            f"m{i}", reference, checkpoint, weights, anatomy(weights.specs, checkpoint.config, where)
+        )
     return models
 
 
 def _inputs(models: Mapping[ModelReference, Model], lowering: Lowering) -> dict[str, InputModel]:
-    """Every model with the files that are really read."""
-    files: dict[str, set[str]] = {model.key: set() for model in models.values()}
+    """Everything that is read from, with the files that are really read."""
+    checkpoints = {key: c for model in models.values() for key, c in model.weights.inputs.items()}
+    files: dict[str, set[str]] = {key: set() for key in checkpoints}
     for expression in lowering.expressions.values():
         for load in loads(expression):
             files[load.model].add(load.location.file)
     return {
-        model.key: InputModel(
-            key=model.key,
-            reference=str(model.reference),
-            uri=model.checkpoint.source.uri,
+        key: InputModel(
+            key=key,
+            reference=checkpoint.reference,
+            uri=checkpoint.source.uri,
             files={
-                name: InputFile(name, model.checkpoint.files[name].num_bytes, model.checkpoint.files[name].version)
-                for name in sorted(files[model.key])
+                name: InputFile(name, checkpoint.files[name].num_bytes, checkpoint.files[name].version)
+                for name in sorted(files[key])
             },
         )
-        for model in models.values()
+        for key, checkpoint in checkpoints.items()
     }
 
 

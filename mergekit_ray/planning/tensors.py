@@ -8,8 +8,8 @@ from mergekit_ray.architectures.anatomy import is_buffer
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
 from mergekit_ray.core.dtypes import DType, promote
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
-from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.core.expressions import Cast, Expression, Merge, Scale
+from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Operand
 
 
@@ -35,7 +35,7 @@ class TensorLowering:
         if name in self._result.expressions:
             raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
         everyone = [*operands, *([base] if base is not None else [])]
-        absent = [o for o in everyone if o.name not in o.model.checkpoint.tensors]
+        absent = [o for o in everyone if o.name not in o.model.weights.specs]
         for operand in everyone:
             self.used.add((operand.model.key, operand.name))
         if is_buffer(name):
@@ -47,22 +47,29 @@ class TensorLowering:
                 f"not in {', '.join(sorted({str(o.model.reference) for o in absent}))}"
             )
             return []
-        specs = [o.model.checkpoint.tensors[o.name][0] for o in everyone]
+        specs = [o.model.weights.specs[o.name] for o in everyone]
         if not all(spec.dtype.is_floating for spec in specs):
             return self._not_floating(name, everyone, specs, base or operands[0])
         shape = self._common_shape(name, everyone, specs)
         if shape is None:
             return []
-        inputs = [self._load(o, shape) for o in operands]
-        base_load = None if base is None else self._load(base, shape)
+        inputs = [o.model.weights.expression(o.name, shape) for o in operands]
+        base_input = None if base is None else base.model.weights.expression(base.name, shape)
         dtypes = [spec.dtype for spec in specs]
         spec = TensorSpec(name, self._arithmetic.stored or self._arithmetic.inputs or promote(dtypes), shape)
-        self._result.expressions[name] = self._expression(spec, inputs, base_load, cut, t)
+        self._result.expressions[name] = self._expression(spec, inputs, base_input, dtypes, cut, t)
         return [spec]
 
-    def _expression(self, spec: TensorSpec, inputs: list[Load], base: Load | None, cut: Cut, t: float) -> Expression:
+    def _expression(
+        self,
+        spec: TensorSpec,
+        inputs: list[Expression],
+        base: Expression | None,
+        dtypes: list[DType],
+        cut: Cut,
+        t: float,
+    ) -> Expression:
         method = self._method
-        dtypes = [load.spec.dtype for load in (*inputs, *([base] if base else []))]
         compute = self._arithmetic.compute or self._arithmetic.inputs or promote(dtypes)
         if method.name == "passthrough":
             scale = cut.source_parameters[0].at(spec.name, t)["scale"]
@@ -99,8 +106,8 @@ class TensorLowering:
         return [] if absent else self._copy(name, donor)
 
     def _copy(self, name: str, operand: Operand) -> list[TensorSpec]:
-        spec, location = operand.model.checkpoint.tensors[operand.name]
-        self._result.expressions[name] = Load(operand.model.key, spec, location)
+        spec = operand.model.weights.specs[operand.name]
+        self._result.expressions[name] = operand.model.weights.expression(operand.name)
         return [TensorSpec(name, spec.dtype, spec.shape)]
 
     def _not_floating(
@@ -141,12 +148,3 @@ class TensorLowering:
         found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))
         self.problems.append(f"{name}: different shapes ({found})")
         return None
-
-    @staticmethod
-    def _load(operand: Operand, shape: tuple[int, ...]) -> Load:
-        spec, location = operand.model.checkpoint.tensors[operand.name]
-        if spec.shape != shape:
-            # Fewer rows of a row-major tensor are its leading bytes.
-            spec = TensorSpec(spec.name, spec.dtype, shape)
-            location = Location(location.file, location.start, location.start + spec.num_bytes)
-        return Load(operand.model.key, spec, location)
