@@ -19,19 +19,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergekit_ray.methods.compiled import is_compiled_for
 from mergekit_ray.methods.protocol import Scratch
+from mergekit_ray.methods.sums import partial_sums
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    Words = np.ndarray[Any, np.dtype[Any]]
-    PackedMask = np.ndarray[Any, np.dtype[np.uint8]]
+    Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 HASH_BLOCK = 1 << 16
 """Elements that share the two key words. Part of the definition of the masks: not tied to `BLOCK_ELEMENTS`."""
@@ -86,40 +86,34 @@ class RandomMask:
         limit = math.floor(self.density * (1 << 32))
         if limit <= 0:
             return values.zero_()
+        if is_compiled_for(values):
+            from mergekit_ray.methods.compiled import masks  # noqa: PLC0415 - compilers load where they are needed
+
+            masks.drop(values.numpy(), *_stream(self.key, start, values.numel()), limit)
+            return values
         words = hash_words(self.key, start, space.words, space.spare)
         return _zero_where_not_(values, words.lt_(limit - (1 << 31)))
 
-    def apply_and_pack_(self, values: torch.Tensor, start: int, space: MaskSpace) -> PackedMask:
-        """As `apply_`, on the CPU; returns the mask in a bit per element, to be applied again with `apply_packed_`.
+    def l1_sums(self, values: torch.Tensor, start: int, space: MaskSpace) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial sums of ``|v|``, of all values and of those that are kept: float64, on the values' device.
 
-        The mask must be one that drops some elements and keeps some.
+        Args:
+            values: as for `apply_`; overwritten.
+            start: as for `apply_`.
+            space: as for `apply_`.
         """
-        import numpy as np  # noqa: PLC0415 - imported where it works, as torch is
-        import torch  # noqa: PLC0415
+        import torch  # noqa: PLC0415 - declarations are read without torch
 
-        words = hash_words(self.key, start, space.words, space.spare)
-        kept = space.spare.numpy().view(np.bool_)[: values.numel()]
-        np.less(words.numpy(), math.floor(self.density * (1 << 32)) - (1 << 31), out=kept)
-        _keep_(values, torch.from_numpy(kept.view(np.uint8)), space)
-        return np.packbits(kept)
+        limit = math.floor(self.density * (1 << 32))
+        if is_compiled_for(values) and 0 < limit < 1 << 32:
+            from mergekit_ray.methods.compiled import masks  # noqa: PLC0415 - compilers load where they are needed
 
-
-def apply_packed_(values: torch.Tensor, packed: PackedMask, space: MaskSpace) -> torch.Tensor:
-    """Zero what a mask of `RandomMask.apply_and_pack_` drops, in place; the run must be the same."""
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-
-    return _keep_(values, torch.from_numpy(np.unpackbits(packed, count=values.numel())), space)
-
-
-def _keep_(values: torch.Tensor, kept: torch.Tensor, space: MaskSpace) -> torch.Tensor:
-    """Zero ``values`` where ``kept``, of bytes 0 and 1 (torch converts booleans nine times slower), is 0."""
-    import torch  # noqa: PLC0415
-
-    if values.dtype != torch.float32:
-        return _zero_where_not_(values, space.words.copy_(kept))
-    # One operation less than on the bits; a dropped negative number becomes -0.0, which no sum can tell from 0.0.
-    return values.mul_(space.words.view(torch.float32).copy_(kept))
+            whole, kept = masks.masked_norms(values.numpy(), *_stream(self.key, start, values.numel()), limit)
+            return torch.tensor([whole], dtype=torch.float64), torch.tensor([kept], dtype=torch.float64)
+        magnitudes = values.abs_()
+        wide = magnitudes if magnitudes.dtype == torch.float64 else torch.empty_like(magnitudes, dtype=torch.float64)
+        sums = partial_sums(magnitudes, wide)
+        return sums, partial_sums(self.apply_(magnitudes, start, space), wide)
 
 
 def _zero_where_not_(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -141,42 +135,44 @@ def hash_words(key: str, start: int, out: torch.Tensor, scratch: torch.Tensor) -
         out: 1-D int32, filled.
         scratch: int32 of the same length.
     """
+    if out.device.type == "cpu":
+        import numpy as np  # noqa: PLC0415
+
+        from mergekit_ray.methods.compiled import masks  # noqa: PLC0415 - compilers load where they are needed
+
+        masks.fill_words(out.numpy().view(np.uint32), *_stream(key, start, out.numel()))
+        return out
+    return words_by_torch(key, start, out, scratch)
+
+
+def words_by_torch(key: str, start: int, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """`hash_words` by torch's operations, on any device."""
     import torch  # noqa: PLC0415
 
-    digest = hashlib.sha256(key.encode()).digest()
     table = _mixed_offsets(out.device)
     for place, block, first, length in _runs(start, out.numel()):
         rows = max(1, length // HASH_BLOCK)
         shape = (rows, length // rows)
         x = out[place : place + length].view(shape)
         shifted = scratch[place : place + length].view(shape)
-        addend_1, addend_2 = _block_words(digest, block, rows, out.device)
-        if out.device.type == "cpu":
-            columns = [a if isinstance(a, int) else a.numpy() for a in (addend_1, addend_2)]
-            _hash_with_numpy(table[None, first : first + shape[1]].numpy(), columns, x.numpy(), shifted.numpy())
-            continue
-        torch.add(table[None, first : first + shape[1]], addend_1, out=x)
+        keys = torch.from_numpy(_block_keys(key, block, rows).view("int32")).to(out.device)
+        torch.add(table[None, first : first + shape[1]], keys[:, :1], out=x)
         _fold_(x, shifted, _SHIFT_1)
-        x.mul_(_MULTIPLIER_1).add_(addend_2)
+        x.mul_(_MULTIPLIER_1).add_(keys[:, 1:])
         _fold_(x, shifted, _SHIFT_2)
         x.mul_(_MULTIPLIER_2)
     return out
 
 
-def _hash_with_numpy(table: Words, addends: Sequence[int | Words], out: Words, scratch: Words) -> None:
-    """The same integers as by torch: numpy has unsigned numbers, whose shifts are logical: two operations less."""
+def _stream(key: str, start: int, length: int) -> tuple[int, Words, Words]:
+    """What a compiled loop needs: the offset in the first block, the mixed offsets, the blocks' key words."""
     import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
 
-    x, shifted = out.view(np.uint32), scratch.view(np.uint32)
-    first, second = (np.asarray(a, dtype=np.int32).view(np.uint32) for a in addends)
-    np.add(table.view(np.uint32), first, out=x)
-    np.right_shift(x, np.uint32(_SHIFT_1), out=shifted)
-    np.bitwise_xor(x, shifted, out=x)
-    np.multiply(x, np.uint32(_MULTIPLIER_1), out=x)
-    np.add(x, second, out=x)
-    np.right_shift(x, np.uint32(_SHIFT_2), out=shifted)
-    np.bitwise_xor(x, shifted, out=x)
-    np.multiply(x, np.uint32(_MULTIPLIER_2 % (1 << 32)), out=x)
+    first, offset = divmod(start, HASH_BLOCK)
+    num_blocks = -(-(offset + length) // HASH_BLOCK)
+    table: Words = _mixed_offsets(torch.device("cpu")).numpy().view(np.uint32)
+    return offset, table, _block_keys(key, first, num_blocks)
 
 
 def _fold_(x: torch.Tensor, scratch: torch.Tensor, shift: int) -> None:
@@ -198,20 +194,15 @@ def _runs(start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         place += run
 
 
-def _block_words(
-    digest: bytes, block: int, num_blocks: int, device: torch.device
-) -> tuple[int | torch.Tensor, int | torch.Tensor]:
-    """The two key words of consecutive blocks: numbers for one block, columns for several."""
-    import torch  # noqa: PLC0415
+def _block_keys(key: str, first: int, num_blocks: int) -> Words:
+    """The two key words of consecutive blocks, ``[num_blocks, 2]``."""
+    import numpy as np  # noqa: PLC0415
 
-    words = [
-        struct.unpack_from("<ii", hashlib.sha256(digest + index.to_bytes(8, "little")).digest())
-        for index in range(block, block + num_blocks)
-    ]
-    if num_blocks == 1:
-        return words[0]
-    columns = torch.tensor(words, dtype=torch.int32, device=device)
-    return columns[:, :1], columns[:, 1:]
+    digest = hashlib.sha256(key.encode()).digest()
+    blocks = (
+        hashlib.sha256(digest + index.to_bytes(8, "little")).digest()[:8] for index in range(first, first + num_blocks)
+    )
+    return np.frombuffer(b"".join(blocks), dtype="<u4").astype(np.uint32).reshape(num_blocks, 2)
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import weighted_sum_
 from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.sums import folded_sums, is_folded, total
+from mergekit_ray.methods.sums import partial_sums, total
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,8 @@ class Arc:
 class Slerp(ReduceMethod):
     """Interpolation along the arc between the base and one other model (Shoemake 1985), each tensor as one flat vector.
 
-    Norms and the dot product are taken by `methods.sums.folded_sums`, in float64 for short tensors: the two factors are
-    exact to well below the rounding of the compute dtype.
+    Norms and the dot product are sums in float64 of products in compute dtype: the two factors are exact to well below
+    its rounding.
     """
 
     name = "slerp"
@@ -95,7 +95,11 @@ def _products(chunk: Chunk, *, exact: bool) -> list[torch.Tensor]:
 
     assert chunk.base is not None
     base, (x,) = chunk.base, chunk.inputs
-    if exact or not is_folded(base):
+    if exact or base.itemsize < 4:  # bytes: 16-bit products would lose what the sum is to keep
         base, x = (chunk.scratch.like(base, torch.float64).copy_(y) for y in (base, x))
-    product, spare = chunk.scratch.like(base), chunk.scratch.like(base)
-    return [folded_sums(torch.mul(y, z, out=product), spare) for y, z in ((base, base), (x, x), (base, x))]
+    product, wide = chunk.scratch.like(base), chunk.scratch.like(base, torch.float64)
+    sums = []
+    for y, z in ((base, base), (x, x), (base, x)):
+        torch.mul(y, z, out=product)
+        sums.append(partial_sums(product, product if product.dtype == torch.float64 else wide))
+    return sums

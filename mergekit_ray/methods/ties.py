@@ -54,9 +54,8 @@ class Ties(ReduceMethod):
         settings = operands.parameters
         weights = [parameters.weight for parameters in operands.input_parameters]
         base, deltas = task_vectors(chunk)
-        for delta, weight, selection in zip(deltas, weights, selections, strict=True):
+        for delta, selection in zip(deltas, selections, strict=True):
             selection.trim_(delta, chunk.start)
-            delta.mul_(weight)
         return add_elected_(
             base, deltas, weights, normalize=settings.normalize, scale=settings.lambda_, scratch=chunk.scratch
         )
