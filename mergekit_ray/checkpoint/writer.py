@@ -8,7 +8,7 @@ from typing import Self
 
 from mergekit_ray.core.errors import InternalError
 from mergekit_ray.core.plan import Shard
-from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.record import ShardRecord, tensor_digest
 from mergekit_ray.storage.protocols import Sink
 
 _INLINE_BYTES = 64 << 10
@@ -19,8 +19,8 @@ class ShardWriter:
     """Writes one safetensors file front to back.
 
     The header is written at once; then the tensors' bytes come in file order, cut as the caller likes. The file is
-    hashed on one thread and the tensors on another while the bytes are stored. As a context manager it aborts unless
-    `finish` was reached.
+    hashed on a thread of its own while the bytes are stored. As a context manager it aborts unless `finish` was
+    reached.
 
     Args:
         sink: where the file goes.
@@ -34,11 +34,11 @@ class ShardWriter:
         self._shard = shard
         self._where = f"{sink.uri}/{shard.file}"
         self._file_hash = hashlib.sha256()
-        self._tensor_hash = hashlib.sha256()
+        self._tensor_hash = tensor_digest()
         self._digests: dict[str, str] = {}
         self._num_digested = 0
         self._num_written = 0
-        self._hashers = ThreadPoolExecutor(2, thread_name_prefix="sha256")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._upload = sink.open(shard.file, shard.num_bytes)
         try:
             self._file_hash.update(shard.header)
@@ -68,16 +68,12 @@ class ShardWriter:
             self._hash_tensors(view)
             self._upload.write(view)
             return
-        hashing: list[Future[None]] = [
-            self._hashers.submit(self._file_hash.update, view),
-            self._hashers.submit(self._hash_tensors, view),
-        ]
+        hashing: Future[None] = self._hasher.submit(self._file_hash.update, view)
         try:
+            self._hash_tensors(view)
             self._upload.write(view)
         finally:
-            # Not later: the caller may fill the buffer again.
-            for part in hashing:
-                part.result()
+            hashing.result()  # not later: the caller may fill the buffer again
 
     def finish(self) -> ShardRecord:
         """Commit the file.
@@ -92,7 +88,7 @@ class ShardWriter:
         if len(self._shard.header) + self._num_written != self._shard.num_bytes:
             raise self._wrong_size(self._num_written)
         stat = self._upload.commit()
-        self._hashers.shutdown()
+        self._hasher.shutdown()
         return ShardRecord(
             file=self._shard.file,
             num_bytes=stat.num_bytes,
@@ -104,7 +100,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Leave nothing behind. Does nothing after `finish`; safe to call twice."""
         self._upload.abort()
-        self._hashers.shutdown()
+        self._hasher.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +123,7 @@ class ShardWriter:
         tensors = self._shard.tensors
         while self._num_digested < len(tensors) and tensors[self._num_digested].end == self._num_written:
             self._digests[tensors[self._num_digested].spec.name] = self._tensor_hash.hexdigest()
-            self._tensor_hash = hashlib.sha256()
+            self._tensor_hash = tensor_digest()
             self._num_digested += 1
 
     def _wrong_size(self, num_bytes: int) -> InternalError:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from mergekit_ray.checkpoint.header import read_header
 from mergekit_ray.core.errors import CheckpointError
-from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.record import ShardRecord, tensor_digest
 from mergekit_ray.runtime.destination import INDEX_FILE, MANIFEST_FILE
 from mergekit_ray.storage.protocols import Source
 
@@ -92,14 +92,14 @@ def _verify_shard(source: Source, record: ShardRecord, result: Verification, on_
     for data in _read(source, record.file, 0, begin, stat.version):
         whole.update(data)
     for name, (spec, location) in order:
-        own = hashlib.sha256()
+        own = tensor_digest()
         for data in _read(source, record.file, location.start, location.end, stat.version):
             own.update(data)
             whole.update(data)
             on_bytes(len(data))
         result.num_tensors += 1
         if own.hexdigest() != record.tensors[name]:
-            result.problems.append(f"{record.file}: tensor {spec.name!r} is not what was written (SHA-256 differs)")
+            result.problems.append(f"{record.file}: tensor {spec.name!r} is not what was written (XXH3-128 differs)")
     result.num_shards += 1
     result.num_bytes += stat.num_bytes
     if whole.hexdigest() != record.sha256:

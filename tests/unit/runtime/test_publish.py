@@ -187,7 +187,7 @@ def test_verify_names_the_tensor_whose_bit_flipped(published: Published) -> None
     data[len(shard.header) + tensor.start + 1] ^= 1
     path.write_bytes(data)
     assert published.verify().problems == [
-        f"{shard.file}: tensor {tensor.spec.name!r} is not what was written (SHA-256 differs)",
+        f"{shard.file}: tensor {tensor.spec.name!r} is not what was written (XXH3-128 differs)",
         f"{shard.file}: the file is not what was written (SHA-256 differs)",
     ]
 
