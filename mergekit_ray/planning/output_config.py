@@ -8,11 +8,18 @@ from typing import Any, cast
 
 from mergekit_ray.architectures.anatomy import LAYER_COUNT_KEYS, language_config
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import PlanError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 _BEYOND_KEYS = ("num_nextn_predict_layers",)
 """Numbers of layers beyond the stack proper (multi-token prediction), which a stack that is cut anew does not keep."""
+
+_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
+"""Lists of the indices of the layers that are of one kind (Qwen-MoE, Llama 4, Mllama, Bamba, Jamba-like)."""
+
+_PREFIX_KEYS = ("first_k_dense_replace", "max_window_layers")
+"""Numbers of leading layers that are of another kind than the rest: DeepSeek's dense ones, Qwen2's without a window."""
 
 _NOT_PER_LAYER = ("_id", "_ids", "architectures", "_token", "_factor", "_section")
 """Endings of keys whose lists are of something else, should they happen to be as long as there are layers."""
@@ -38,6 +45,9 @@ def output_config(
 
     Returns:
         A new dictionary.
+
+    Raises:
+        PlanError: layers of two kinds are so mixed that the config cannot say it.
     """
     config: dict[str, Any] = copy.deepcopy(dict(donor))
     inner = cast(dict[str, Any], language_config(config))  # a part of our own copy
@@ -60,7 +70,7 @@ def output_config(
 
 
 def _set_layers(inner: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any], int]]) -> None:
-    """Set the number of layers and cut every per-layer list the way the layers were cut."""
+    """Set the number of layers, and cut all that config says of single layers the way the layers were cut."""
     for key in _BEYOND_KEYS:
         if key in inner:
             inner[key] = 0
@@ -70,11 +80,45 @@ def _set_layers(inner: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any],
             inner[key] = len(layers)
     if not isinstance(old, int):
         return
+    prefixes = [key for key in _PREFIX_KEYS if key != "max_window_layers" or inner.get("use_sliding_window")]
     for key, value in inner.items():
-        if not isinstance(value, list) or len(value) != old or key.endswith(_NOT_PER_LAYER):
-            continue
-        cut = []
-        for config, index in layers:
-            theirs = language_config(config).get(key)
-            cut.append(theirs[index] if isinstance(theirs, list) and index < len(theirs) else value[index % old])
-        inner[key] = cut
+        if key in _INDEX_KEYS and isinstance(value, list):
+            inner[key] = [place for place, (config, index) in enumerate(layers) if index in _listed(config, key)]
+        elif key in prefixes and isinstance(value, int) and value > 0:
+            inner[key] = _prefix(key, layers)
+        elif isinstance(value, list) and len(value) == old and not key.endswith(_NOT_PER_LAYER):
+            inner[key] = _recut(key, value, layers)
+
+
+def _recut(key: str, value: Sequence[Any], layers: Sequence[tuple[Mapping[str, Any], int]]) -> list[Any]:
+    """What each layer's own model says of it; what the donor says where that model says nothing."""
+    cut = []
+    for config, index in layers:
+        theirs = _listed(config, key)
+        cut.append(theirs[index] if index < len(theirs) else value[index % len(value)])
+    return cut
+
+
+def _listed(config: Mapping[str, Any], key: str) -> Sequence[Any]:
+    found = language_config(config).get(key)
+    return found if isinstance(found, list) else ()
+
+
+def _prefix(key: str, layers: Sequence[tuple[Mapping[str, Any], int]]) -> int:
+    """How many of the new layers are leading ones in their models; they must still lead.
+
+    Raises:
+        PlanError: they are not all in front, which no such number can say.
+    """
+    counts = [language_config(config).get(key) for config, _ in layers]
+    leads = [isinstance(count, int) and index < count for count, (_, index) in zip(counts, layers, strict=True)]
+    number = sum(leads)
+    if not all(leads[:number]):
+        misplaced = next(place for place, leading in enumerate(leads) if leading and place > leads.index(False))
+        raise PlanError(
+            f"output layer {misplaced} is one of the first {counts[misplaced]} of its model, which are of another kind "
+            f"than the rest ({key}), and comes after one that is not",
+            where="slices",
+            remedy=f"put the slices that hold the layers counted by {key} first",
+        )
+    return number

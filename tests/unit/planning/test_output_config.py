@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.output_config import output_config
 
 
@@ -118,3 +119,26 @@ def test_layers_beyond_the_stack_are_gone_when_it_is_cut() -> None:
     donor = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
     assert adapted(donor, layers=cut(donor, [0, 1, 0]))["num_nextn_predict_layers"] == 0
     assert adapted(donor)["num_nextn_predict_layers"] == 1
+
+
+def test_lists_of_layer_indices_name_the_new_places() -> None:
+    a = {"num_hidden_layers": 4, "mlp_only_layers": [0, 3]}
+    b = {"num_hidden_layers": 4, "mlp_only_layers": [1]}
+    result = adapted(a, layers=[*cut(a, [0, 1, 3]), *cut(b, [0, 1, 2])])
+    assert result["mlp_only_layers"] == [0, 2, 4]
+    assert adapted(a, layers=cut({"num_hidden_layers": 4}, [0, 3]))["mlp_only_layers"] == []
+
+
+@pytest.mark.parametrize("key", ["first_k_dense_replace", "max_window_layers"])
+def test_numbers_of_leading_layers_are_counted_anew(key: str) -> None:
+    donor = {"num_hidden_layers": 6, "use_sliding_window": True, key: 2}
+    assert adapted(donor, layers=cut(donor, [0, 1, 1, 4, 5]))[key] == 3
+    assert adapted(donor, layers=cut(donor, [3, 4]))[key] == 0
+    assert adapted({**donor, key: 0}, layers=cut(donor, [3, 0]))[key] == 0
+    with pytest.raises(PlanError, match=f"output layer 2 is one of the first 2 .*{key}"):
+        adapted(donor, layers=cut(donor, [0, 3, 1, 4]))
+
+
+def test_windows_that_are_not_used_stand_in_nobodys_way() -> None:
+    donor = {"num_hidden_layers": 4, "use_sliding_window": False, "max_window_layers": 3}
+    assert adapted(donor, layers=cut(donor, [0, 3, 1]))["max_window_layers"] == 3
