@@ -53,6 +53,8 @@ class MethodDeclaration:
         global_parameters: pydantic model of the parameters looked up once per output tensor.
         propagates_non_finite: a NaN or infinity in any input always makes the result non-finite, so checking the
             result is enough.
+        widens: with ``compute_dtype: inputs``, models are rounded to 16 bits where the recipe says so, and arithmetic
+            on them is float32 all the same, as it is in mergekit.
     """
 
     name: ClassVar[str]
@@ -67,6 +69,7 @@ class MethodDeclaration:
     model_parameters: ClassVar[type[Parameters]] = Parameters
     global_parameters: ClassVar[type[Parameters]] = Parameters
     propagates_non_finite: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
 
     @classmethod
     def parameter_names(cls) -> dict[str, str]:

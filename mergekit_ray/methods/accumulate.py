@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_ray.core.errors import MergeError
+from mergekit_ray.methods.protocol import Scratch
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,20 @@ def coefficients(weights: Sequence[float], *, normalize: bool, scale: float = 1.
     return [scale * weight / total for weight in weights]
 
 
+def divisor(weights: Sequence[float], dtype: torch.dtype, *, normalize: bool) -> float:
+    """The sum of the weights, added up in ``dtype``, if ``normalize``; else 1.
+
+    Raises:
+        MergeError: as `coefficients`.
+    """
+    if not normalize:
+        return 1.0
+    import torch  # noqa: PLC0415 - declarations are read without torch
+
+    coefficients(weights, normalize=True)
+    return float(torch.tensor(list(weights), dtype=dtype).sum())
+
+
 def add_scaled_(total: torch.Tensor, x: torch.Tensor, factor: float) -> None:
     """``total += factor * x`` in place; ``x`` is scratch and may be overwritten.
 
@@ -50,3 +65,27 @@ def weighted_sum_(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> to
     for term, factor in zip(terms[1:], factors[1:], strict=True):
         add_scaled_(total, term, factor)
     return total
+
+
+def rounded_sum_(
+    terms: Sequence[torch.Tensor], weights: Sequence[float], *, divisor: float, scale: float, scratch: Scratch
+) -> torch.Tensor:
+    """``scale · Σ weight_i · term_i / divisor`` into the first term, every step rounded to the terms' dtype.
+
+    Weights are rounded to that dtype, too; 16-bit products are added up in float32 and rounded once. That is how
+    mergekit goes about it (observed from outside), whose bits ``compute_dtype: inputs`` is to give.
+    """
+    import torch  # noqa: PLC0415 - declarations are read without torch
+
+    dtype = terms[0].dtype
+    factors = torch.tensor(list(weights), dtype=dtype).tolist()
+    total = terms[0].mul_(factors[0])
+    if total.itemsize < 4:  # bytes
+        total = scratch.like(total, torch.float32).copy_(total)
+    for term, factor in zip(terms[1:], factors[1:], strict=True):
+        total.add_(term.mul_(factor))
+    if total.dtype != dtype:
+        total = terms[0].copy_(total)
+    if divisor != 1.0:
+        total.div_(divisor)
+    return total if scale == 1.0 else total.mul_(scale)

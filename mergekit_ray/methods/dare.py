@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.accumulate import divisor, rounded_sum_
 from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.random_mask import MaskSpace, RandomMask
 from mergekit_ray.methods.sign import add_elected_
@@ -102,10 +102,10 @@ class DareLinear(_Dare):
         """
         settings = operands.parameters
         weights = [parameters.weight for parameters in operands.input_parameters]
-        factors = coefficients(weights, normalize=settings.normalize, scale=settings.lambda_)
-        rescaling = _rescaling(statistics, operands)
+        total = divisor(weights, operands.compute_dtype, normalize=settings.normalize)
+        rescaled = [w * r for w, r in zip(weights, _rescaling(statistics, operands), strict=True)]
         base, deltas = _trimmed(chunk, operands)
-        return base.add_(weighted_sum_(deltas, [f * r for f, r in zip(factors, rescaling, strict=True)]))
+        return base.add_(rounded_sum_(deltas, rescaled, divisor=total, scale=settings.lambda_, scratch=chunk.scratch))
 
 
 @METHODS.register("dare_ties")

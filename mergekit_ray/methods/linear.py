@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.accumulate import divisor, weighted_sum_
 from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class LinearParameters(Parameters):
 class Linear(ElementwiseMethod):
     """``Σ w_i x_i``, over ``Σ w_i`` if normalised (Wortsman et al. 2022, "Model soups").
 
-    The normalised weights are formed in double precision and rounded once to compute dtype. With ``n`` models the
-    result is, before it is rounded to the output dtype, within ``(n + 1) · u · Σ|w_i x_i| / |Σ w_i|`` of the exact one,
-    ``u`` being half the compute dtype's machine epsilon (2^-24 in float32): far below an ulp of a 16-bit output.
+    The weights are added up in compute dtype. With ``n`` models the result is, before it is rounded to the
+    output dtype, within ``(2n + 1) · u · Σ|w_i x_i| / |Σ w_i|`` of the exact one, ``u`` being half the compute dtype's
+    machine epsilon (2^-24 in float32): far below an ulp of a 16-bit output.
     """
 
     name = "linear"
@@ -43,6 +43,7 @@ class Linear(ElementwiseMethod):
     model_parameters = LinearModelParameters
     global_parameters = LinearParameters
     propagates_non_finite = True
+    widens = True
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`.
@@ -52,4 +53,6 @@ class Linear(ElementwiseMethod):
         """
         del statistics
         weights = [parameters.weight for parameters in operands.input_parameters]
-        return weighted_sum_(chunk.inputs, coefficients(weights, normalize=operands.parameters.normalize))
+        total = divisor(weights, operands.compute_dtype, normalize=operands.parameters.normalize)
+        merged = weighted_sum_(chunk.inputs, weights)
+        return merged if total == 1.0 else merged.div_(total)

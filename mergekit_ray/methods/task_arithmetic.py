@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.accumulate import divisor, rounded_sum_
 from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
 from mergekit_ray.methods.task_vectors import ScaledParameters, WeightedParameters, task_vectors
 
@@ -48,6 +48,6 @@ class TaskArithmetic(ElementwiseMethod):
         del statistics
         settings = operands.parameters
         weights = [parameters.weight for parameters in operands.input_parameters]
-        factors = coefficients(weights, normalize=settings.normalize, scale=settings.lambda_)
+        total = divisor(weights, operands.compute_dtype, normalize=settings.normalize)
         base, deltas = task_vectors(chunk)
-        return base.add_(weighted_sum_(deltas, factors))
+        return base.add_(rounded_sum_(deltas, weights, divisor=total, scale=settings.lambda_, scratch=chunk.scratch))

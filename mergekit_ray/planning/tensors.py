@@ -76,6 +76,9 @@ class TensorLowering:
             if scale is not None and float(scale) != 1.0:
                 return Scale(inputs[0], float(scale), spec.dtype, compute)
             return inputs[0] if inputs[0].spec.dtype is spec.dtype else Cast(inputs[0], spec.dtype)
+        if self._arithmetic.compute is None and method.widens and compute.itemsize < DType.F32.itemsize:
+            inputs = [x if x.spec.dtype is compute else Cast(x, compute) for x in inputs]
+            compute = DType.F32
         seen: Counter[str] = Counter()
         keys = []
         for model in cut.sources:

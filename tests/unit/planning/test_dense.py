@@ -227,9 +227,7 @@ def test_passthrough_casts_where_another_dtype_is_stored() -> None:
         ("dtype: float32\nout_dtype: bfloat16", (DType.BF16, DType.BF16), DType.BF16, DType.F32),
         ("out_dtype: float16", (DType.BF16, DType.F32), DType.F16, DType.F32),
         ("compute_dtype: float64", (DType.BF16, DType.BF16), DType.BF16, DType.F64),
-        ("compute_dtype: inputs", (DType.BF16, DType.BF16), DType.BF16, DType.BF16),
         ("compute_dtype: inputs", (DType.BF16, DType.F16), DType.F32, DType.F32),
-        ("compute_dtype: inputs\ndtype: float16", (DType.BF16, DType.BF16), DType.F16, DType.F16),
         ("compute_dtype: inputs\ndtype: float32\nout_dtype: float16", (DType.BF16,) * 2, DType.F16, DType.F32),
     ],
 )
@@ -240,6 +238,20 @@ def test_dtypes(settings: str, inputs: tuple[DType, DType], stored: DType, compu
         assert expression.compute_dtype is compute
         assert tuple(load.spec.dtype for load in expression.inputs) == inputs
     assert plan.config["torch_dtype"] == stored.config_name
+
+
+@pytest.mark.parametrize(("dtype", "compute"), [("bfloat16", DType.BF16), ("float16", DType.F16)])
+def test_arithmetic_in_the_inputs_dtype(dtype: str, compute: DType) -> None:
+    """Where mergekit widens, so do we; but what it widens has been rounded to ``dtype``."""
+    settings = f"compute_dtype: inputs\ndtype: {dtype}\n"
+    models = [llama(path, dtype=DType.BF16) for path in ("/a", "/b")]
+    task = "merge_method: task_arithmetic\nbase_model: /a\nmodels:\n- {model: /b, parameters: {weight: 1}}\n"
+    for expression in expressions_of(plan_of(settings + task, *models)).values():
+        assert expression.compute_dtype is compute
+    for expression in expressions_of(plan_of(settings + LINEAR, *models)).values():
+        assert expression.compute_dtype is DType.F32
+        assert all(x.spec.dtype is compute for x in expression.inputs)
+        assert all(isinstance(x, Load) == (compute is DType.BF16) for x in expression.inputs)
 
 
 def test_layer_ranges_beyond_a_model_are_refused() -> None:
