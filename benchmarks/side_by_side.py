@@ -51,9 +51,34 @@ class Case:
     contenders: tuple[str, ...] = (MERGEKIT, OURS)
 
 
-def _weighted(method: str) -> str:
-    models = "".join(f"  - {{model: ${m}, parameters: {{weight: 0.4, density: 0.5}}}}\n" for m in "abc")
-    return f"merge_method: {method}\nbase_model: $base\nmodels:\n{models}dtype: bfloat16\n"
+def _models(names: str, parameters: str = "") -> str:
+    inner = f", parameters: {{{parameters}}}" if parameters else ""
+    return "models:\n" + "".join(f"  - {{model: ${name}{inner}}}\n" for name in names)
+
+
+def _case(
+    method: str,
+    names: str,
+    parameters: str = "",
+    settings: str = "",
+    *,
+    base: str = "",
+    contenders: tuple[str, ...] = (),
+) -> Case:
+    """A merge of the models ``names`` with the same parameters for each."""
+    head = f"merge_method: {method}\n" + (f"base_model: ${base}\n" if base else "")
+    top = f"parameters: {{{settings}}}\n" if settings else ""
+    num_tunes = len(set(names) - {base})
+    return Case(
+        f"{method}{len(names) if method in _OF_TWO else num_tunes}",
+        head + _models(names, parameters) + top + "dtype: bfloat16\n",
+        len({*names, base} - {""}),
+        contenders or (MERGEKIT, OURS),
+    )
+
+
+_OF_TWO = ("slerp", "nearswap", "arcee_fusion")
+"""Methods whose base is one of the models that are merged."""
 
 
 CASES = (
@@ -64,14 +89,24 @@ CASES = (
         2,
         (MERGEKIT, MERGEKIT_FASTEST, OURS),
     ),
-    Case(
-        "slerp2",
-        "merge_method: slerp\nbase_model: $a\nmodels:\n  - model: $a\n  - model: $b\nparameters: {t: 0.4}\n"
-        "dtype: bfloat16\n",
-        2,
-    ),
-    Case("ties3", _weighted("ties"), 4),
-    Case("dare_ties3", _weighted("dare_ties"), 4),
+    _case("slerp", "ab", settings="t: 0.4", base="a"),
+    _case("nuslerp", "ab", "weight: 0.4"),
+    _case("multislerp", "abc", "weight: 0.4"),
+    _case("karcher", "abc"),
+    _case("nearswap", "ab", settings="t: 0.001", base="a"),
+    _case("arcee_fusion", "ab", base="a"),
+    _case("model_stock", "abc", base="base"),
+    _case("task_arithmetic", "abc", "weight: 0.4", base="base"),
+    _case("ties", "abc", "weight: 0.4, density: 0.5", base="base"),
+    _case("dare_linear", "abc", "weight: 0.4, density: 0.5", base="base"),
+    _case("dare_ties", "abc", "weight: 0.4, density: 0.5", base="base"),
+    _case("breadcrumbs", "abc", "weight: 0.4, density: 0.5, gamma: 0.01", base="base"),
+    _case("breadcrumbs_ties", "abc", "weight: 0.4, density: 0.5, gamma: 0.01", base="base"),
+    _case("della", "abc", "weight: 0.4, density: 0.5, epsilon: 0.15", base="base"),
+    _case("della_linear", "abc", "weight: 0.4, density: 0.5, epsilon: 0.15", base="base"),
+    _case("sce", "abc", settings="select_topk: 0.5", base="base"),
+    _case("ram", "abc", base="base"),
+    _case("ramplus_tl", "abc", base="base"),
 )
 
 
