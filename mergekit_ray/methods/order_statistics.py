@@ -15,7 +15,8 @@ Two ways to the same answer:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 Values = Callable[[Chunk, int], "torch.Tensor"]
 """``(chunk, index)`` to the 1-D run, one of the chunk's own tensors, whose magnitudes are ranked."""
+
+Ranks = Mapping[int, int]
+"""Ranks that are looked for, from 1 for the largest, each at a place of the caller's."""
 
 _SAMPLE = 1 << 16
 """Elements of the sample, about."""
@@ -57,19 +61,35 @@ class Threshold:
     equal_per_block: Sequence[int] | None
 
 
-def kth_largest(operands: Operands, ranks: dict[int, int], values: Values) -> dict[int, Threshold]:
-    """The ``ranks[index]``-th largest magnitude (from 1) of ``values(chunk, index)``, for all indices in one pass.
+def _same(place: int) -> int:
+    return place
+
+
+def kth_largest(
+    operands: Operands, ranks: Ranks, values: Values, index_of: Callable[[int], int] = _same
+) -> dict[int, Threshold]:
+    """The ``ranks[place]``-th largest magnitude (from 1) of a run, for all places in one pass.
 
     Args:
         operands: the tensor; not empty.
-        ranks: ``1 <= rank <= operands.num_elements`` by index.
-        values: gives the run to rank.
+        ranks: ``1 <= rank <= operands.num_elements`` by place.
+        values: gives the run to rank, asked for once per chunk and index.
+        index_of: the index of the run that a place's rank is looked for in, by default the place. Several ranks of one
+            run are places with one index.
     """
     found: dict[int, Threshold] = {}
     if operands.block(0, lambda chunk: chunk.inputs[0].device.type) == "cpu":
-        found = by_bracket(operands, ranks, values)
-    missing = {index: rank for index, rank in ranks.items() if index not in found}
-    return found | (by_radix(operands, missing, values) if missing else {})
+        found = by_bracket(operands, ranks, values, index_of)
+    missing = {place: rank for place, rank in ranks.items() if place not in found}
+    return found | (by_radix(operands, missing, values, index_of) if missing else {})
+
+
+def _by_index(places: Iterable[int], index_of: Callable[[int], int]) -> dict[int, list[int]]:
+    """The places of each index."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place in places:
+        groups[index_of(place)].append(place)
+    return groups
 
 
 def patterns_(values: torch.Tensor) -> torch.Tensor:
@@ -80,39 +100,46 @@ def patterns_(values: torch.Tensor) -> torch.Tensor:
     return values.view(integers).bitwise_and_(torch.iinfo(integers).max)
 
 
-def by_bracket(operands: Operands, ranks: dict[int, int], values: Values) -> dict[int, Threshold]:
-    """`kth_largest` by sample and bracket, for tensors on the CPU; without those indices it did not work out for."""
+def by_bracket(
+    operands: Operands, ranks: Ranks, values: Values, index_of: Callable[[int], int] = _same
+) -> dict[int, Threshold]:
+    """`kth_largest` by sample and bracket, for tensors on the CPU; without those places it did not work out for."""
     import numpy as np  # noqa: PLC0415 - imported where it works, as torch is
 
     num_elements = operands.num_elements
-    brackets = _brackets(operands, ranks, values)
+    brackets = _brackets(operands, ranks, values, index_of)
     given_up: set[int] = set()
     room = dict.fromkeys(ranks, BLOCK_ELEMENTS * _SMALL_BLOCKS + num_elements // 4)
 
     def collect(chunk: Chunk) -> dict[int, tuple[int, Patterns]]:
-        return {index: between(chunk, index, *bracket) for index, bracket in brackets.items() if index not in given_up}
+        found: dict[int, tuple[int, Patterns]] = {}
+        for index, places in _by_index((place for place in brackets if place not in given_up), index_of).items():
+            patterns = patterns_(values(chunk, index)).numpy()
+            found |= {place: between(patterns, place, *brackets[place]) for place in places}
+        return found
 
-    def between(chunk: Chunk, index: int, low: int, high: int) -> tuple[int, Patterns]:
-        patterns = patterns_(values(chunk, index)).numpy()
+    def between(patterns: Patterns, place: int, low: int, high: int) -> tuple[int, Patterns]:
         above = patterns > high
         kept = patterns[np.not_equal(patterns >= low, above)]
         # Threads may lose updates of this count; that only delays giving up, and both ways give the same answer.
-        room[index] -= len(kept)
-        if room[index] < 0:
-            given_up.add(index)
+        room[place] -= len(kept)
+        if room[place] < 0:
+            given_up.add(place)
         return int(np.count_nonzero(above)), kept
 
     blocks = operands.map_blocks(collect)
     found = {}
-    for index, (low, _) in brackets.items():
-        if index not in given_up:
-            threshold = _among([block[index] for block in blocks], ranks[index], low, num_elements)
+    for place, (low, _) in brackets.items():
+        if place not in given_up:
+            threshold = _among([block[place] for block in blocks], ranks[place], low, num_elements)
             if threshold is not None:
-                found[index] = threshold
+                found[place] = threshold
     return found
 
 
-def _brackets(operands: Operands, ranks: dict[int, int], values: Values) -> dict[int, tuple[int, int]]:
+def _brackets(
+    operands: Operands, ranks: Ranks, values: Values, index_of: Callable[[int], int]
+) -> dict[int, tuple[int, int]]:
     """Lowest and highest pattern to collect; the lowest is never 0, since zeros may be most of a tensor."""
     import numpy as np  # noqa: PLC0415
 
@@ -124,23 +151,30 @@ def _brackets(operands: Operands, ranks: dict[int, int], values: Values) -> dict
     # Blocks evenly apart, and an odd stride within them, so that all columns of a matrix are seen.
     sampled = sorted({place * num_blocks // _SAMPLED_BLOCKS for place in range(_SAMPLED_BLOCKS)})
     stride = (len(sampled) * BLOCK_ELEMENTS // _SAMPLE) | 1
+    groups = _by_index(ranks, index_of)
 
     def sample(chunk: Chunk) -> dict[int, Patterns]:
-        return {index: patterns_(values(chunk, index)).numpy()[::stride].copy() for index in ranks}
+        return {index: patterns_(values(chunk, index)).numpy()[::stride].copy() for index in groups}
 
     runs = [operands.block(block, sample) for block in sampled]
     brackets = {}
-    for index, rank in ranks.items():
+    for index, places in groups.items():
         ascending = np.sort(np.concatenate([run[index] for run in runs]))
-        size = len(ascending)
-        part = rank / num_elements
-        # Six standard deviations of a binomial, and half a per cent for blocks that differ from each other.
-        margin = int(6 * (size * part * (1 - part)) ** 0.5) + size // 200 + 1
-        place = size - int(part * size)
-        low = int(ascending[place - margin]) if place >= margin else 0
-        high = int(ascending[place + margin]) if place + margin < size else highest
-        brackets[index] = max(low, 1), max(high, 1)
+        for place in places:
+            low, high = _bracket(ascending, ranks[place] / num_elements, highest)
+            brackets[place] = max(low, 1), max(high, 1)
     return brackets
+
+
+def _bracket(ascending: Patterns, part: float, highest: int) -> tuple[int, int]:
+    """Patterns that the one with ``part`` of all above it almost surely lies between."""
+    size = len(ascending)
+    # Six standard deviations of a binomial, and half a per cent for blocks that differ from each other.
+    margin = int(6 * (size * part * (1 - part)) ** 0.5) + size // 200 + 1
+    middle = size - int(part * size)
+    low = int(ascending[middle - margin]) if middle >= margin else 0
+    high = int(ascending[middle + margin]) if middle + margin < size else highest
+    return low, high
 
 
 def _among(blocks: Sequence[tuple[int, Patterns]], rank: int, low: int, num_elements: int) -> Threshold | None:
@@ -184,7 +218,9 @@ def _nth_largest(patterns: Patterns, rank: int) -> int:
         patterns = patterns[digits == digit]
 
 
-def by_radix(operands: Operands, ranks: dict[int, int], values: Values) -> dict[int, Threshold]:
+def by_radix(
+    operands: Operands, ranks: Ranks, values: Values, index_of: Callable[[int], int] = _same
+) -> dict[int, Threshold]:
     """`kth_largest` by histograms of 16 bits at a time, from the top."""
     import torch  # noqa: PLC0415
 
@@ -192,36 +228,40 @@ def by_radix(operands: Operands, ranks: dict[int, int], values: Values) -> dict[
     wanted = dict(ranks)
     equal = dict.fromkeys(ranks, 0)
     for shift in range(_highest_pattern(operands).bit_length() + 1 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        for index, histogram in _histograms(operands, prefix, shift, values).items():
+        for place, histogram in _histograms(operands, prefix, shift, values, index_of).items():
             descending = histogram[:_NUM_DIGITS].flip(0)
             at_least = descending.cumsum(0)
-            place = int(torch.searchsorted(at_least, wanted[index]))
-            equal[index] = int(descending[place])
-            wanted[index] -= int(at_least[place]) - equal[index]
-            prefix[index] = (prefix[index] << _DIGIT_BITS) + _NUM_DIGITS - 1 - place
-    return {index: Threshold(prefix[index], wanted[index], wanted[index] == equal[index], None) for index in ranks}
+            digit = int(torch.searchsorted(at_least, wanted[place]))
+            equal[place] = int(descending[digit])
+            wanted[place] -= int(at_least[digit]) - equal[place]
+            prefix[place] = (prefix[place] << _DIGIT_BITS) + _NUM_DIGITS - 1 - digit
+    return {place: Threshold(prefix[place], wanted[place], wanted[place] == equal[place], None) for place in ranks}
 
 
-def _histograms(operands: Operands, prefix: dict[int, int], shift: int, values: Values) -> dict[int, torch.Tensor]:
+def _histograms(
+    operands: Operands, prefix: Mapping[int, int], shift: int, values: Values, index_of: Callable[[int], int]
+) -> dict[int, torch.Tensor]:
     """Counts of the digit at ``shift`` among patterns that have the prefix above it; all others in one extra place."""
     import torch  # noqa: PLC0415
 
     # One set of histograms per thread: integer counts, so the order of their addition does not matter.
     sets: dict[int, dict[int, torch.Tensor]] = {}
+    groups = _by_index(prefix, index_of)
 
     def count(chunk: Chunk) -> None:
         histograms = sets.setdefault(threading.get_ident(), {})
-        for index, head in prefix.items():
+        for index, places in groups.items():
             patterns = patterns_(values(chunk, index))
-            if index not in histograms:
-                histograms[index] = torch.zeros(_NUM_DIGITS + 1, dtype=torch.int64, device=patterns.device)
-            digits = (patterns >> shift).to(torch.int64).sub_(head << _DIGIT_BITS)
-            digits = torch.where((digits < 0) | (digits >= _NUM_DIGITS), _NUM_DIGITS, digits)
-            histograms[index].scatter_add_(0, digits, torch.ones_like(digits))
+            for place in places:
+                if place not in histograms:
+                    histograms[place] = torch.zeros(_NUM_DIGITS + 1, dtype=torch.int64, device=patterns.device)
+                digits = (patterns >> shift).to(torch.int64).sub_(prefix[place] << _DIGIT_BITS)
+                digits = torch.where((digits < 0) | (digits >= _NUM_DIGITS), _NUM_DIGITS, digits)
+                histograms[place].scatter_add_(0, digits, torch.ones_like(digits))
 
     operands.map_blocks(count)
     parts = list(sets.values())
-    return {index: torch.stack([part[index] for part in parts]).sum(dim=0) for index in prefix}
+    return {place: torch.stack([part[place] for part in parts]).sum(dim=0) for place in prefix}
 
 
 def cut_after(operands: Operands, index: int, threshold: Threshold, values: Values) -> int:

@@ -6,10 +6,12 @@ The choice depends on the values alone: not on the device, the chunk size or the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from mergekit_ray.methods.compiled import is_compiled_for
 from mergekit_ray.methods.order_statistics import Threshold, Values, cut_after, kth_largest
 from mergekit_ray.methods.protocol import Operands
 
@@ -30,6 +32,10 @@ class Selection:
     threshold: float
     below: float
     cut: int
+
+    def limit_at(self, index: int) -> float:
+        """The magnitude that those that are kept from this flat index on are above, up to the cut or the end."""
+        return self.below if index < self.cut else self.threshold
 
     def trim_(self, values: torch.Tensor, start: int) -> torch.Tensor:
         """Zero what is not kept, in place.
@@ -54,6 +60,32 @@ class Selection:
         return kept
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Which elements of a tensor are kept where the largest are dropped, too.
+
+    Attributes:
+        largest: what the band ends at: the dropped and the kept ones.
+        dropped: the part of them that is dropped.
+    """
+
+    largest: Selection
+    dropped: Selection
+
+    def trim_(self, values: torch.Tensor, start: int) -> torch.Tensor:
+        """Zero what is not kept, in place; arguments as for `Selection.trim_`."""
+        cuts = {min(max(cut - start, 0), values.numel()) for cut in (self.largest.cut, self.dropped.cut)}
+        for first, last in pairwise(sorted({0, *cuts, values.numel()})):
+            _keep_between_(
+                values[first:last], self.largest.limit_at(start + first), self.dropped.limit_at(start + first)
+            )
+        return values
+
+    def mask(self, values: torch.Tensor, start: int) -> torch.Tensor:
+        """Boolean mask of what is kept; arguments as for `trim_`, ``values`` is not changed."""
+        return self.largest.mask(values, start) & ~self.dropped.mask(values, start)
+
+
 def select_largest(operands: Operands, counts: Sequence[int], values: Values) -> list[Selection]:
     """The ``counts[i]`` elements of largest magnitude of ``values(chunk, i)``, for each ``i``.
 
@@ -62,14 +94,39 @@ def select_largest(operands: Operands, counts: Sequence[int], values: Values) ->
         counts: ``0 <= count <= operands.num_elements``.
         values: gives the run to rank, as one of the chunk's own tensors; it is overwritten.
     """
+    return _select(operands, dict(enumerate(counts)), values, lambda place: place)
+
+
+def select_next_largest(
+    operands: Operands, dropped: Sequence[int], counts: Sequence[int], values: Values
+) -> list[Band]:
+    """Of ``values(chunk, i)`` without the ``dropped[i]`` of largest magnitude, the next ``counts[i]``, for each ``i``.
+
+    Of equal magnitudes the lowest flat index counts as the largest. Both ends are found in one pass.
+
+    Args:
+        operands: the tensor.
+        dropped: not negative.
+        counts: not negative; ``dropped[i] + counts[i] <= operands.num_elements``.
+        values: as for `select_largest`.
+    """
+    number = len(counts)
+    ends = [*dropped, *(more + count for more, count in zip(dropped, counts, strict=True))]
+    selections = _select(operands, dict(enumerate(ends)), values, lambda place: place % number)
+    return [Band(selections[place + number], selections[place]) for place in range(number)]
+
+
+def _select(
+    operands: Operands, counts: Mapping[int, int], values: Values, index_of: Callable[[int], int]
+) -> list[Selection]:
     num_elements = operands.num_elements
-    ranks = {index: count for index, count in enumerate(counts) if 0 < count < num_elements}
-    found = kth_largest(operands, ranks, values) if ranks else {}
+    ranks = {place: count for place, count in counts.items() if 0 < count < num_elements}
+    found = kth_largest(operands, ranks, values, index_of) if ranks else {}
     return [
-        _selection(found[index], operands, cut_after(operands, index, found[index], values))
-        if index in found
+        _selection(found[place], operands, cut_after(operands, index_of(place), found[place], values))
+        if place in found
         else (Selection(0.0, 0.0, num_elements) if count else Selection(math.inf, math.inf, 0))
-        for index, count in enumerate(counts)
+        for place, count in counts.items()
     ]
 
 
@@ -92,3 +149,15 @@ def _shrink_(values: torch.Tensor, limit: float) -> None:
 
     if values.numel():
         torch.ops.aten.hardshrink.out(values, limit, out=values)
+
+
+def _keep_between_(values: torch.Tensor, low: float, high: float) -> None:
+    """Zero magnitudes up to ``low`` and above ``high``."""
+    if is_compiled_for(values):
+        from mergekit_ray.methods.compiled import selection  # noqa: PLC0415 - compilers load where they are needed
+
+        run = values.numpy()
+        selection.keep_between(run, run.dtype.type(low), run.dtype.type(high))
+    else:
+        magnitudes = values.abs()
+        values.masked_fill_((magnitudes <= low) | (magnitudes > high), 0.0)

@@ -106,14 +106,32 @@ def merge_both(
     """Merges a recipe with both programs."""
 
     def merge(recipe: Recipe, extra: str) -> Merged:
-        places = family(recipe.family)
-        # Not str.format: the recipes are full of braces.
-        text = re.sub(r"\{(base|a|b|c)\}", lambda match: str(places[match[1]]), recipe.text)
-        file = tmp_path / "recipe.yml"
-        file.write_text(text + extra)
+        file = _write(recipe, extra, family(recipe.family), tmp_path / "recipe.yml")
         ours, theirs = tmp_path / "ours", tmp_path / "theirs"
         mergekit.run(file, theirs, "--quiet", "--random-seed", "1", log=tmp_path / "theirs.log")
         mergekit_ray.run(file, ours, "--quiet", log=tmp_path / "ours.log")
         return ours, theirs
 
     return merge
+
+
+MergeOurs = Callable[[Recipe, str], Path]
+
+
+@pytest.fixture
+def merge_ours(mergekit_ray: Program, family: Callable[[str], dict[str, Path]], tmp_path: Path) -> MergeOurs:
+    """Merges a recipe with mergekit-ray alone."""
+
+    def merge(recipe: Recipe, extra: str) -> Path:
+        file = _write(recipe, extra, family(recipe.family), tmp_path / "alone.yml")
+        mergekit_ray.run(file, tmp_path / "alone", "--quiet", log=tmp_path / "alone.log")
+        return tmp_path / "alone"
+
+    return merge
+
+
+def _write(recipe: Recipe, extra: str, places: dict[str, Path], file: Path) -> Path:
+    # Not str.format: the recipes are full of braces.
+    text = re.sub(r"\{(base|a|b|c)\}", lambda match: str(places[match[1]]), recipe.text)
+    file.write_text(text + extra)
+    return file

@@ -35,6 +35,12 @@ SLERP = "merge_method: slerp\nbase_model: '{base}'\n" + _models("model: '{base}'
 TASK = "merge_method: task_arithmetic\nbase_model: '{base}'\n"
 TWO = _models(_weighted("a", "weight: 0.5"), _weighted("b", "weight: 0.4"))
 TIES = "merge_method: ties\nbase_model: '{base}'\n"
+NUSLERP = "merge_method: nuslerp\n" + _models(_weighted("a", "weight: 0.3"), _weighted("b", "weight: [0.2, 0.9]"))
+MULTISLERP = "merge_method: multislerp\n" + _models(
+    _weighted("a", "weight: 0.5"), _weighted("b", "weight: [0.3, 0.8]"), _weighted("c", "weight: 0.2")
+)
+KARCHER = "merge_method: karcher\n" + _models("model: '{a}'", "model: '{b}'", "model: '{c}'")
+STOCK = "merge_method: model_stock\nbase_model: '{base}'\n" + _models("model: '{a}'", "model: '{b}'", "model: '{c}'")
 
 RECIPES = (
     Recipe("linear", "linear", LINEAR),
@@ -211,5 +217,89 @@ slices:
         "task_arithmetic",
         TASK + TWO,
         "llama-tied",
+    ),
+    Recipe("nuslerp", "nuslerp", NUSLERP),
+    Recipe("nuslerp of task vectors", "nuslerp", NUSLERP + "base_model: '{base}'\n"),
+    Recipe("nuslerp of rows", "nuslerp", NUSLERP + "parameters: {nuslerp_flatten: false}\n"),
+    Recipe(
+        "nuslerp of columns of task vectors, Qwen2",
+        "nuslerp",
+        NUSLERP + "base_model: '{base}'\nparameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n",
+        "qwen2",
+    ),
+    Recipe("multislerp", "multislerp", MULTISLERP),
+    Recipe(
+        "multislerp of task vectors, not normalised",
+        "multislerp",
+        MULTISLERP + "base_model: '{base}'\nparameters: {normalize_weights: false}\n",
+    ),
+    Recipe("karcher", "karcher", KARCHER),
+    Recipe("karcher, two steps", "karcher", KARCHER + "parameters: {max_iter: 2, tol: 1.0e-9}\n"),
+    Recipe("model stock", "model_stock", STOCK),
+    Recipe("model stock of filters, Qwen2", "model_stock", STOCK + "parameters: {filter_wise: true}\n", "qwen2"),
+    Recipe("nearswap", "nearswap", SLERP.replace("slerp", "nearswap") + "parameters: {t: [0.0, 0.01, 0.03]}\n"),
+    Recipe("Arcee fusion", "arcee_fusion", SLERP.replace("slerp", "arcee_fusion")),
+    *(
+        Recipe(
+            f"{method}, a gradient",
+            method,
+            f"merge_method: {method}\nbase_model: '{{base}}'\n"
+            + _models(
+                _weighted("a", "weight: 0.5, density: 0.5, gamma: 0.1"),
+                _weighted("b", "weight: 0.4, density: [0.9, 0.2]"),
+            ),
+        )
+        for method in ("breadcrumbs", "breadcrumbs_ties")
+    ),
+    *(
+        Recipe(
+            f"{method}, normalised and rescaled",
+            method,
+            f"merge_method: {method}\nbase_model: '{{base}}'\n"
+            + _models(
+                _weighted("a", "weight: 0.5, density: 0.6, gamma: 0.5"),
+                _weighted("c", "weight: 0.6, density: 0.3, gamma: 0"),
+            )
+            + "parameters: {normalize: true, rescale: true, lambda: 0.8}\n",
+        )
+        for method in ("breadcrumbs", "breadcrumbs_ties")
+    ),
+    *(
+        Recipe(
+            f"{method} that drops nothing",
+            method,
+            f"merge_method: {method}\nbase_model: '{{base}}'\n"
+            + _models(_weighted("a", "weight: 0.5, density: 1.0"), _weighted("b", "weight: 0.4, epsilon: 0.1")),
+        )
+        for method in ("della", "della_linear")
+    ),
+    *(
+        Recipe(
+            f"sce, {part} selected",
+            "sce",
+            "merge_method: sce\nbase_model: '{base}'\n"
+            + _models("model: '{a}'", "model: '{b}'", "model: '{c}'")
+            + f"parameters: {{select_topk: {part}}}\n",
+        )
+        for part in (0.15, 0.7, 1.0)
+    ),
+    Recipe(
+        "ram",
+        "ram",
+        "merge_method: ram\nbase_model: '{base}'\n"
+        + _models("model: '{a}'", "model: '{b}'", "model: '{c}'")
+        + "parameters: {epsilon: 0.03}\n",
+    ),
+    Recipe(
+        "ramplus_tl, not clipped",
+        "ramplus_tl",
+        "merge_method: ramplus_tl\nbase_model: '{base}'\n"
+        + _models("model: '{a}'", "model: '{b}'", "model: '{c}'")
+        + "parameters: {epsilon: 0.05, r: 0.3, alpha: 10}\n",
+    ),
+    Recipe(
+        "ramplus_tl, clipped",
+        "ramplus_tl",
+        "merge_method: ramplus_tl\nbase_model: '{base}'\n" + _models("model: '{a}'", "model: '{b}'"),
     ),
 )

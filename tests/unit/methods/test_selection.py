@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_ray.methods import order_statistics
+from mergekit_ray.methods import order_statistics, selection
 from mergekit_ray.methods.order_statistics import Threshold, by_bracket, by_radix, cut_after, kth_largest, patterns_
 from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Chunk
-from mergekit_ray.methods.selection import Selection, _selection, select_largest
+from mergekit_ray.methods.selection import Band, Selection, _selection, select_largest, select_next_largest
 from support.operands import MemoryOperands
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -213,3 +213,81 @@ def test_patterns_order_as_magnitudes() -> None:
     patterns = patterns_(x.clone()).tolist()
     assert patterns == sorted(patterns)
     assert patterns[0] == 0
+
+
+def check_band(x: torch.Tensor, dropped: int, count: int) -> None:
+    band = select_next_largest(MemoryOperands([x], compute_dtype=x.dtype), [dropped], [count], values)[0]
+    expected = expected_mask(x, dropped + count) & ~expected_mask(x, dropped)
+    assert torch.equal(band.mask(x, 0), expected)
+    trimmed = torch.where(expected, x, torch.zeros_like(x))
+    least = x.numel() // 50 + 1  # not thousands of pieces
+    for size in (x.numel(), x.numel() // 7 + 1, max(band.largest.cut, least), max(band.dropped.cut, least)):
+        pieces = [band.trim_(x[i : i + size].clone(), i) for i in range(0, x.numel(), size)]
+        assert torch.equal(torch.cat(pieces), trimmed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_next_largest(dtype: torch.dtype) -> None:
+    x = torch.randn(5001, generator=torch.Generator().manual_seed(7)).to(dtype)
+    for dropped, count in ((0, 7), (1, 1), (200, 3000), (2500, 2501), (5001, 0), (0, 5001), (50, 0)):
+        check_band(x, dropped, count)
+
+
+def test_the_next_largest_of_many_ties_and_zeros() -> None:
+    x = quantised(8, 0.6)
+    for dropped, count in ((5000, 100_000), (150_000, 200_000), (300_000, 150_000)):
+        check_band(x, dropped, count)
+    equal = torch.full((600_000,), -0.5)
+    band = select_next_largest(MemoryOperands([equal]), [100_000], [300_000], values)[0]
+    index = torch.arange(600_000)
+    assert torch.equal(band.mask(equal, 0), (index >= 100_000) & (index < 400_000))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    levels=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=60),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_values_and_any_band(levels: list[float], ends: tuple[float, float], dtype: torch.dtype) -> None:
+    x = torch.tensor(levels).to(dtype)
+    dropped, last = sorted(math.floor(end * x.numel()) for end in ends)
+    check_band(x, dropped, last - dropped)
+
+
+def test_a_band_by_torch_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = quantised(9, 0.3)
+    band = Band(select(x, 200_000), select(x, 3000))
+    compiled = band.trim_(x.clone(), 0)
+    monkeypatch.setattr(selection, "is_compiled_for", lambda _: False)
+    assert torch.equal(band.trim_(x.clone(), 0), compiled)
+
+
+def test_both_ends_of_a_band_share_one_pass() -> None:
+    generator = torch.Generator().manual_seed(10)
+    xs = [torch.randn(6 * BLOCK_ELEMENTS + 9000, generator=generator) for _ in range(2)]
+    operands = MemoryOperands(xs)
+    bands = select_next_largest(operands, [9000, 500], [700_000, 0], values)
+    for x, dropped, count, band in zip(xs, (9000, 500), (700_000, 0), bands, strict=True):
+        expected = expected_mask(x, dropped + count) & ~expected_mask(x, dropped)
+        assert torch.equal(band.mask(x, 0), expected)
+    # a look at the device, seven sampled blocks and seven of the pass
+    assert operands.blocks_read <= 1 + 7 + 7
+
+
+@pytest.mark.parametrize("way", [kth_largest, by_bracket, by_radix])
+def test_several_ranks_of_one_run(way: Callable[..., dict[int, Threshold]]) -> None:
+    generator = torch.Generator().manual_seed(11)
+    xs = [torch.randn(300_000, generator=generator) for _ in range(2)]
+    asked: list[int] = []
+
+    def once(chunk: Chunk, index: int) -> torch.Tensor:
+        asked.append(index)
+        return chunk.inputs[index].neg_()  # in place: twice would be another run
+
+    ranks = {0: 10, 1: 20, 2: 299_990, 3: 100_000}
+    found = way(MemoryOperands(xs), ranks, once, lambda place: place % 2)
+    for place, rank in ranks.items():
+        descending = xs[place % 2].abs().sort(descending=True).values
+        assert found[place].pattern == int(descending[rank - 1].view(torch.int32))
+    assert asked.count(0) == asked.count(1)

@@ -1,0 +1,60 @@
+"""Interpolation that swaps in what is near: the smaller the difference, the more of the other model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from mergekit_ray.core.declaration import BaseUse, Parameters
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_DIFFERENCE = 1e-6
+"""Differences below this count as this much."""
+
+
+class NearswapParameters(Parameters):
+    """Global parameters of `Nearswap`."""
+
+    t: float = Field(
+        description="difference up to which an element is taken from the other model; beyond it t/|b - x| of it",
+        ge=0.0,
+        allow_inf_nan=False,
+    )
+
+
+@METHODS.register("nearswap")
+class Nearswap(ElementwiseMethod):
+    """``s·x + (1 − s)·b`` with ``s = min(t / max(|b − x|, 1e-6), 1)``, element by element.
+
+    Since ``s (x − b)`` is ``x − b`` cut off at ``±t``, that is ``x`` held within ``b ± t``, which is how it is
+    calculated: what is nearer than ``t`` is ``x``, bit for bit, and all else moves by ``t``. Below ``t = 1e-6`` small
+    differences are scaled instead of cut off, and ``t = 0`` or ``x = b`` is the base, bit for bit.
+    """
+
+    name = "nearswap"
+    summary = "Take the other model where it is near the base; elsewhere move the base towards it by t."
+    formula = "s·x + (1-s)·b, s = clip(t / max(|b - x|, 1e-6), 0, 1)"
+    base = BaseUse.REQUIRED
+    base_is_input = True
+    max_models = 1
+    global_parameters = NearswapParameters
+
+    def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
+        """See `ElementwiseMethod.combine`."""
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
+        del statistics
+        assert chunk.base is not None  # held by the declaration: base REQUIRED
+        base, (x,) = chunk.base, chunk.inputs
+        t = float(operands.parameters.t)
+        if t < SMALLEST_DIFFERENCE:
+            change = x.sub_(base).clamp_(-SMALLEST_DIFFERENCE, SMALLEST_DIFFERENCE)
+            return base.add_(change.mul_(t / SMALLEST_DIFFERENCE))
+        lowest = torch.sub(base, t, out=chunk.scratch.like(base))
+        torch.maximum(x, lowest, out=x)
+        return torch.minimum(x, base.add_(t), out=x)
