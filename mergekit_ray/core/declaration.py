@@ -88,10 +88,13 @@ class MethodDeclaration:
         return cls.access
 
     @classmethod
-    def whole_tensors(cls, num_tensors: int) -> int:
-        """Tensors in compute dtype that a whole-tensor method holds at once, for the projection of memory.
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """What a whole-tensor method holds beside its inputs, its base and its result, for the projection of memory.
 
         Args:
-            num_tensors: models, the base among them. By default all of them and the result.
+            shape: of the tensor.
+            num_models: models beside the base.
+            itemsize: bytes of an element in compute dtype.
         """
-        return num_tensors + 1
+        del shape, num_models, itemsize
+        return 0

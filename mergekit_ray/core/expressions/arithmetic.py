@@ -124,7 +124,9 @@ class Merge(Expression):
         method = METHODS.get(self.method)
         if method.effective_access(dict(self.parameters)) is not Access.WHOLE:
             return below
-        return below + method.whole_tensors(len(self.children())) * self.spec.num_elements * self.compute_dtype.itemsize
+        itemsize = self.compute_dtype.itemsize
+        whole_bytes = (len(self.children()) + 1) * self.spec.num_elements * itemsize
+        return below + whole_bytes + method.working_bytes(self.spec.shape, len(self.inputs), itemsize)
 
     @property
     def propagates_non_finite(self) -> bool:

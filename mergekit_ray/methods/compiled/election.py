@@ -61,7 +61,7 @@ def add_elected(
             for i in range(run.size):
                 # Times the elected sign, what agrees is positive.
                 agreeing = term[i] * factor * signs[i]
-                merged[i] += agreeing if agreeing > zero else zero
+                merged[i] += max(zero, agreeing)
                 divisors[i] += weight if agreeing > zero else zero
         for i in range(run.size):
             divisor = divisors[i] if abs(divisors[i]) > zero_divisor else one
