@@ -15,7 +15,7 @@ from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.runtime.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, Destination
-from mergekit_ray.storage.protocols import Source
+from mergekit_ray.storage.protocols import PublishingSink, Source
 
 MAX_SIDE_FILE_BYTES = 256 << 20
 
@@ -57,6 +57,8 @@ def publish(
     sink.put(CARD_FILE, model_card(plan).encode())
     sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records)))
     sink.put(INDEX_FILE, _json_bytes(plan.index))
+    if isinstance(sink, PublishingSink):
+        sink.finish()
     sink.delete([stat.name for stat in sink.list() if stat.name.startswith(f"{RECORD_ROOT}/")])
 
 

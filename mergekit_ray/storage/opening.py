@@ -7,9 +7,9 @@ import re
 import threading
 from pathlib import Path
 
-from mergekit_ray.core.errors import ConfigError, ModelError
+from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.storage.protocols import Sink, Source
-from mergekit_ray.storage.schemes import SCHEMES, Opener
+from mergekit_ray.storage.schemes import SCHEMES, SINKS, Opener
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?", re.ASCII)
@@ -27,6 +27,7 @@ def open_source(reference: str, revision: str | None = None) -> Source:
     Raises:
         ConfigError: an unknown scheme.
         ModelError: no such folder or repository.
+        StorageError: the Hub, which a name may mean, cannot be reached.
     """
     scheme = _SCHEME.match(reference)
     if scheme:
@@ -41,13 +42,11 @@ def open_source(reference: str, revision: str | None = None) -> Source:
     if _HUB_NAME.fullmatch(reference) and not reference.endswith("/"):
         try:
             return _opener("hf")(f"hf://{reference}", revision)
-        except ModelError as error:
+        except (ModelError, StorageError) as error:
             folder = _nearest_folder(path)
-            if folder is None:
-                raise
-            raise ModelError(
-                error.what, where=error.where, remedy=f"{error.remedy}; or did you mean {folder}?"
-            ) from error
+            if folder is not None:
+                error.remedy = f"{error.remedy}; or did you mean {folder}?"
+            raise
     folder = _nearest_folder(path)
     raise ModelError(
         "no such folder",
@@ -66,10 +65,17 @@ def open_sink(reference: str) -> Sink:
         ModelError: the place cannot be opened.
     """
     scheme = _SCHEME.match(reference)
-    store = _opener(scheme[1].lower() if scheme else "file")(reference, None)
+    name = scheme[1].lower() if scheme else "file"
+    with _LOCK:
+        open_output = SINKS.get(name) if name in SINKS else None
+    if open_output is not None:
+        return open_output(reference)
+    store = _opener(name)(reference, None)
     if not isinstance(store, Sink):
         raise ConfigError(
-            "this place can only be read", where=reference, remedy="write to a folder or to s3://bucket/prefix"
+            "this place can only be read",
+            where=reference,
+            remedy="write to a folder, s3://bucket/prefix or hf://org/name",
         )
     return store
 

@@ -151,3 +151,16 @@ class Sink(Source, Protocol):
     def delete(self, names: Sequence[str]) -> None:
         """Remove files; those that are not there are ignored. Emptied folders below the root go too."""
         ...
+
+
+@runtime_checkable
+class PublishingSink(Sink, Protocol):
+    """A sink whose readers see nothing of what is written before all of it is there."""
+
+    def finish(self) -> None:
+        """Show everything that was written, at once, to everybody. Called when nothing more is to be written.
+
+        Raises:
+            StorageError: it is not shown. Everything can be written and finished again.
+        """
+        ...

@@ -6,7 +6,7 @@ import builtins
 import contextlib
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
@@ -14,9 +14,10 @@ from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch, plan_fetches
 from mergekit_ray.storage.s3_client import make_client
-from mergekit_ray.storage.s3_faults import RetryPolicy, ShortBodyError, code_of, status_of, with_retries
+from mergekit_ray.storage.s3_faults import code_of, status_of, with_retries
 from mergekit_ray.storage.s3_upload import S3Upload
 from mergekit_ray.storage.schemes import SCHEMES
+from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, fetch_all
 
 _MAX_GAP_BYTES = 1 << 20
 _PART_BYTES = 16 << 20
@@ -140,18 +141,7 @@ class S3Store:
         breaks off goes on from the byte it had reached.
         """
         fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
-        if len(fetches) <= 1:
-            for fetch in fetches:
-                self._fetch(name, fetch, version)
-            return
-        tasks = [self._readers.submit(self._fetch, name, fetch, version) for fetch in fetches]
-        try:
-            for task in tasks:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            wait(tasks)  # nothing may write into the caller's buffers after this returns
+        fetch_all(fetches, lambda fetch: self._fetch(name, fetch, version), lambda: self._readers)
 
     def open(self, name: str, num_bytes: int) -> S3Upload:
         """See `Sink.open`. Nothing is sent until a part is full."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, retry
 
 T = TypeVar("T")
 
@@ -41,30 +39,6 @@ _REMEDY_BY_CODE = {
 }
 
 
-class ShortBodyError(OSError):
-    """An answer that ended before it was complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Exponential backoff with full jitter.
-
-    Attributes:
-        max_attempts: including the first.
-        base_seconds: upper bound of the first pause; it doubles with each.
-        max_seconds: upper bound of any pause.
-    """
-
-    max_attempts: int = 8
-    base_seconds: float = 0.2
-    max_seconds: float = 20.0
-
-    def pause(self, attempt: int, error: Exception) -> float:
-        """Seconds to wait after the failure of attempt ``attempt`` (from 1); no less than a server asks for."""
-        bound = min(self.base_seconds * 2.0 ** (attempt - 1), self.max_seconds)
-        return max(random.uniform(0.0, bound), min(_retry_after(error), self.max_seconds))
-
-
 def with_retries(policy: RetryPolicy, attempt: Callable[[int], T], *, doing: str, where: str) -> T:
     """``attempt(number)`` until it succeeds; numbers start at 1.
 
@@ -80,15 +54,13 @@ def with_retries(policy: RetryPolicy, attempt: Callable[[int], T], *, doing: str
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - boto3 loads only when used
     from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
-    number = 0
-    while True:
-        number += 1
-        try:
-            return attempt(number)
-        except (BotoCoreError, ClientError, HTTPError, OSError) as error:
-            if not is_transient(error) or number >= policy.max_attempts:
-                raise explain(error, doing=doing, where=where, num_attempts=number) from error
-            time.sleep(policy.pause(number, error))
+    return retry(
+        policy,
+        attempt,
+        kinds=(BotoCoreError, ClientError, HTTPError, OSError),
+        asked_pause=lambda error: _retry_after(error) if is_transient(error) else None,
+        explain=lambda error, number: explain(error, doing=doing, where=where, num_attempts=number),
+    )
 
 
 def status_of(error: Exception) -> int:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.storage.protocols import FileStat
-from mergekit_ray.storage.s3_faults import RetryPolicy, code_of, with_retries
+from mergekit_ray.storage.s3_faults import code_of, with_retries
+from mergekit_ray.storage.transfers import RetryPolicy
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from mergekit_ray.core.registry import Registry
-from mergekit_ray.storage.protocols import Source
+from mergekit_ray.storage.protocols import Sink, Source
 
 
 class Opener(Protocol):
@@ -20,4 +20,18 @@ class Opener(Protocol):
         ...
 
 
+class SinkOpener(Protocol):
+    """Opens one scheme's URIs to be written."""
+
+    def __call__(self, uri: str) -> Sink:
+        """A store at ``uri`` (scheme included). It need not exist yet.
+
+        Raises:
+            ConfigError, ModelError: nothing can be written there.
+        """
+        ...
+
+
 SCHEMES: Registry[Opener] = Registry("storage scheme", "mergekit_ray.storage", "mergekit_ray.stores")
+SINKS: Registry[SinkOpener] = Registry("writable storage scheme", "mergekit_ray.storage", "mergekit_ray.stores")
+"""Schemes whose places are opened otherwise to be written than to be read. The others' openers serve for both."""

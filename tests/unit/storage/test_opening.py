@@ -11,6 +11,8 @@ import pytest
 
 from mergekit_ray.core.errors import ConfigError, ModelError
 from mergekit_ray.storage import open_sink, open_source
+from mergekit_ray.storage.hub_cache import HubCache
+from mergekit_ray.storage.schemes import SCHEMES
 from support.store_conformance import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,6 +31,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (repository / "blobs" / "b10b").write_text(json.dumps({"a": 1}))
     (snapshot / "config.json").symlink_to("../../blobs/b10b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return repository
 
@@ -71,9 +74,12 @@ def test_a_folder_goes_before_the_hub(hub: Path, tmp_path: Path) -> None:
     assert open_source("org/name").uri == f"{tmp_path}/org/name"
 
 
-def test_the_hub_cannot_be_written(hub: Path) -> None:
+def test_a_scheme_that_is_only_read(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_source("org/name")  # the schemes are known by now
+    monkeypatch.setitem(SCHEMES._entries, "ro", lambda uri, revision: HubCache("org/name", hub / "snapshots" / COMMIT))
+    assert open_source("ro://anything").uri == f"hf://org/name@{COMMIT}"
     with pytest.raises(ConfigError, match="can only be read"):
-        open_sink("hf://org/name")
+        open_sink("ro://anything")
 
 
 @pytest.mark.parametrize("reference", ["{}/Lama-7b", "./Lama-7b", "Lama-7b", "{}/lama-7B/"])

@@ -8,10 +8,11 @@ import pytest
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.storage import s3 as s3_module
+from mergekit_ray.storage import s3_faults
 from mergekit_ray.storage import s3_upload as s3_upload_module
 from mergekit_ray.storage.s3 import S3Store
-from mergekit_ray.storage.s3_faults import RetryPolicy
 from mergekit_ray.storage.s3_upload import part_bytes_for
+from mergekit_ray.storage.transfers import RetryPolicy
 from support.faulty_s3 import FaultyS3, break_after, lose_answer, reset, stall, status
 from support.store_conformance import fetch, store_bytes
 
@@ -189,9 +190,11 @@ def test_parts_are_few_enough_for_s3(num_bytes: int) -> None:
 def test_pauses_grow_are_jittered_and_obey_the_server() -> None:
     policy = RetryPolicy(base_seconds=0.5, max_seconds=4.0)
     for attempt, bound in ((1, 0.5), (2, 1.0), (3, 2.0), (4, 4.0), (9, 4.0)):
-        pauses = [policy.pause(attempt, OSError()) for _ in range(200)]
+        pauses = [policy.pause(attempt) for _ in range(200)]
         assert 0.0 <= min(pauses) < bound / 4
         assert bound * 0.75 < max(pauses) <= bound
     asked = OSError()
     asked.response = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": "3"}}}
-    assert 3.0 <= policy.pause(1, asked) <= 4.0
+    assert s3_faults._retry_after(asked) == 3.0
+    assert 3.0 <= policy.pause(1, 3.0) <= 4.0
+    assert policy.pause(1, 60.0) == 4.0
