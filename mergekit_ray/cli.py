@@ -33,6 +33,14 @@ class ExecutorName(StrEnum):
     ray = "ray"
 
 
+class FactorType(StrEnum):
+    """What an adapter's factors are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class LogFormat(StrEnum):
     """How progress is written."""
 
@@ -45,6 +53,18 @@ Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown keys in the re
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all randomness; overrides the recipe's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Executor = Annotated[
+    ExecutorName | None,
+    typer.Option("--executor", help="Threads of this process, or Ray (the default inside a Ray job)."),
+]
+Address = Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Shards in work at a time.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Budget of each worker, e.g. 4GB; else what the plan needs.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Names = list[str] | None
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,22 +81,17 @@ def merge(
         str | None, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix; else the recipe's `output`.")
     ] = None,
     *,
-    executor: Annotated[
-        ExecutorName | None,
-        typer.Option("--executor", help="Threads of this process, or Ray (the default inside a Ray job)."),
-    ] = None,
-    address: Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Shards in work at a time.")] = None,
-    memory: Annotated[
-        str | None, typer.Option("--memory", help="Budget of each worker, e.g. 4GB; else what the plan needs.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")] = False,
+    executor: Executor = None,
+    address: Address = None,
+    workers: Workers = None,
+    memory: Memory = None,
+    overwrite: Overwrite = False,
     allow_non_finite: Annotated[
         bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
     ] = False,
     seed: Seed = None,
     lenient: Lenient = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
     log_format: Annotated[LogFormat, typer.Option("--log-format", help="Lines of text, or of JSON.")] = LogFormat.text,
     debug: Debug = False,
 ) -> None:
@@ -120,7 +135,7 @@ def plan_command(
     with _errors(debug):
         from mergekit_ray.runtime.api import plan
 
-        planned = plan(_load(recipe, lenient=lenient), seed=seed)
+        planned = plan(_load(recipe, lenient=lenient), seed=seed, routing=False)
         if as_json:
             typer.echo(json.dumps({**_figures(planned), "plan": planned.to_json()}))
             return
@@ -148,7 +163,7 @@ def validate(
         if models:
             from mergekit_ray.runtime.api import plan
 
-            planned = plan(loaded)
+            planned = plan(loaded, routing=False)
             for warning in planned.warnings:
                 typer.echo(f"warning: {warning}", err=True)
             typer.echo(f"{recipe}: {kind}, valid, and its models fit together: {_summary(planned)}")
@@ -184,18 +199,75 @@ def verify(
             raise typer.Exit(3)
 
 
+@app.command("extract-lora")
+def extract_lora_command(
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The fine-tuned model, as in a recipe.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model it was tuned from.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix of the adapter.")],
+    *,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of every matrix.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or: least ranks that hold this share, e.g. 0.9.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also factorise embeddings and head.")] = False,
+    modules_to_save: Annotated[
+        Names, typer.Option(metavar="NAME", help="Store modules so named whole; repeatable.")
+    ] = None,
+    exclude: Annotated[Names, typer.Option(metavar="NAME", help="Leave modules so named out; repeatable.")] = None,
+    dtype: Annotated[FactorType, typer.Option("--dtype", help="What the factors are stored in.")] = FactorType.float32,
+    executor: Executor = None,
+    address: Address = None,
+    workers: Workers = None,
+    memory: Memory = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write what FINETUNED learnt beyond BASE as a LoRA adapter that PEFT loads.
+
+    Prints how much of each difference the adapter holds, and every difference that it does not.
+    """
+    with _errors(debug), _stop_on_signals() as stop:
+        from functools import partial
+
+        from mergekit_ray.core.dtypes import DType
+        from mergekit_ray.planning.extraction import Coverage
+        from mergekit_ray.runtime.api import MergeOptions
+        from mergekit_ray.runtime.extract_lora import ExtractOptions, extract_lora
+        from mergekit_ray.runtime.extraction_report import lines, to_data
+
+        coverage = Coverage(embeddings, tuple(modules_to_save or ()), tuple(exclude or ()))
+        options = MergeOptions(
+            executor=None if executor is None else executor.value,
+            address=address,
+            num_workers=workers,
+            memory_bytes=_parse_memory(memory),
+            overwrite=overwrite,
+        )
+        wanted = ExtractOptions(rank, energy, coverage, DType.parse(dtype.value))
+        reporter_of = partial(_reporter, quiet=quiet or as_json, log_format=LogFormat.text)
+        found = extract_lora(finetuned, base, output, wanted, options, reporter_of=reporter_of, stop=stop)
+        if as_json:
+            typer.echo(json.dumps({"uri": found.uri, **to_data(found)}))
+        elif not quiet:
+            for line in lines(found):
+                typer.echo(line)
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, with its formula.")] = None,
     *,
     as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of them as a page of Markdown.")] = False,
     debug: Debug = False,
 ) -> None:
     """List the merge methods, or show the parameters of one."""
     with _errors(debug):
-        from mergekit_ray.runtime.tables import describe_methods, print_method, print_methods
+        from mergekit_ray.runtime.tables import describe_methods, methods_markdown, print_method, print_methods
 
-        if as_json:
+        if markdown:
+            typer.echo(methods_markdown(), nl=False)
+        elif as_json:
             typer.echo(json.dumps(describe_methods(name), indent=2, ensure_ascii=False))
         elif name is None:
             print_methods()

@@ -75,8 +75,14 @@ class Operands(Protocol):
     keys: Sequence[str]
     compute_dtype: torch.dtype
 
-    def map_blocks(self, function: Callable[[Chunk], R]) -> list[R]:
-        """``function`` over all blocks of `BLOCK_ELEMENTS` (the last may be shorter), in parallel; results in order."""
+    def map_blocks(self, function: Callable[[Chunk], R], block_elements: int = BLOCK_ELEMENTS) -> list[R]:
+        """``function`` over all blocks (the last may be shorter), in parallel; results in order.
+
+        Args:
+            function: called with each block.
+            block_elements: of a block: another number where blocks must end where rows do. It must depend on nothing
+                but the shape, and memory grows with it.
+        """
         ...
 
     def block(self, index: int, function: Callable[[Chunk], R]) -> R:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mergekit_ray.architectures.anatomy import anatomy
+from mergekit_ray.architectures.quantisation import SIDE_FILES
+from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.fields import ComputeDType
 from mergekit_ray.config.moe_recipe import MoeRecipe
@@ -14,48 +17,49 @@ from mergekit_ray.config.normal import normalise
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import ModelError, PlanError
-from mergekit_ray.core.expressions import loads
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import Expression, loads
 from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.dense import lower
+from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
+from mergekit_ray.planning.moe import COMPUTE_DTYPES, Routing, lower_moe
 from mergekit_ray.planning.output_config import output_config
 from mergekit_ray.planning.partition import partition
-from mergekit_ray.planning.weights import StoredWeights
+from mergekit_ray.planning.quantised import dropped_scales, weights_of
+from mergekit_ray.planning.weights import Weights
 
-_COMPUTE_DTYPES = {ComputeDType.FLOAT32: DType.F32, ComputeDType.FLOAT64: DType.F64, ComputeDType.INPUTS: None}
+Recipe = DenseRecipe | MoeRecipe
 
 
-def check_plannable(recipe: DenseRecipe | MoeRecipe) -> DenseRecipe:
+def check_plannable(recipe: Recipe) -> Recipe:
     """Refuse what recipes can say and this version cannot plan, before any model is looked for.
 
     Raises:
         PlanError: naming the part of the recipe.
     """
-    if isinstance(recipe, MoeRecipe):
-        raise PlanError(
-            "this version reads and validates Mixture-of-Experts recipes, and cannot merge them yet",
-            remedy="`mergekit-ray validate` checks the recipe; merging it comes with a later version",
-        )
+    dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
     for key in ("tokenizer", "tokenizer_source", "chat_template"):
-        if getattr(recipe, key) is not None:
+        if dense is not None and getattr(dense, key) is not None:
             raise PlanError(
                 f"{key}: building a tokenizer or chat template is not supported yet",
                 remedy=f"remove {key}: the tokenizer of base_model, or of the first model, is copied as it is",
             )
-    for model in referenced_models(recipe):
-        if model.lora is not None:
-            raise PlanError(
-                f"model {str(model)!r}: applying a LoRA is not supported yet",
-                remedy="merge the adapter into its base first (PEFT's merge_and_unload) and name the result",
-            )
+    if isinstance(recipe, MoeRecipe) and recipe.base_model.lora is not None and recipe.gate_mode.needs_prompts:
+        raise PlanError(
+            "routers are made by running base_model's own layers, and its adapter is not applied there",
+            where=f"base_model {recipe.base_model}",
+            remedy="merge the adapter into the base first (merge_method: passthrough) and name the result",
+        )
     return recipe
 
 
-def referenced_models(recipe: DenseRecipe) -> list[ModelReference]:
+def referenced_models(recipe: Recipe) -> list[ModelReference]:
     """Every model whose files are needed, in order of appearance; the donor first."""
+    if isinstance(recipe, MoeRecipe):
+        return list(recipe.model_references())
     found: dict[ModelReference, None] = {recipe.donor: None}
     for module in normalise(recipe):
         for part in module.slices:
@@ -66,28 +70,33 @@ def referenced_models(recipe: DenseRecipe) -> list[ModelReference]:
     return list(found)
 
 
-def make_plan(recipe: DenseRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> Plan:
-    """Plan a dense merge.
+def make_plan(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], routing: Routing | None = None) -> Plan:
+    """Plan a merge.
 
     Args:
         recipe: validated.
         checkpoints: the opened headers of every model of `referenced_models`.
+        routing: makes routers from prompts, where the recipe has them; without it they are zero.
 
     Raises:
         ModelError, PlanError, CheckpointError: the models do not fit together, or the recipe does not fit them.
     """
     recipe = check_plannable(recipe)
-    models = _models(checkpoints)
-    modules = normalise(recipe)
+    models = models_of(checkpoints, wide=recipe.compute_dtype is ComputeDType.FLOAT64)
     donor = models[recipe.donor]
-    stored = recipe.out_dtype or recipe.dtype
-    arithmetic = Arithmetic(
-        stored=stored,
-        inputs=recipe.dtype,
-        compute=_COMPUTE_DTYPES[recipe.compute_dtype],
-        seed=recipe.seed,
-    )
-    lowering = lower(modules, METHODS.get(recipe.merge_method), models, donor, arithmetic)
+    donor_config = donor.checkpoint.config
+    if isinstance(recipe, MoeRecipe):
+        stored = recipe.dtype
+        lowering, donor_config = lower_moe(recipe, models, routing)
+    else:
+        stored = recipe.out_dtype or recipe.dtype
+        arithmetic = Arithmetic(
+            stored=stored,
+            inputs=recipe.dtype,
+            compute=COMPUTE_DTYPES[recipe.compute_dtype],
+            seed=recipe.seed,
+        )
+        lowering = lower(normalise(recipe), METHODS.get(recipe.merge_method), models, donor, arithmetic)
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")
     shards = partition(lowering.groups, lowering.expressions, recipe.output.max_shard_size)
@@ -96,30 +105,33 @@ def make_plan(recipe: DenseRecipe, checkpoints: Mapping[ModelReference, Checkpoi
         warnings += model.checkpoint.warnings
         for name in model.checkpoint.unindexed:
             lowering.dropped[f"{model.reference}: {name}"] = "in a weight file, but not in the checkpoint's index"
+        for name, reason in dropped_scales(model.checkpoint, f"model {model.reference}").items():
+            lowering.dropped[f"{model.reference}: {name}"] = reason
     config = output_config(
-        donor.checkpoint.config,
+        donor_config,
         layers=None if lowering.layers is None else [(m.checkpoint.config, i) for m, i in lowering.layers],
         dtype=stored or _most_common_dtype(lowering),
         tied=lowering.tied,
         vocab_size=lowering.vocab_size,
     )
     return Plan(
-        inputs=_inputs(models, lowering),
+        inputs=inputs_of(models, lowering.expressions.values()),
         shards=shards,
         config=config,
         side_files=tuple(
-            SideFile(donor.key, InputFile(stat.name, stat.num_bytes, stat.version))
+            SideFile(next(iter(donor.weights.inputs)), InputFile(stat.name, stat.num_bytes, stat.version))
             for stat in donor.checkpoint.side_files
+            if stat.name not in SIDE_FILES
         ),
         recipe=recipe_as_data(recipe),
         seed=recipe.seed,
         dropped=lowering.dropped,
         aliased=lowering.aliased,
-        warnings=tuple(warnings),
+        warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def recipe_as_data(recipe: DenseRecipe) -> dict[str, Any]:
+def recipe_as_data(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data without what does not change the result (where it is written)."""
     data = recipe.to_data()
     data.pop("output", None)
@@ -139,30 +151,39 @@ def _sort_parameters(data: Any) -> None:
             _sort_parameters(value)
 
 
-def _models(checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[ModelReference, Model]:
+def models_of(checkpoints: Mapping[ModelReference, Checkpoint], *, wide: bool = False) -> dict[ModelReference, Model]:
+    """The models as planning sees them. Several adapters on one base read it under one key, and so once.
+
+    Args:
+        checkpoints: the opened headers.
+        wide: adapters are applied in float64.
+
+    Raises:
+        ModelError, CheckpointError: a model's tensors, or an adapter's, make no sense.
+    """
     models = {}
+    base_keys: dict[ModelReference, str] = {}
+    adapter_keys: dict[ModelReference, str] = {}
     for i, (reference, checkpoint) in enumerate(checkpoints.items()):
         where = f"model {reference}"
-        quantised = checkpoint.config.get("quantization_config")
-        if isinstance(quantised, Mapping):
-            raise ModelError(
-                f"its weights are quantised ({quantised.get('quant_method', 'unknown method')}): "
-                "an average of codes means nothing",
-                where=where,
-                remedy="name the unquantised checkpoint, or dequantise it first",
-            )
-        weights = StoredWeights(f"m{i}", checkpoint)
+        base_key = base_keys.setdefault(replace(reference, lora=None), f"m{i}")
+        weights: Weights = weights_of(base_key, checkpoint, where)
+        if isinstance(checkpoint, AdaptedCheckpoint):
+            assert reference.lora is not None
+            adapter_key = adapter_keys.setdefault(reference.lora, f"a{len(adapter_keys)}")
+            view = LoraWeights(weights, checkpoint.config, adapter_key, checkpoint.adapter, wide=wide)
+            weights, checkpoint = view, replace(checkpoint, config=view.config)  # noqa: PLW2901
         models[reference] = Model(
             f"m{i}", reference, checkpoint, weights, anatomy(weights.specs, checkpoint.config, where)
         )
     return models
 
 
-def _inputs(models: Mapping[ModelReference, Model], lowering: Lowering) -> dict[str, InputModel]:
+def inputs_of(models: Mapping[ModelReference, Model], expressions: Iterable[Expression]) -> dict[str, InputModel]:
     """Everything that is read from, with the files that are really read."""
     checkpoints = {key: c for model in models.values() for key, c in model.weights.inputs.items()}
     files: dict[str, set[str]] = {key: set() for key in checkpoints}
-    for expression in lowering.expressions.values():
+    for expression in expressions:
         for load in loads(expression):
             files[load.model].add(load.location.file)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mergekit_ray.architectures.anatomy import LAYER_COUNT_KEYS, language_config
+from mergekit_ray.architectures.quantisation import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 
@@ -49,7 +50,7 @@ def output_config(
     Raises:
         PlanError: layers of two kinds are so mixed that the config cannot say it.
     """
-    config: dict[str, Any] = copy.deepcopy(dict(donor))
+    config = without_quantisation(copy.deepcopy(dict(donor)))  # what is stored is never codes
     inner = cast(dict[str, Any], language_config(config))  # a part of our own copy
     if layers is not None:
         _set_layers(inner, layers)

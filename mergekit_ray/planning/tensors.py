@@ -116,14 +116,7 @@ class TensorLowering:
     def _not_floating(
         self, name: str, everyone: list[Operand], specs: list[TensorSpec], donor: Operand
     ) -> list[TensorSpec]:
-        """Integers and booleans are no weights: the donor's are copied. Codes of 8-bit floats are refused."""
-        for operand, spec in zip(everyone, specs, strict=True):
-            if spec.dtype in (DType.F8_E4M3, DType.F8_E5M2):
-                self.problems.append(
-                    f"{name}: stored as 8-bit floats ({spec.dtype.value}) in {operand.model.reference}; "
-                    "convert it to bfloat16 first"
-                )
-                return []
+        """Integers and booleans are no weights: the donor's are copied. Codes of weights never come this far."""
         if len({(spec.dtype, spec.shape) for spec in specs}) > 1:
             found = ", ".join(
                 f"{o.model.reference}: {s.dtype.value} {list(s.shape)}" for o, s in zip(everyone, specs, strict=True)

@@ -91,7 +91,8 @@ def windows(tensor: OutputTensor, max_bytes: int = WINDOW_BYTES) -> Iterator[Win
 
 def _step(whole: Window, max_bytes: int) -> int:
     """Elements of a window that takes about ``max_bytes``, beside what every window of the tensor needs anew."""
-    aligned = min(_WINDOW_ALIGNMENT, whole.num_elements)
+    unit = whole.tensor.expression.unit
+    aligned = min(_WINDOW_ALIGNMENT if unit == 1 else unit, whole.num_elements)
     least = Window(whole.tensor, 0, aligned).memory_bytes
     if aligned == whole.num_elements:
         return aligned
@@ -99,7 +100,7 @@ def _step(whole: Window, max_bytes: int) -> int:
     fixed_bytes = max(0, int(least - per_element * aligned))
     # What does not shrink with the window (the factors of a LoRA) is read at most about once more than the rest.
     room = max(max_bytes - fixed_bytes, fixed_bytes)
-    return max(1, int(room / per_element) // _WINDOW_ALIGNMENT) * _WINDOW_ALIGNMENT
+    return max(1, int(room / per_element) // aligned) * aligned
 
 
 def batches(shard: Shard, memory_bytes: int) -> Iterator[list[Window]]:

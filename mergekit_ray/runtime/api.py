@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from mergekit_ray.checkpoint.adapter import Adapter, adapted, open_adapter
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
 from mergekit_ray.config import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
@@ -19,6 +21,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.planning.moe import RouterVectors
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.runtime.destination import inspect
 from mergekit_ray.runtime.reporting import Reporter, SilentReporter
@@ -70,35 +73,66 @@ class MergeResult:
 
 
 def open_models(references: list[ModelReference]) -> dict[ModelReference, Checkpoint]:
-    """Headers and configs of models, fetched concurrently.
+    """Headers and configs of models and of the adapters on them, fetched concurrently; a shared base only once.
 
     Raises:
-        ModelError, CheckpointError, StorageError: naming the model.
+        ModelError, CheckpointError, StorageError: naming the model or the adapter.
     """
 
-    def open_one(reference: ModelReference) -> Checkpoint:
-        source = open_source(reference.path, revision=reference.revision)
-        return open_checkpoint(source, str(reference))
+    def open_base(reference: ModelReference) -> Checkpoint:
+        return open_checkpoint(open_source(reference.path, revision=reference.revision), str(reference))
 
-    with ThreadPoolExecutor(max_workers=max(1, len(references))) as executor:
-        return dict(zip(references, executor.map(open_one, references), strict=True))
+    def open_one(reference: ModelReference) -> Adapter:
+        return open_adapter(open_source(reference.path, revision=reference.revision), str(reference))
+
+    bases = list(dict.fromkeys(replace(reference, lora=None) for reference in references))
+    loras = list(dict.fromkeys(reference.lora for reference in references if reference.lora is not None))
+    with ThreadPoolExecutor(max_workers=max(1, len(bases) + len(loras))) as executor:
+        opened, adapters = executor.map(open_base, bases), executor.map(open_one, loras)
+        checkpoint_of = dict(zip(bases, opened, strict=True))
+        adapter_of = dict(zip(loras, adapters, strict=True))
+    return {
+        reference: checkpoint_of[replace(reference, lora=None)]
+        if reference.lora is None
+        else adapted(checkpoint_of[replace(reference, lora=None)], adapter_of[reference.lora])
+        for reference in references
+    }
 
 
-def plan(recipe: RecipeLike, *, seed: int | None = None) -> Plan:
+def plan(recipe: RecipeLike, *, seed: int | None = None, routing: bool = True) -> Plan:
     """Plan a merge: everything that would be written, from headers alone.
 
     Args:
         recipe: a recipe, or whatever `mergekit_ray.load_recipe` takes.
         seed: overrides the recipe's.
+        routing: make the routers of a Mixture of Experts from its prompts, which reads the base model. Without it they
+            are zero in the plan: enough to see what would be written, not to write it.
 
     Raises:
         MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
     """
     loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
-    dense = check_plannable(loaded)
+    checked = check_plannable(loaded)
     if seed is not None:
-        dense = dense.model_copy(update={"seed": seed})
-    return make_plan(dense, open_models(referenced_models(dense)))
+        checked = _seeded(checked, seed)
+    checkpoints = open_models(referenced_models(checked))
+    if isinstance(checked, MoeRecipe) and routing:
+        return make_plan(checked, checkpoints, partial(_routers, checked, checkpoints))
+    return make_plan(checked, checkpoints)
+
+
+def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeRecipe:
+    changed: dict[str, Any] = {"seed": seed}
+    if isinstance(recipe, MoeRecipe) and recipe.backbone is not None:
+        changed["backbone"] = _seeded(recipe.backbone, seed)
+    return recipe.model_copy(update=changed)
+
+
+def _routers(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> RouterVectors:
+    # The base model's layers run in transformers, which only recipes with prompts pay for.
+    from mergekit_ray.runtime.routing import routers  # noqa: PLC0415
+
+    return routers(recipe, checkpoints)
 
 
 def merge(

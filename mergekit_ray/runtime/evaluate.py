@@ -13,8 +13,10 @@ import torch
 
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Expression, Load, loads
+from mergekit_ray.core.expressions.quantised import non_finite_codes
 from mergekit_ray.runtime import nodes as _nodes  # noqa: F401 - its classes register themselves
 from mergekit_ray.runtime.nodes.base import CHUNK_ELEMENTS, Compilation, Guard, NonFiniteError, Piece, fill_parallel
+from mergekit_ray.runtime.nodes.quantised import first_non_finite
 from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.rounding import is_finite
 
@@ -61,6 +63,9 @@ class Evaluation:
         except (NonFiniteError, ValueError, ArithmeticError, RuntimeError):
             self._name_non_finite_inputs()
             raise
+        except MergeError as error:
+            self._name_tensor(error)
+            raise
         guard.inputs = self._check_finite and (isinstance(expression, Load) or not expression.propagates_non_finite)
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
@@ -80,21 +85,31 @@ class Evaluation:
                 remedy="check weights and scales, choose a dtype with more range (bfloat16, float32), "
                 "or pass --allow-non-finite",
             ) from None
+        except MergeError as error:
+            self._name_tensor(error)
+            raise
+
+    def _name_tensor(self, error: MergeError) -> None:
+        """A method knows no names: say which tensor it was merging."""
+        if error.where is None:
+            error.where = f"tensor {self._expression.spec.name!r}"
 
     def _name_non_finite_inputs(self) -> None:
         """Raise for the first input that holds a NaN or an infinity, if there is one."""
         if not self._check_finite:
             return
+        codes = non_finite_codes(self._expression)
         for load in loads(self._expression):
-            if not load.spec.dtype.is_floating:
+            if load not in codes and not load.spec.dtype.is_floating:
                 continue
+            if load not in self._pieces:
+                continue  # a window of a concatenation has the inputs of the parts it touches
             piece = self._pieces[load]
-            bad = torch.nonzero(~torch.isfinite(piece.data))
-            if len(bad):
-                index = int(bad[0])
+            found = first_non_finite(piece.data, codes.get(load))
+            if found is not None:
                 raise MergeError(
-                    f"{float(piece.data[index])} in the input, first at flat index {piece.start + index} "
-                    f"({len(bad)} such values read)",
+                    f"{found.value} in the input, first at flat index {piece.start + found.index} "
+                    f"({found.count} such values read)",
                     where=f"model {self._references.get(load.model, load.model)}, tensor {load.spec.name!r}",
                     remedy="use an undamaged checkpoint, or pass --allow-non-finite to merge it as it is",
                 )

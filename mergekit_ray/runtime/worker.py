@@ -29,6 +29,7 @@ from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES, Window, batches
 from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, Evaluation, Piece, check_copy_finite
+from mergekit_ray.runtime.held_inputs import HeldInputs
 from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, BufferPool
 from mergekit_ray.storage.protocols import MappableSource, Sink, Source
@@ -58,7 +59,11 @@ class WorkerOptions:
 
 @dataclass(slots=True)
 class Progress:
-    """What a worker has done so far; counters only grow."""
+    """What a worker has done so far; counters only grow.
+
+    ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
+    counts again, though it is read once.
+    """
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -99,10 +104,15 @@ class _Budget:
 
 @dataclass(slots=True)
 class _Inputs:
-    """The bytes of a window's loads, mapped or in ``buffers`` (which go back to the pool)."""
+    """The bytes of a window's loads: mapped, in ``buffers`` (which go back to the pool), or held for several windows.
+
+    ``shared`` are buffers whose last use this window is. Earlier windows may still be being written from them, so they
+    go back once this one has been.
+    """
 
     data: dict[Load, torch.Tensor] = field(default_factory=dict)
     buffers: list[torch.Tensor] = field(default_factory=list)
+    shared: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -195,12 +205,14 @@ class _ShardRun:
         self._mapped_files: set[tuple[str, str]] = set()
         self._pool, self._buffers = worker.pool, worker.buffers
         self._progress = worker.progress
-        self._shard = shard
         self._writer = writer
         self._user_stop = stop
         self._failed = threading.Event()
         self._errors: list[BaseException] = []
-        self._budget = _Budget(self._options.memory_bytes - FIXED_BYTES)
+        self._batches = list(batches(shard, self._options.memory_bytes))
+        limit_bytes = self._options.memory_bytes - FIXED_BYTES
+        self._held = HeldInputs(self._batches, limit_bytes, worker.sources.keys() - self._mappable.keys())
+        self._budget = _Budget(limit_bytes - self._held.reserved_bytes)
         self._read: queue.Queue[_Batch | None] = queue.Queue()
         self._written: queue.Queue[_Output | None] = queue.Queue()
 
@@ -243,7 +255,7 @@ class _ShardRun:
         return not self._failed.is_set()
 
     def _read_all(self) -> None:
-        for windows in batches(self._shard, self._options.memory_bytes):
+        for windows in self._batches:
             if not self._check():
                 return
             batch = _Batch(windows)
@@ -274,8 +286,14 @@ class _ShardRun:
                 inputs.data[load] = torch.frombuffer(mapped, dtype=torch.uint8)
                 self._mapped_files.add((load.model, file))
                 continue
+            held = self._held.get(load, (first, last))
+            if held is not None:
+                inputs.data[load] = held[0][: stop - start]
+                inputs.shared += [held[0]] if held[1] else []
+                continue
             buffer = self._buffers.take(stop - start)
-            inputs.buffers.append(buffer)
+            if not self._held.hold(load, (first, last), buffer):
+                inputs.buffers.append(buffer)
             inputs.data[load] = buffer[: stop - start]
             requests.append(ByteRange(load.model, file, start, stop, version, _bytes_of(inputs.data[load])))
         return inputs
@@ -314,7 +332,7 @@ class _ShardRun:
             if not self._options.allow_non_finite:
                 reference = self._model_inputs[expression.model].reference
                 check_copy_finite(expression, pieces[expression].data, window.start, reference)
-            return _Output(held.data[expression], held.buffers, window.memory_bytes, ends_tensor)
+            return _Output(held.data[expression], [*held.buffers, *held.shared], window.memory_bytes, ends_tensor)
         evaluation = Evaluation(
             expression,
             pieces,
@@ -329,7 +347,7 @@ class _ShardRun:
         for buffer in held.buffers:
             self._buffers.give(buffer)
         self._budget.give(window.memory_bytes - window.write_bytes)
-        return _Output(data, [out], window.write_bytes, ends_tensor)
+        return _Output(data, [out, *held.shared], window.write_bytes, ends_tensor)
 
     def _write_all(self) -> None:
         while (output := self._written.get()) is not None:

@@ -7,7 +7,22 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
+from mergekit_ray.core.expressions import (
+    BlockScaled,
+    Cast,
+    Concat,
+    Constant,
+    Expression,
+    Literal,
+    Load,
+    LowRank,
+    LowRankFactors,
+    Merge,
+    Mxfp4,
+    Noise,
+    Scale,
+    SingularValues,
+)
 from mergekit_ray.core.tensors import Location, TensorSpec
 
 FLOATS = st.sampled_from([DType.F16, DType.BF16, DType.F32, DType.F64])
@@ -24,10 +39,56 @@ def loads_of_files(draw: Any) -> Load:
     return Load(draw(NAMES), spec, Location(draw(NAMES), start, start + spec.num_bytes))
 
 
+@st.composite
+def literals(draw: Any) -> Literal:
+    spec = TensorSpec(draw(NAMES), draw(FLOATS), draw(st.lists(st.integers(0, 3), max_size=2).map(tuple)))
+    return Literal.of(spec, draw(st.binary(min_size=4 * spec.num_elements, max_size=4 * spec.num_elements)))
+
+
+@st.composite
+def codes(draw: Any) -> BlockScaled | Mxfp4:
+    def load(dtype: DType, *shape: int) -> Load:
+        spec = TensorSpec(draw(NAMES), dtype, shape)
+        start = draw(st.integers(0, 2**40))
+        return Load(draw(NAMES), spec, Location(draw(NAMES), start, start + spec.num_bytes))
+
+    e, n, g = (draw(st.integers(0, 4)) for _ in range(3))
+    if draw(st.booleans()):
+        return Mxfp4(load(DType.U8, e, n, g, 16), load(DType.U8, e, n, g), draw(NAMES))
+    return BlockScaled(load(DType.F8_E4M3, n, g), load(DType.F32, n), (1, max(1, g)))
+
+
+LEAVES: st.SearchStrategy[Expression] = st.one_of(
+    loads_of_files(),
+    literals(),
+    codes(),
+    st.builds(Constant, st.builds(TensorSpec, NAMES, FLOATS, SHAPES), st.floats(allow_nan=False, allow_infinity=False)),
+)
+
+
+@st.composite
+def concatenations(draw: Any) -> Concat:
+    dtype = draw(FLOATS)
+    parts = tuple(Cast(part, dtype) for part in draw(st.lists(LEAVES, max_size=3)))
+    return Concat(parts, TensorSpec(draw(NAMES), dtype, (sum(part.spec.num_elements for part in parts),)))
+
+
 def _above(below: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
     return st.one_of(
         st.builds(Cast, below, FLOATS),
         st.builds(Scale, below, st.floats(allow_nan=False), FLOATS, FLOATS),
+        st.builds(
+            Noise,
+            below,
+            st.sampled_from(["normal", "uniform"]),
+            st.floats(min_value=0.0, allow_infinity=False),
+            NAMES,
+            FLOATS,
+            FLOATS,
+        ),
+        st.builds(LowRank, below, below, below, st.floats(allow_nan=False), st.booleans(), FLOATS, st.none() | below),
+        st.builds(LowRankFactors, below, st.integers(0, 3), st.booleans(), FLOATS),
+        st.builds(SingularValues, below),
         st.integers(0, 3).flatmap(
             lambda n: st.builds(
                 Merge,
@@ -44,5 +105,5 @@ def _above(below: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression
     )
 
 
-TREES: st.SearchStrategy[Expression] = st.recursive(loads_of_files(), _above, max_leaves=8)
+TREES: st.SearchStrategy[Expression] = st.recursive(LEAVES | concatenations(), _above, max_leaves=8)
 """Any expression that the classes can hold."""

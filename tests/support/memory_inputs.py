@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Expression, Load, loads
+from mergekit_ray.core.expressions import Expression, Load
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.runtime.evaluate import Evaluation, Piece
 from mergekit_ray.runtime.pool import ComputePool
@@ -33,7 +33,12 @@ class Inputs:
         return load
 
     def pieces(self, expression: Expression, start: int = 0, stop: int | None = None) -> dict[Load, Piece]:
-        return {load: Piece(self._data[load][start:stop].clone(), start) for load in loads(expression)}
+        """What a window of the result needs, as a worker would read it."""
+        runs: dict[Load, tuple[int, int]] = {}
+        for load, first, last in expression.needs(start, expression.spec.num_elements if stop is None else stop):
+            low, high = runs.get(load, (first, last))
+            runs[load] = (min(low, first), max(high, last))
+        return {load: Piece(self._data[load][low:high].clone(), low) for load, (low, high) in runs.items()}
 
 
 def evaluate(

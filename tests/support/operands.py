@@ -90,14 +90,15 @@ class MemoryOperands:
         self.compute_dtype = compute_dtype
         self.blocks_read = 0
 
-    def map_blocks(self, function: Callable[[Any], R]) -> list[R]:
-        return [self.block(index, function) for index in range(-(-self.num_elements // BLOCK_ELEMENTS))]
+    def map_blocks(self, function: Callable[[Any], R], block_elements: int = BLOCK_ELEMENTS) -> list[R]:
+        num_blocks = -(-self.num_elements // block_elements)
+        return [self.block(index, function, block_elements) for index in range(num_blocks)]
 
-    def block(self, index: int, function: Callable[[Any], R]) -> R:
-        assert 0 <= index * BLOCK_ELEMENTS < self.num_elements
+    def block(self, index: int, function: Callable[[Any], R], block_elements: int = BLOCK_ELEMENTS) -> R:
+        assert 0 <= index * block_elements < self.num_elements
         self.blocks_read += 1
-        start = index * BLOCK_ELEMENTS
-        chunk = MemoryChunk(self, start, min(start + BLOCK_ELEMENTS, self.num_elements))
+        start = index * block_elements
+        chunk = MemoryChunk(self, start, min(start + block_elements, self.num_elements))
         result = function(chunk)
         chunk.spoil()
         return result

@@ -7,6 +7,12 @@ weights. Every node knows the spec of its result and what must be read for any r
     Cast(x, dtype)                       one rounding
     Scale(x, factor, ...)                x * factor
     Merge(method, spec, inputs, ...)     a merge method over several tensors
+    LowRank(x, a, b, scale, ...)         x + scale * (b @ a): a LoRA
+    LowRankFactors(x, rank, ...)         the best b and a for a matrix    SingularValues(x)
+    Noise(x, distribution, scale, key)   x plus random numbers that are a function of key and index
+    Constant(spec, value)   Literal(spec, values)   Concat(parts, spec)
+    BlockScaled(codes, scales, block)    8-bit floats times the scale of their block
+    Mxfp4(blocks, scales, name)          4-bit floats in groups that share an exponent
 
 A new kind is one module here (imported below, so that plans can be read back) and one node in `runtime.nodes`.
 """
@@ -22,16 +28,30 @@ from mergekit_ray.core.expressions.base import (
     spec_to_json,
     to_json,
 )
+from mergekit_ray.core.expressions.factors import NUM_NORMS, LowRankFactors, SingularValues
+from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise
 from mergekit_ray.core.expressions.load import Load, is_copy, loads
+from mergekit_ray.core.expressions.low_rank import LowRank
+from mergekit_ray.core.expressions.quantised import BlockScaled, Mxfp4
 
 __all__ = [
     "KINDS",
+    "NUM_NORMS",
+    "BlockScaled",
     "Cast",
+    "Concat",
+    "Constant",
     "Expression",
+    "Literal",
     "Load",
+    "LowRank",
+    "LowRankFactors",
     "Merge",
+    "Mxfp4",
+    "Noise",
     "Scalar",
     "Scale",
+    "SingularValues",
     "expression_kind",
     "from_json",
     "is_copy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
@@ -69,6 +70,14 @@ class Expression(ABC):
     def scratch_bytes(self) -> int:
         """Bytes of temporaries that grow with the tensor."""
         return sum(child.scratch_bytes for child in self.children())
+
+    @property
+    def unit(self) -> int:
+        """Elements that are best computed together, since what they are read from cannot be cut; 1 if any run will do.
+
+        Windows are whole numbers of units.
+        """
+        return math.lcm(*(child.unit for child in self.children()))
 
     @property
     def propagates_non_finite(self) -> bool:

@@ -87,22 +87,25 @@ class MergeNode:
         merged = method.combine(chunk, self, self._statistics)
         round_result(merged, self.spec.dtype, out, self._pool.scratch, self._guard)
 
-    def map_blocks(self, function: Callable[[Chunk], R]) -> list[R]:
+    def map_blocks(self, function: Callable[[Chunk], R], block_elements: int = BLOCK_ELEMENTS) -> list[R]:
         """See `Operands.map_blocks`."""
-        num_blocks = -(-self.num_elements // BLOCK_ELEMENTS)
+        num_blocks = -(-self.num_elements // block_elements)
 
         def run(first: int, last: int) -> list[R]:
-            return [self.block(index, function) for index in range(first, last)]
+            return [self._block(index, function, block_elements) for index in range(first, last)]
 
         return [result for results in self._pool.map_runs(num_blocks, run) for result in results]
 
     def block(self, index: int, function: Callable[[Chunk], R]) -> R:
         """See `Operands.block`."""
-        start = index * BLOCK_ELEMENTS
+        return self._block(index, function, BLOCK_ELEMENTS)
+
+    def _block(self, index: int, function: Callable[[Chunk], R], block_elements: int) -> R:
+        start = index * block_elements
         scratch = self._pool.scratch
         mark = scratch.mark()
         try:
-            return function(self._chunk(start, min(start + BLOCK_ELEMENTS, self.num_elements)))
+            return function(self._chunk(start, min(start + block_elements, self.num_elements)))
         finally:
             scratch.release(mark)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -42,13 +44,13 @@ def test_loads_come_once_each_in_order_of_appearance_with_the_base_last() -> Non
 
 @given(TREES)
 def test_loads_are_the_distinct_leaves(tree: Expression) -> None:
-    def leaves(data: list[object]) -> list[tuple[object, ...]]:
-        if data[0] == "load":
-            return [(data[1], *data[3])]
-        below = [data[1]] if data[0] != "merge" else [*data[3], *([data[4]] if data[4] else [])]
-        return [leaf for x in below for leaf in leaves(x)]
+    def leaves(node: object) -> list[Load]:
+        if isinstance(node, Load):
+            return [node]
+        below = node if isinstance(node, tuple) else [getattr(node, each.name) for each in fields(cast(Any, node))]
+        return [leaf for x in below if isinstance(x, Expression | tuple) for leaf in leaves(x)]
 
-    expected = list(dict.fromkeys(leaves(to_json(tree))))
+    expected = list(dict.fromkeys((x.model, x.location.file, x.location.start, x.location.end) for x in leaves(tree)))
     found = [(x.model, x.location.file, x.location.start, x.location.end) for x in loads(tree)]
     assert found == expected
 

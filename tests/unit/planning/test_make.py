@@ -26,8 +26,6 @@ LINEAR = (
     [
         ("tokenizer_source: union\n" + LINEAR, "tokenizer_source: building a tokenizer"),
         ("chat_template: chatml\n" + LINEAR, "chat_template: building a tokenizer"),
-        (LINEAR.replace("/b", "org/b+org/adapter"), "applying a LoRA is not supported yet"),
-        ("base_model: /a\nexperts:\n- {source_model: /b, positive_prompts: [x]}\n", "Mixture-of-Experts recipes"),
     ],
 )
 def test_what_cannot_be_planned_yet_is_said_before_models_are_opened(text: str, message: str) -> None:

@@ -149,10 +149,10 @@ def test_constants_are_copied_from_the_donor_and_left_out_where_not_all_have_the
     assert list(one.dropped) == [f"/b: {name}"]
 
 
-def test_codes_of_8_bit_floats_are_refused() -> None:
+def test_codes_of_8_bit_floats_without_scales_are_refused() -> None:
     config = {"num_hidden_layers": 1, "tie_word_embeddings": False}
     shapes = llama_shapes(1) | {"model.layers.0.mlp.up_proj.weight": (DType.F8_E4M3, (6, 4))}
-    with pytest.raises(ModelError, match=r"up_proj\.weight: stored as 8-bit floats \(F8_E4M3\) in /b"):
+    with pytest.raises(ModelError, match=r"up_proj\.weight: stored as 8-bit floats \(F8_E4M3\) without scales"):
         plan_of(LINEAR, llama("/a", 1), checkpoint("/b", shapes, config))
 
 

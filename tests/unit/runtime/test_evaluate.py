@@ -348,3 +348,11 @@ def test_runs_cover_all_items_in_order(num_threads: int, num_items: int) -> None
 
 def test_every_dtype_of_the_format_has_its_torch_dtype() -> None:
     assert {dtype: theirs.itemsize for dtype, theirs in TORCH_DTYPES.items()} == {d: d.itemsize for d in DType}
+
+
+def test_what_a_method_refuses_names_the_tensor() -> None:
+    inputs = Inputs()
+    loads: list[Expression] = [inputs.load(name, random(seed)) for seed, name in enumerate("ab")]
+    with pytest.raises(MergeError, match="sum to 0") as caught:
+        evaluate(weighted(loads, 1.0, -1.0), inputs)
+    assert caught.value.where == "tensor 'out'"

@@ -1,0 +1,103 @@
+"""Low-rank changes of a matrix: a LoRA, never materialised as a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+from mergekit_ray.core.declaration import Access
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.expressions.base import Expression, expression_kind, from_json, most, to_json
+from mergekit_ray.core.expressions.load import Load
+from mergekit_ray.core.tensors import TensorSpec
+
+_FLOAT64_BYTES = 8
+
+
+@expression_kind("low_rank")
+@dataclass(frozen=True, slots=True)
+class LowRank(Expression):
+    """``x + scale · (b @ a)``, or ``x + scale · (b @ a)ᵀ`` if ``transposed``.
+
+    A LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) applied on the fly. With a ``magnitude`` it is a DoRA (Liu
+    et al. 2024, https://arxiv.org/abs/2402.09353): each of the layer's outputs, a row of the result or a column if
+    ``transposed``, is scaled to that norm: ``m_i · v_i / |v_i|``. An output that is zero stays zero.
+
+    Attributes:
+        x: the base's tensor, ``[rows, columns]``.
+        a: ``[rank, columns]``; if ``transposed``, ``[rank, rows]``. There it may have more columns than ``x`` has rows:
+            the first ones count.
+        b: ``[rows, rank]``; if ``transposed``, ``[columns, rank]``.
+        scale: of the product.
+        transposed: the matrix lies in the file as inputs by outputs: GPT-2's ``Conv1D``, embeddings.
+        dtype: of the result, to which it is rounded once.
+        magnitude: norm of each output of the layer, 1-D; None for a plain LoRA.
+    """
+
+    x: Expression
+    a: Expression
+    b: Expression
+    scale: float
+    transposed: bool = False
+    dtype: DType = DType.F32
+    magnitude: Expression | None = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Spec of ``x`` with the result's dtype."""
+        inner = self.x.spec
+        return TensorSpec(inner.name, self.dtype, inner.shape)
+
+    def children(self) -> tuple[Expression, ...]:
+        """``x``, ``a``, ``b``, and the magnitude if there is one."""
+        return (self.x, self.a, self.b) if self.magnitude is None else (self.x, self.a, self.b, self.magnitude)
+
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+        """The run of ``x``, widened to what its norms need; all of the factors."""
+        if self.magnitude is not None:
+            columns = max(1, self.x.spec.shape[-1])
+            start, stop = start // columns * columns, -(-stop // columns) * columns
+            if self.transposed:
+                start, stop = 0, self.x.spec.num_elements
+        yield from self.x.needs(start, stop)
+        for factor in self.children()[1:]:
+            yield from factor.needs(0, factor.spec.num_elements)
+
+    @property
+    def access(self) -> Access:
+        """Norms of columns are statistics of the whole; all else is element by element."""
+        own = Access.REDUCE if self.magnitude is not None and self.transposed else Access.ELEMENTWISE
+        return most([own, *(child.access for child in self.children())])
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The factor that every row is made of, in float64."""
+        below = sum(child.scratch_bytes for child in self.children())
+        return below + (self.b if self.transposed else self.a).spec.num_elements * _FLOAT64_BYTES
+
+    def to_data(self) -> list[Any]:
+        """The attributes in their order."""
+        return [
+            to_json(self.x),
+            to_json(self.a),
+            to_json(self.b),
+            self.scale,
+            self.transposed,
+            self.dtype.value,
+            None if self.magnitude is None else to_json(self.magnitude),
+        ]
+
+    @classmethod
+    def from_data(cls, data: list[Any]) -> Self:
+        """Inverse of `to_data`."""
+        x, a, b, scale, transposed, dtype, magnitude = data
+        return cls(
+            x=from_json(x),
+            a=from_json(a),
+            b=from_json(b),
+            scale=scale,
+            transposed=transposed,
+            dtype=DType(dtype),
+            magnitude=None if magnitude is None else from_json(magnitude),
+        )
