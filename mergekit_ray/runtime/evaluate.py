@@ -14,7 +14,6 @@ import torch
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Expression, Load, loads
 from mergekit_ray.core.expressions.quantised import non_finite_codes
-from mergekit_ray.runtime import nodes as _nodes  # noqa: F401 - its classes register themselves
 from mergekit_ray.runtime.nodes.base import CHUNK_ELEMENTS, Compilation, Guard, NonFiniteError, Piece, fill_parallel
 from mergekit_ray.runtime.nodes.quantised import first_non_finite
 from mergekit_ray.runtime.pool import ComputePool

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "ray", "transformers", "boto3", "botocore", "huggingface_hub", "numpy", "safetensors")
+from support.memory_inputs import random_llama, write_model
+
+HEAVY = ("torch", "ray", "transformers", "boto3", "botocore", "huggingface_hub", "numba", "numpy", "safetensors")
 
 MODULES = [
     "mergekit_ray",
@@ -84,6 +87,20 @@ def test_help_is_quick_and_light(code: str, line: str) -> None:
     assert line in " ".join(text.replace("│", " ").split())
     assert text.rstrip().endswith("heavy:")
     assert seconds < 10  # half a second on an idle machine; a bound that only a heavy import can break
+
+
+def test_a_local_merge_loads_what_it_uses(tmp_path: Path) -> None:
+    """No cluster, no clients of stores that are not asked, no compiler for methods without compiled loops."""
+    for seed, name in enumerate("ab"):
+        write_model(tmp_path / name, random_llama(seed), {"model_type": "llama", "num_hidden_layers": 2})
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in "ab"],
+    }
+    code = f"import mergekit_ray\nmergekit_ray.merge({recipe!r}, {str(tmp_path / 'out')!r})"
+    names = ("ray", "transformers", "boto3", "botocore", "huggingface_hub", "numba", "scipy", "torch")
+    loaded = python(f"import sys\n{code}\nprint(*[name for name in {names!r} if name in sys.modules])").split()
+    assert loaded == ["torch"]
 
 
 def test_the_public_names() -> None:

@@ -14,7 +14,8 @@ weights. Every node knows the spec of its result and what must be read for any r
     BlockScaled(codes, scales, block)    8-bit floats times the scale of their block
     Mxfp4(blocks, scales, name)          4-bit floats in groups that share an exponent
 
-A new kind is one module here (imported below, so that plans can be read back) and one node in `runtime.nodes`.
+A new kind is one module here (imported below, so that plans can be read back) and one of the same name in
+`runtime.nodes`.
 """
 
 from mergekit_ray.core.expressions.arithmetic import Cast, Merge, Scale

@@ -18,6 +18,9 @@ NUM_NORMS = 2
 _EIGEN_MATRICES = 5
 """Square float64 matrices of the short side held at once: the Gram matrix, its copy, and the solver's workspace."""
 
+_FACTOR_COPIES = 4
+"""Of the factors held in float64 at once: as found, scaled, rounded, and put together."""
+
 _FLOAT32_BYTES, _FLOAT64_BYTES = 4, 8
 
 
@@ -92,7 +95,9 @@ class LowRankFactors(Expression):
         """The matrix, its Gram matrix, and the factors in float64."""
         if self.rank == 0:
             return self.x.scratch_bytes + self.x.spec.num_elements * _FLOAT32_BYTES
-        return self.x.scratch_bytes + _eigen_bytes(self.x) + 2 * self.rank * sum(self._sides) * _FLOAT64_BYTES
+        return (
+            self.x.scratch_bytes + _eigen_bytes(self.x) + _FACTOR_COPIES * self.rank * sum(self._sides) * _FLOAT64_BYTES
+        )
 
     def to_data(self) -> list[Any]:
         """``[x, rank, transposed, dtype]``."""

@@ -54,15 +54,23 @@ class LowRank(Expression):
         return (self.x, self.a, self.b) if self.magnitude is None else (self.x, self.a, self.b, self.magnitude)
 
     def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
-        """The run of ``x``, widened to what its norms need; all of the factors."""
-        if self.magnitude is not None:
-            columns = max(1, self.x.spec.shape[-1])
-            start, stop = start // columns * columns, -(-stop // columns) * columns
+        """The run of ``x``, widened to what its norms need; the rows of ``b`` for it, and all of ``a``.
+
+        If ``transposed``, all of both factors.
+        """
+        rows, columns = self.x.spec.shape
+        first, last = start // max(1, columns), -(-stop // max(1, columns))
+        if self.transposed:
+            first, last = 0, rows
+        whole_rows = self.magnitude is not None
+        yield from self.x.needs(first * columns if whole_rows else start, last * columns if whole_rows else stop)
+        yield from self.a.needs(0, self.a.spec.num_elements)
+        for factor in self.children()[2:]:
             if self.transposed:
-                start, stop = 0, self.x.spec.num_elements
-        yield from self.x.needs(start, stop)
-        for factor in self.children()[1:]:
-            yield from factor.needs(0, factor.spec.num_elements)
+                yield from factor.needs(0, factor.spec.num_elements)
+            else:
+                per_row = factor.spec.num_elements // max(1, rows)
+                yield from factor.needs(first * per_row, last * per_row)
 
     @property
     def access(self) -> Access:
@@ -72,9 +80,10 @@ class LowRank(Expression):
 
     @property
     def scratch_bytes(self) -> int:
-        """The factor that every row is made of, in float64."""
+        """The factors in float64, but for the one that has a row for each of ``x``."""
         below = sum(child.scratch_bytes for child in self.children())
-        return below + (self.b if self.transposed else self.a).spec.num_elements * _FLOAT64_BYTES
+        held = self.a.spec.num_elements + (2 * self.b.spec.num_elements if self.transposed else 0)
+        return below + held * _FLOAT64_BYTES
 
     def to_data(self) -> list[Any]:
         """The attributes in their order."""

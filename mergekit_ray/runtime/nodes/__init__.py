@@ -1,5 +1,5 @@
-"""Nodes evaluate expressions: one class for each kind, found by its registration when this package is imported."""
+"""Nodes evaluate expressions: one class for each kind.
 
-from mergekit_ray.runtime.nodes import arithmetic, factors, generated, low_rank, merge, quantised
-
-__all__ = ["arithmetic", "factors", "generated", "low_rank", "merge", "quantised"]
+A kind defined in ``core/expressions/x.py`` is evaluated by a class in ``runtime/nodes/x.py``, which is imported when
+the first of that kind is met: what a plan does not use (compiled loops, say) costs no time.
+"""

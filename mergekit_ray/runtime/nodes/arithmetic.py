@@ -1,34 +1,15 @@
-"""Loading, rounding, scaling."""
+"""Rounding and scaling; merging is in `mergekit_ray.runtime.nodes.merge`."""
 
 from __future__ import annotations
 
 import torch
 
-from mergekit_ray.core.expressions import Cast, Load, Scale
-from mergekit_ray.runtime.nodes.base import Compilation, Guard, NonFiniteError, node_of, round_result
-from mergekit_ray.runtime.rounding import is_finite
+from mergekit_ray.core.expressions import Cast, Scale
+from mergekit_ray.runtime.nodes.base import Compilation, Guard, node_of, round_result
+from mergekit_ray.runtime.nodes.merge import MergeNode
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 
-_UNGUARDED = Guard()
-
-
-@node_of(Load)
-class LoadNode:
-    """Widens what lies in memory."""
-
-    def __init__(self, load: Load, compilation: Compilation, guard: Guard) -> None:
-        self.spec = load.spec
-        self._piece = compilation.pieces[load]
-        self._guard = guard if load.spec.dtype.is_floating else _UNGUARDED
-
-    def prepare(self) -> None:
-        """Nothing: the bytes are there."""
-
-    def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
-        """See `Node.fill`."""
-        out.copy_(self._piece.run(start, stop))
-        if self._guard.inputs and not is_finite(out):
-            raise NonFiniteError
+__all__ = ["CastNode", "MergeNode", "ScaleNode"]
 
 
 @node_of(Cast)

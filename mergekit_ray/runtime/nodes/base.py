@@ -6,6 +6,7 @@ expression; how it is cut and on how many threads never changes a number.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -90,7 +91,10 @@ class Compilation:
 
     def compile(self, expression: Expression, guard: Guard | None = None) -> Node:
         """The node of an expression; ``guard`` is the root's own."""
-        return NODES[type(expression)](expression, self, guard or self.guard)
+        kind = type(expression)
+        if kind not in NODES:
+            importlib.import_module(f"{__package__}.{kind.__module__.rpartition('.')[2]}")
+        return NODES[kind](expression, self, guard or self.guard)
 
 
 NODES: dict[type[Expression], Callable[[Any, Compilation, Guard], Node]] = {}

@@ -119,7 +119,8 @@ def _gram(matrix: torch.Tensor) -> torch.Tensor:
 def _factors(matrix: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``U √S`` and ``√S Vᵀ`` in float64, the largest singular values first; zeros where there are none."""
     _, vectors = torch.linalg.eigh(gram)
-    short = vectors.flip(1)[:, :rank]
+    short = vectors[:, vectors.shape[1] - rank :].flip(1)
+    del vectors
     # A vector and its opposite serve alike: the larger end is made positive, whatever the solver gave.
     largest = short.gather(0, short.abs().argmax(0, keepdim=True))
     short = short * torch.where(largest < 0, -1.0, 1.0)

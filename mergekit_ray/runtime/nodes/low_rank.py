@@ -122,21 +122,20 @@ class LowRankNode:
         self._magnitude = None if node.magnitude is None else compilation.compile(node.magnitude)
         self._pool = compilation.pool
         self._guard = guard
-        self._left = self._right = self._norms = self._factors = torch.empty(0)
+        self._left = self._right = self._factors = torch.empty(0)
 
     def prepare(self) -> None:
-        """Widens the factors, and takes the norms of columns where a DoRA needs them."""
-        self._x.prepare()
-        a, b = _whole(self._a), _whole(self._b)
+        """Widens the factor that all rows share, and takes the norms of columns where a DoRA needs them."""
+        for child in (self._x, self._a, self._b, self._magnitude):
+            if child is not None:
+                child.prepare()
         if self._transposed:
             # (b @ a)ᵀ = aᵀ @ bᵀ
-            self._left, self._right = a.t()[: self._rows].contiguous(), b.t().contiguous()
+            self._left, self._right = _whole(self._a).t(), _whole(self._b).t().contiguous()
+            if self._magnitude is not None:
+                self._factors = _whole(self._magnitude) / self._column_norms()
         else:
-            self._left, self._right = b, a
-        if self._magnitude is not None:
-            self._norms = _whole(self._magnitude)
-            if self._transposed:
-                self._factors = self._norms / self._column_norms()
+            self._right = _whole(self._a)
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `Node.fill`."""
@@ -154,19 +153,30 @@ class LowRankNode:
 
     def _added(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` in float64, before any norm is applied."""
-        values = self._pool.scratch.take(stop - start, torch.float64)
+        scratch = self._pool.scratch
+        values = scratch.take(stop - start, torch.float64)
         self._x.fill(start, stop, values)
-        add_product(values.numpy(), start, self._left.numpy(), self._right.numpy(), self._scale)
+        left, first = self._left, 0
+        if not self._transposed:
+            rank, first = self._right.shape[0], start // self._columns
+            last = -(-stop // self._columns)
+            rows = scratch.take((last - first) * rank, torch.float64)
+            self._b.fill(first * rank, last * rank, rows)
+            left = rows.view(last - first, rank)
+        offset = start - first * self._columns
+        add_product(values.numpy(), offset, left.numpy(), self._right.numpy(), self._scale)
         return values
 
     def _scaled_rows(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` of rows scaled to their norms, for which whole rows are computed."""
+        assert self._magnitude is not None
         first, last = start // self._columns, -(-stop // self._columns)
         values = self._added(first * self._columns, last * self._columns)
         rows = values.view(last - first, self._columns)
-        norms = self._pool.scratch.take(last - first, torch.float64)
+        factors, norms = (self._pool.scratch.take(last - first, torch.float64) for _ in range(2))
         row_norms(norms.numpy(), rows.numpy())
-        rows.mul_((self._norms[first:last] / norms)[:, None])
+        self._magnitude.fill(first, last, factors)
+        rows.mul_(factors.div_(norms)[:, None])
         return values[start - first * self._columns : stop - first * self._columns]
 
     def _column_norms(self) -> torch.Tensor:
@@ -188,7 +198,6 @@ class LowRankNode:
 
 def _whole(node: Node) -> torch.Tensor:
     """All of a factor in float64, in its shape."""
-    node.prepare()
     whole = torch.empty(node.spec.num_elements, dtype=torch.float64)
     node.fill(0, node.spec.num_elements, whole)
     return whole.view(node.spec.shape)
