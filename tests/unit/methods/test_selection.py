@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_ray.methods import order_statistics, selection
+from mergekit_ray.methods import order_statistics
 from mergekit_ray.methods.order_statistics import Threshold, by_bracket, by_radix, cut_after, kth_largest, patterns_
 from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Chunk
 from mergekit_ray.methods.selection import Band, Selection, _selection, select_largest, select_next_largest
@@ -259,7 +259,7 @@ def test_a_band_by_torch_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) ->
     x = quantised(9, 0.3)
     band = Band(select(x, 200_000), select(x, 3000))
     compiled = band.trim_(x.clone(), 0)
-    monkeypatch.setattr(selection, "is_compiled_for", lambda _: False)
+    monkeypatch.setattr("mergekit_ray.methods.selection.is_compiled_for", lambda _: False)
     assert torch.equal(band.trim_(x.clone(), 0), compiled)
 
 
