@@ -22,7 +22,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format parity bench clean clean-venv
+.PHONY: help setup demo test check format docs parity bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -51,6 +51,9 @@ check: $(READY)  ## style, types and layering
 format: $(READY)  ## put the code into the form that `check` wants
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(READY)  ## write docs/methods.md from the methods' declarations
+	$(BIN)/mergekit-ray methods --markdown > docs/methods.md
 
 # mergekit is LGPL and pins much: it lives apart, is only ever run as a program, and its environment is made only for this.
 $(MERGEKIT_READY): tests/parity/requirements.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -19,6 +20,18 @@ from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, large
 _PIPED_WIDTH = 140
 _MAX_ROWS = 40
 _MAX_DROPPED = 8
+
+_PAGE_HEAD = """\
+# Merge methods
+
+Made from the methods' declarations by `mergekit-ray methods --markdown`; `mergekit-ray methods NAME` prints one.
+`b` is the base model's tensor, `x_i` that of model i, `δ_i = x_i − b` its task vector, `w_i` its weight, `λ` the
+parameter `lambda`. Parameters *per model* are looked up for each model, those *per tensor* once per output tensor;
+both may be numbers, gradients over the layers, and lists of filters.
+
+| method | base model | models | what it does |
+|---|---|---|---|
+"""
 
 
 def print_plan(plan: Plan) -> None:
@@ -103,6 +116,7 @@ def print_method(name: str) -> None:
         console.print(f"  source      {method['reference']}", highlight=False, markup=False)
     console.print(f"  base model  {method['base']}", highlight=False)
     console.print(f"  models      {method['models']}\n", highlight=False)
+    console.print(method["notes"] + "\n", highlight=False, markup=False)
     if not method["parameters"]:
         console.print("It has no parameters.")
         return
@@ -110,10 +124,37 @@ def print_method(name: str) -> None:
     for column in ("parameter", "looked up", "default", "meaning"):
         table.add_column(column, overflow="fold")
     for parameter in method["parameters"]:
-        scope = "per model" if parameter["scope"] == "model" else "per tensor"
-        default = "required" if parameter["required"] else str(parameter["default"])
-        table.add_row(parameter["name"], scope, default, parameter["description"])
+        table.add_row(parameter["name"], _scope(parameter), _default(parameter), parameter["description"])
     console.print(table)
+
+
+def methods_markdown() -> str:
+    """The reference page of all methods."""
+    lines = _PAGE_HEAD.splitlines()
+    methods = describe_methods()
+    lines += [
+        f"| [`{each['name']}`](#{each['name']}) | {each['base']} | {each['models']} | {each['summary']} |"
+        for each in methods
+    ]
+    for each in methods:
+        lines += ["", f"## {each['name']}", "", each["summary"], "", f"    {each['formula']}", "", each["notes"], ""]
+        if each["reference"]:
+            lines += [f"Source: <{each['reference']}>", ""]
+        lines.append(f"Base model: {each['base']}. Models: {each['models']}.")
+        if each["parameters"]:
+            lines += ["", "| parameter | looked up | default | meaning |", "|---|---|---|---|"]
+            lines += [
+                f"| `{p['name']}` | {_scope(p)} | {_default(p)} | {p['description']} |" for p in each["parameters"]
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _scope(parameter: dict[str, Any]) -> str:
+    return "per model" if parameter["scope"] == "model" else "per tensor"
+
+
+def _default(parameter: dict[str, Any]) -> str:
+    return "required" if parameter["required"] else str(parameter["default"])
 
 
 def _console() -> Console:
@@ -139,6 +180,7 @@ def _describe(method: type[MethodDeclaration]) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "formula": method.formula,
+        "notes": inspect.getdoc(method) or "",
         "reference": method.reference,
         "base": method.base.value,
         "models": _models(method),
