@@ -156,7 +156,7 @@ def _brackets(
     def sample(chunk: Chunk) -> dict[int, Patterns]:
         return {index: patterns_(values(chunk, index)).numpy()[::stride].copy() for index in groups}
 
-    runs = [operands.block(block, sample) for block in sampled]
+    runs = operands.map_some(sampled, sample)
     brackets = {}
     for index, places in groups.items():
         ascending = np.sort(np.concatenate([run[index] for run in runs]))

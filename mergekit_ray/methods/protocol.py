@@ -85,6 +85,10 @@ class Operands(Protocol):
         """
         ...
 
+    def map_some(self, indices: Sequence[int], function: Callable[[Chunk], R]) -> list[R]:
+        """``function`` over the blocks of `BLOCK_ELEMENTS` with these indices, in parallel; results in order."""
+        ...
+
     def block(self, index: int, function: Callable[[Chunk], R]) -> R:
         """``function`` over one block."""
         ...

@@ -94,6 +94,9 @@ class MemoryOperands:
         num_blocks = -(-self.num_elements // block_elements)
         return [self.block(index, function, block_elements) for index in range(num_blocks)]
 
+    def map_some(self, indices: Sequence[int], function: Callable[[Any], R]) -> list[R]:
+        return [self.block(index, function) for index in indices]
+
     def block(self, index: int, function: Callable[[Any], R], block_elements: int = BLOCK_ELEMENTS) -> R:
         assert 0 <= index * block_elements < self.num_elements
         self.blocks_read += 1

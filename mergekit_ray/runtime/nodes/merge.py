@@ -96,6 +96,14 @@ class MergeNode:
 
         return [result for results in self._pool.map_runs(num_blocks, run) for result in results]
 
+    def map_some(self, indices: Sequence[int], function: Callable[[Chunk], R]) -> list[R]:
+        """See `Operands.map_some`."""
+
+        def run(first: int, last: int) -> list[R]:
+            return [self._block(index, function, BLOCK_ELEMENTS) for index in indices[first:last]]
+
+        return [result for results in self._pool.map_runs(len(indices), run) for result in results]
+
     def block(self, index: int, function: Callable[[Chunk], R]) -> R:
         """See `Operands.block`."""
         return self._block(index, function, BLOCK_ELEMENTS)
