@@ -23,6 +23,7 @@ from mergekit_ray.runtime.extract_lora import ExtractOptions, extract_lora
 from support.adapters import EMBEDDING, HEAD, fresh, llama, passthrough, quiet, save_bases
 from support.merging import run_command
 from support.models import contents, tensors_of
+from support.s3_server import S3Server
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +230,20 @@ def test_the_place_is_respected(tuned_llama: Tuned, tmp_path: Path) -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MergekitRayError, match=message):
         ExtractOptions(**options)
+
+
+@pytest.mark.s3
+def test_into_a_bucket(tuned_llama: Tuned, s3_server: S3Server, s3_prefix: str, tmp_path: Path) -> None:
+    models, wanted = (str(tuned_llama.folder), str(tuned_llama.base_folder)), ExtractOptions(energy=0.9)
+    remote = extract_lora(*models, f"{s3_prefix}/adapter", wanted)
+    local = extract_lora(*models, str(tmp_path / "adapter"), wanted)
+    assert remote.uri == f"{s3_prefix}/adapter"
+    assert remote.factorised == local.factorised
+    bucket, _, prefix = s3_prefix.removeprefix("s3://").partition("/")
+    client = s3_server.client()
+    listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
+    found = {o["Key"]: client.get_object(Bucket=bucket, Key=o["Key"])["Body"].read() for o in listed}
+    assert found == {f"{prefix}/adapter/{name}": data for name, data in contents(tmp_path / "adapter").items()}
 
 
 def test_the_command(tuned_llama: Tuned, tmp_path: Path) -> None:
