@@ -22,7 +22,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs parity bench clean clean-venv
+.PHONY: help setup demo test check format docs parity container bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -64,6 +64,9 @@ $(MERGEKIT_READY): tests/parity/requirements.txt
 
 parity: $(READY) $(MERGEKIT_READY)  ## compare our results with mergekit's, tensor by tensor
 	MERGEKIT_PYTHON=$(CURDIR)/$(MERGEKIT)/bin/python $(BIN)/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
+
+container: $(READY)  ## build the container image with podman and try it (minutes, 6 GB of disk)
+	$(BIN)/python -m pytest -m container tests/container $(PYTEST_ARGS)
 
 bench: $(READY) $(MERGEKIT_READY)  ## mergekit and mergekit-ray side by side on a 1.1B model (13 GB of disk, 30 minutes)
 	$(BIN)/python -m benchmarks.side_by_side --mergekit-python $(MERGEKIT)/bin/python

@@ -1,7 +1,7 @@
 """The YAML of a Mixture of Experts made of dense models, as data.
 
-The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layout``, ``allow_identical_experts``,
-``output``, ``seed``, ``compute_dtype``.
+The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layout``, ``add_to_base``,
+``allow_identical_experts``, ``output``, ``seed``, ``compute_dtype``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structur
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.yaml_source import YamlPath
 
-MOE_KEYS = frozenset({"experts", "shared_experts", "gate_mode", "experts_per_token", "backbone", "expert_layout"})
+MOE_KEYS = frozenset(
+    {"experts", "shared_experts", "gate_mode", "experts_per_token", "backbone", "expert_layout", "add_to_base"}
+)
 """Keys that only an MoE recipe has."""
 
 
@@ -113,7 +115,10 @@ class MoeRecipe(RecipeModel):
         experts: at least one.
         shared_experts: at most one, active for every token.
         gate_mode: how the routers are made.
-        experts_per_token: how many experts each token uses; None for `num_active`'s default.
+        add_to_base: ``base_model`` is a Mixture of Experts already, and ``experts`` are added to those it has: all of
+            its tensors stay, each router gets a row for each new expert.
+        experts_per_token: how many experts each token uses; None for `num_active`'s default, or for the base model's
+            own number if it is added to.
         architecture: name of the MoE family; None to infer it.
         dtype: what is stored; None for the base model's own.
         backbone: a dense recipe that gives the tensors outside the feed-forward layers in place of ``base_model``
@@ -135,6 +140,7 @@ class MoeRecipe(RecipeModel):
     dtype: FloatDType | None = None
     backbone: DenseRecipe | None = None
     expert_layout: Literal["separate", "packed"] = "separate"
+    add_to_base: bool = False
     allow_identical_experts: bool = False
     name: Name | None = None
     output: Output = Field(default_factory=OutputOptions)
@@ -183,7 +189,9 @@ def moe_findings(recipe: MoeRecipe) -> list[Finding]:
     """What is wrong across fields and can be said without looking at a model."""
     findings: list[Finding] = []
     num_experts = len(recipe.experts)
-    if recipe.experts_per_token is not None and recipe.experts_per_token > num_experts:
+    if recipe.add_to_base:
+        findings += _addition_findings(recipe)
+    elif recipe.experts_per_token is not None and recipe.experts_per_token > num_experts:
         what = f"a token cannot use {recipe.experts_per_token} experts of {num_experts}"
         hint = f"accepted: 1 to {num_experts}"
         findings.append(Finding(("experts_per_token",), what, hint, depends=(("experts_per_token",), ("experts",))))
@@ -197,6 +205,16 @@ def moe_findings(recipe: MoeRecipe) -> list[Finding]:
     if recipe.backbone is not None:
         findings += [finding.below(("backbone",)) for finding in structure_findings(recipe.backbone)]
     return findings
+
+
+def _addition_findings(recipe: MoeRecipe) -> list[Finding]:
+    """What a recipe that adds to a Mixture of Experts cannot say."""
+    what = "a recipe with `add_to_base` keeps all that base_model has but for more experts"
+    changes = {"shared_experts": recipe.shared_experts, "backbone": recipe.backbone}
+    found = [Finding((key,), what, f"remove `{key}`") for key, value in changes.items() if value]
+    if recipe.expert_layout == "packed":
+        found.append(Finding(("expert_layout",), what, "remove `expert_layout`: the base model's is kept"))
+    return found
 
 
 def _prompt_findings(recipe: MoeRecipe) -> list[Finding]:

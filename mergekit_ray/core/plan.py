@@ -130,6 +130,7 @@ class Plan:
         shards: in file order.
         config: the output's ``config.json``.
         side_files: copied from the donor.
+        generated_files: text written beside the weights, by file name.
         recipe: the recipe as given, normalised, for the card and the manifest.
         seed: of all randomness.
         dropped: input tensors that are not used, with the reason: ``{"<model>: <tensor>": reason}``.
@@ -143,6 +144,7 @@ class Plan:
     side_files: tuple[SideFile, ...]
     recipe: Mapping[str, Any]
     seed: int
+    generated_files: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     aliased: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -184,6 +186,7 @@ class Plan:
             "shards": [shard.to_json() for shard in self.shards],
             "config": self.config,
             "side_files": [[s.model, s.file.name, s.file.num_bytes, s.file.version] for s in self.side_files],
+            "generated_files": self.generated_files,
             "recipe": self.recipe,
             "seed": self.seed,
             "dropped": self.dropped,
@@ -214,6 +217,7 @@ class Plan:
             shards=tuple(Shard.from_json(shard) for shard in data["shards"]),
             config=data["config"],
             side_files=tuple(SideFile(key, InputFile(name, size, ver)) for key, name, size, ver in data["side_files"]),
+            generated_files=data["generated_files"],
             recipe=data["recipe"],
             seed=data["seed"],
             dropped=data["dropped"],

@@ -52,6 +52,7 @@ class Lowering:
         layers: source of each output layer of the main stack: the model and its layer; None where they are the donor's.
         tied: whether the output's head is its embedding; None if there is no embedding.
         vocab_size: rows of the output's embedding where inputs had to be cut, else None.
+        files: text that is written beside the weights, by file name.
         dropped, aliased, warnings: as in `core.plan.Plan`.
     """
 
@@ -60,6 +61,7 @@ class Lowering:
     layers: list[tuple[Model, int]] | None = None
     tied: bool | None = None
     vocab_size: int | None = None
+    files: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     aliased: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

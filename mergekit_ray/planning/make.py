@@ -25,7 +25,8 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.dense import lower
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
-from mergekit_ray.planning.moe import COMPUTE_DTYPES, Routing, lower_moe
+from mergekit_ray.planning.moe import lower_moe
+from mergekit_ray.planning.moe_experts import COMPUTE_DTYPES, Routing
 from mergekit_ray.planning.output_config import output_config
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import dropped_scales, weights_of
@@ -121,10 +122,11 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], 
         side_files=tuple(
             SideFile(next(iter(donor.weights.inputs)), InputFile(stat.name, stat.num_bytes, stat.version))
             for stat in donor.checkpoint.side_files
-            if stat.name not in SIDE_FILES
+            if stat.name not in SIDE_FILES and stat.name not in lowering.files
         ),
         recipe=recipe_as_data(recipe),
         seed=recipe.seed,
+        generated_files=lowering.files,
         dropped=lowering.dropped,
         aliased=lowering.aliased,
         warnings=tuple(dict.fromkeys(warnings)),

@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
-from mergekit_ray.architectures.moe.family import STACK, DenseModel, MoeFamily, Wanted
-from mergekit_ray.architectures.moe.registry import choose
-from mergekit_ray.config.fields import ComputeDType
-from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
+from mergekit_ray.architectures.moe.family import DenseModel, MoeFamily, Wanted
+from mergekit_ray.architectures.moe.registry import choose, family_of
+from mergekit_ray.config.moe_recipe import ExpertRecipe, MoeRecipe
 from mergekit_ray.config.normal import normalise
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Cast, Concat, Constant, Expression, Literal, Noise, Scale
+from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.expressions import Concat, Constant, Expression
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.dense import lower
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.moe_checks import check_backbone, check_sources, vocabulary_warnings
+from mergekit_ray.planning.moe_experts import COMPUTE_DTYPES, ExpertLowering, RouterVectors, Routing
+from mergekit_ray.planning.moe_growth import lower_growth
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-COMPUTE_DTYPES = {ComputeDType.FLOAT32: DType.F32, ComputeDType.FLOAT64: DType.F64, ComputeDType.INPUTS: None}
-"""What a recipe's ``compute_dtype`` means; None for the inputs' own."""
-
-
-class RouterVectors(Protocol):
-    """Routers made from prompts.
-
-    Attributes:
-        vectors: for each layer ``[num_experts, hidden]``.
-        shared: for each layer ``[1, hidden]``: what opens the shared expert. Empty if it has no prompts.
-        warnings: what the user should know of them.
-    """
-
-    @property
-    def vectors(self) -> Mapping[int, NDArray[np.float32]]: ...  # noqa: D102 - see the class
-
-    @property
-    def shared(self) -> Mapping[int, NDArray[np.float32]]: ...  # noqa: D102 - see the class
-
-    @property
-    def warnings(self) -> Sequence[str]: ...  # noqa: D102 - see the class
-
-
-Routing = Callable[[], RouterVectors]
-"""Reads the base model and makes the routers; called once, when all else is known to be right."""
 
 
 def lower_moe(
@@ -69,10 +44,11 @@ def lower_moe(
 
     Raises:
         ConfigError: no such architecture.
-        ModelError: models that do not fit together or into the architecture; all mismatches are listed.
+        ModelError: models that do not fit together or into the architecture; all mismatches are listed. A base model
+            that is a Mixture of Experts, unless the recipe adds to it, and one that is none if it does.
         PlanError: a shared expert without prompts, or a backbone that is not one.
     """
-    return _MoeLowering(recipe, models).run(routing)
+    return lower_growth(recipe, models, routing) if recipe.add_to_base else _MoeLowering(recipe, models).run(routing)
 
 
 class _MoeLowering:
@@ -88,8 +64,18 @@ class _MoeLowering:
             has_shared=bool(recipe.shared_experts),
             packed=recipe.expert_layout == "packed",
         )
+        if family_of(self._dense) is not None:
+            raise ModelError(
+                f"it is a Mixture of Experts already ({self._dense.model_type}), and experts are put together from "
+                "dense models",
+                where=f"base_model {base.reference}",
+                remedy="name a dense model, or set `add_to_base: true` to add the experts to those it has",
+            )
         self._family: MoeFamily = choose(self._dense, self._wanted, recipe.architecture)
         self._names = self._family.names(self._dense)
+        assert base.anatomy.main is not None  # no family takes a model without layers
+        self._stack = base.anatomy.main
+        self._experts = ExpertLowering(recipe, base, self._hidden)
         self._result = Lowering(warnings=list(self._family.caveats(self._wanted)))
         self._used: set[tuple[str, str]] = set()
 
@@ -105,7 +91,7 @@ class _MoeLowering:
         config = self._family.config(self._dense, self._wanted)
         self._add_group(frame, [name for name in self._base.anatomy.before if name in frame])
         for layer in range(self._base.anatomy.num_layers):
-            prefix = f"{STACK}.{layer}."
+            prefix = f"{self._stack}.{layer}."
             made = {name: x for name, x in frame.items() if name.startswith(prefix)}
             made |= self._blank_biases(layer, made)
             made |= {prefix + rest: x for rest, x in self._feed_forward(layer, routers)}
@@ -113,6 +99,7 @@ class _MoeLowering:
         after = [name for name in frame if place_of(name) is None and name not in self._base.anatomy.before]
         self._add_group(frame, after)
         self._name_unused()
+        self._result.files |= self._family.files(self._dense)
         return self._result, config
 
     def _add_group(self, expressions: Mapping[str, Expression], names: Sequence[str]) -> None:
@@ -135,7 +122,7 @@ class _MoeLowering:
         frame = {}
         for name in self._frame_names():
             self._used.add((self._base.key, name))
-            frame[name] = self._rounded(self._base.weights.expression(name), self._stored(self._base, name))
+            frame[name] = self._experts.copy(self._base, name)
         return frame
 
     def _merged(self, backbone: DenseRecipe) -> dict[str, Expression]:
@@ -169,8 +156,8 @@ class _MoeLowering:
         """The base's tensors outside its feed-forward layers, in model order; constants and copies left out."""
         anatomy = self._base.anatomy
         layers = [
-            f"{STACK}.{layer}.{rest}"
-            for layer, rests in enumerate(anatomy.layers.get(STACK, ()))
+            f"{self._stack}.{layer}.{rest}"
+            for layer, rests in enumerate(anatomy.layers.get(self._stack, ()))
             for rest in rests
             if rest not in self._names.experts
         ]
@@ -179,15 +166,15 @@ class _MoeLowering:
 
     def _is_feed_forward(self, name: str) -> bool:
         place = place_of(name)
-        return place is not None and place.stack == STACK and place.rest in self._names.experts
+        return place is not None and place.stack == self._stack and place.rest in self._names.experts
 
     def _blank_biases(self, layer: int, made: Mapping[str, Expression]) -> dict[str, Expression]:
         """Zeros for the biases that the family has and the base has not."""
         blank: dict[str, Expression] = {}
         for rest, weight in self._family.zero_biases.items():
-            name = f"{STACK}.{layer}.{rest}"
+            name = f"{self._stack}.{layer}.{rest}"
             if name not in made:
-                of = made[f"{STACK}.{layer}.{weight}"].spec
+                of = made[f"{self._stack}.{layer}.{weight}"].spec
                 blank[name] = Constant(TensorSpec(name, of.dtype, of.shape[:1]), 0.0)
         return blank
 
@@ -220,7 +207,7 @@ class _MoeLowering:
         parts = [self._expert(layer, rest, patterns[rest], e, number) for number, e in experts for rest in rests]
         num_rows = sum(part.spec.shape[0] for part in parts[: len(rests)])
         shape = (len(self._recipe.experts), num_rows, *parts[0].spec.shape[1:])
-        return Concat(tuple(parts), TensorSpec(f"{STACK}.{layer}.{name}", parts[0].spec.dtype, shape))
+        return Concat(tuple(parts), TensorSpec(f"{self._stack}.{layer}.{name}", parts[0].spec.dtype, shape))
 
     def _shared(
         self, layer: int, expert: ExpertRecipe, routers: RouterVectors | None
@@ -245,19 +232,11 @@ class _MoeLowering:
     def _expert(self, layer: int, rest: str, pattern: str, expert: ExpertRecipe, number: int) -> Expression:
         """A feed-forward tensor of an expert's model: its bytes if nothing is asked for but a copy."""
         model = self._models[expert.source_model]
-        name = f"{STACK}.{layer}.{rest}"
+        name = f"{self._stack}.{layer}.{rest}"
         self._used.add((model.key, name))
-        x = model.weights.expression(name)
-        stored, compute = self._stored(self._base, name), self._compute(model, name)
-        factor = expert.residual_scale if rest in self._names.residual else None
-        is_scaled = factor is not None and factor != 1.0
-        if expert.noise_scale:
-            # Named by the expert's own tensor, so that packed and separate experts get the same noise.
-            key = f"{self._recipe.seed}\n{STACK}.{layer}.{pattern.format(expert=number)}\nnoise"
-            x = Noise(x, "normal", expert.noise_scale, key, compute if is_scaled else stored, compute)
-        if is_scaled and factor is not None:
-            return Scale(x, factor, stored, compute)
-        return self._rounded(x, stored)
+        target = f"{self._stack}.{layer}.{pattern.format(expert=number)}"
+        stored = self._experts.stored(self._base, name)
+        return self._experts.expert(target, stored, (model, name), expert, is_residual=rest in self._names.residual)
 
     # -- routers ----------------------------------------------------------------------------------------------------
 
@@ -277,17 +256,8 @@ class _MoeLowering:
     def _router(
         self, layer: int, rest: str, stream: str, num_rows: int, vectors: NDArray[np.float32] | None
     ) -> Expression:
-        shape = (num_rows, self._hidden)
-        name, stored, mode = f"{STACK}.{layer}.{rest}", self._router_dtype, self._recipe.gate_mode
-        if mode.needs_prompts:
-            if vectors is None:
-                return self._zeros(layer, rest, shape)
-            return Literal.of(TensorSpec(name, stored, shape), vectors.astype("<f4").tobytes())
-        zero = Constant(TensorSpec(name, DType.F32, shape), 0.0)
-        key = f"{self._recipe.seed}\n{stream}\n{layer}"
-        if mode is GateMode.RANDOM:
-            return Noise(zero, "normal", 1.0, key, stored)
-        return Noise(zero, "uniform", self._hidden**-0.5, key, stored)
+        spec = TensorSpec(f"{self._stack}.{layer}.{rest}", self._router_dtype, (num_rows, self._hidden))
+        return self._experts.router(spec, f"{self._recipe.seed}\n{stream}\n{layer}", vectors)
 
     def _check_shared_prompts(self) -> None:
         recipe = self._recipe
@@ -311,20 +281,10 @@ class _MoeLowering:
 
     @property
     def _router_dtype(self) -> DType:
-        return self._stored(self._base, f"{STACK}.0.{next(iter(self._names.experts))}")
-
-    def _stored(self, model: Model, name: str) -> DType:
-        return self._recipe.dtype or model.weights.specs[name].dtype
-
-    def _compute(self, model: Model, name: str) -> DType:
-        return COMPUTE_DTYPES[self._recipe.compute_dtype] or self._stored(model, name)
+        return self._experts.stored(self._base, f"{self._stack}.0.{next(iter(self._names.experts))}")
 
     def _zeros(self, layer: int, rest: str, shape: tuple[int, ...]) -> Expression:
-        return Constant(TensorSpec(f"{STACK}.{layer}.{rest}", self._router_dtype, shape), 0.0)
-
-    @staticmethod
-    def _rounded(x: Expression, dtype: DType) -> Expression:
-        return x if x.spec.dtype is dtype else Cast(x, dtype)
+        return Constant(TensorSpec(f"{self._stack}.{layer}.{rest}", self._router_dtype, shape), 0.0)
 
     def _name_unused(self) -> None:
         """Every input tensor is used, aliased, or named as dropped."""

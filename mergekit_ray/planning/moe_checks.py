@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from mergekit_ray.architectures.moe.family import OUTSIDE, STACK
+from mergekit_ray.architectures.anatomy import is_buffer, place_of
+from mergekit_ray.architectures.moe.family import OUTSIDE, MoeFamily
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Model
 
 _MAX_LISTED = 12
-_SAME_CONFIG = ("model_type", "hidden_act")
+_SAME_CONFIG = ("model_type", "hidden_act", "hidden_activation", "activation_function")
 """What must be alike for one model's feed-forward layers to stand in another. Silence is no difference."""
 
 
@@ -34,10 +35,64 @@ def check_sources(
         problems += _mismatches(base, source, feed_forward) if source is not base else []
         for name in sorted(feed_forward):
             problems += _not_floating(source, name)
-    if not problems:
-        return
+    if problems:
+        raise _misfit(base, problems)
+
+
+def check_additions(
+    family: MoeFamily, base: Model, sources: Sequence[Model], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """See that dense models can give experts to a Mixture of Experts.
+
+    Args:
+        family: of the base model.
+        base: the Mixture of Experts.
+        sources: models that the new experts are made of.
+        shapes: of each feed-forward tensor as a dense model names it, as the experts that are there have it.
+
+    Raises:
+        ModelError: listing each mismatch with both values.
+    """
+    problems = [_no_float(base, spec) for spec in base.weights.specs.values() if not is_buffer(spec.name)]
+    problems = [problem for problem in problems if problem]
+    accepted = family.dense_types_of(str(base.checkpoint.config.get("model_type")))
+    for source in sources:
+        config = source.checkpoint.config
+        if config.get("model_type") not in accepted:
+            problems.append(
+                f"model_type: {' or '.join(accepted)} fit into {base.reference}, {config.get('model_type')!r} is "
+                f"{source.reference}"
+            )
+            continue
+        problems += _differing_config(base, source, _SAME_CONFIG[1:])
+        problems += _depths(base, source)
+        problems += _wrong_shapes(base, source, shapes)
+        problems += [problem for name in sorted(_rests(shapes)) for problem in _not_floating(source, name)]
+    if problems:
+        raise _misfit(base, problems)
+
+
+def _rests(shapes: Collection[str]) -> set[str]:
+    return {place.rest for name in shapes if (place := place_of(name)) is not None}
+
+
+def _wrong_shapes(base: Model, source: Model, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """For each feed-forward tensor of a layer, the first layer in which it is missing or of another shape."""
+    found: dict[str, str] = {}
+    for name, shape in shapes.items():
+        spec, place = source.weights.specs.get(name), place_of(name)
+        assert place is not None
+        if spec is None or spec.shape != shape:
+            found.setdefault(
+                place.rest,
+                f"{name}: {list(shape)} in experts of {base.reference}, {_shape(spec)} in {source.reference}",
+            )
+    return list(found.values())
+
+
+def _misfit(base: Model, problems: Sequence[str]) -> ModelError:
     rest = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-    raise ModelError(
+    return ModelError(
         "the experts do not fit the base model:\n  " + "\n  ".join([*problems[:_MAX_LISTED], *rest]),
         where=f"base_model {base.reference}",
         remedy="take models of one family and size, best of all fine-tunes of one model",
@@ -87,17 +142,10 @@ def check_backbone(base: Model, expected: Sequence[str], made: Mapping[str, Tens
 
 
 def _mismatches(base: Model, source: Model, feed_forward: Collection[str]) -> list[str]:
-    theirs, ours = source.checkpoint.config, base.checkpoint.config
-    problems = [
-        f"{key}: {ours[key]!r} in {base.reference}, {theirs[key]!r} in {source.reference}"
-        for key in _SAME_CONFIG
-        if key in ours and key in theirs and ours[key] != theirs[key]
-    ]
-    depth = source.anatomy.stacks.get(STACK, 0)
-    if depth != base.anatomy.num_layers:
-        problems.append(f"layers: {base.anatomy.num_layers} in {base.reference}, {depth} in {source.reference}")
+    problems = _differing_config(base, source, _SAME_CONFIG) + _depths(base, source)
+    stack = str(base.anatomy.main)
     folders = {name.split(".")[0] for name in feed_forward}
-    extra = {rest for rests in source.anatomy.layers.get(STACK, ()) for rest in rests if rest.split(".")[0] in folders}
+    extra = {rest for rests in source.anatomy.layers.get(stack, ()) for rest in rests if rest.split(".")[0] in folders}
     problems += [
         f"{name}: not in {base.reference}, but in {source.reference}" for name in sorted(extra - set(feed_forward))
     ]
@@ -106,11 +154,27 @@ def _mismatches(base: Model, source: Model, feed_forward: Collection[str]) -> li
     return problems
 
 
+def _differing_config(base: Model, source: Model, keys: Sequence[str]) -> list[str]:
+    theirs, ours = source.checkpoint.config, base.checkpoint.config
+    return [
+        f"{key}: {ours[key]!r} in {base.reference}, {theirs[key]!r} in {source.reference}"
+        for key in keys
+        if key in ours and key in theirs and ours[key] != theirs[key]
+    ]
+
+
+def _depths(base: Model, source: Model) -> list[str]:
+    depth = source.anatomy.stacks.get(str(base.anatomy.main), 0)
+    if depth == base.anatomy.num_layers:
+        return []
+    return [f"layers: {base.anatomy.num_layers} in {base.reference}, {depth} in {source.reference}"]
+
+
 def _shapes(base: Model, source: Model, name: str) -> list[str]:
     """The first layer in which a tensor is missing or of another shape, and in how many that is so."""
-    differing = []
-    for layer in range(min(base.anatomy.num_layers, source.anatomy.stacks.get(STACK, 0))):
-        full = f"{STACK}.{layer}.{name}"
+    differing, stack = [], str(base.anatomy.main)
+    for layer in range(min(base.anatomy.num_layers, source.anatomy.stacks.get(stack, 0))):
+        full = f"{stack}.{layer}.{name}"
         ours, theirs = base.weights.specs.get(full), source.weights.specs.get(full)
         if ours is None or theirs is None or ours.shape != theirs.shape:
             differing.append((full, ours, theirs))
@@ -123,8 +187,8 @@ def _shapes(base: Model, source: Model, name: str) -> list[str]:
 
 def _not_floating(model: Model, name: str) -> list[str]:
     """The first layer in which a tensor is no weight."""
-    for layer in range(model.anatomy.stacks.get(STACK, 0)):
-        spec = model.weights.specs.get(f"{STACK}.{layer}.{name}")
+    for layer in range(model.anatomy.num_layers):
+        spec = model.weights.specs.get(f"{model.anatomy.main}.{layer}.{name}")
         if spec is not None and (problem := _no_float(model, spec)):
             return [problem]
     return []

@@ -21,7 +21,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
-from mergekit_ray.planning.moe import RouterVectors
+from mergekit_ray.planning.moe_experts import RouterVectors
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.runtime.destination import inspect
 from mergekit_ray.runtime.reporting import Reporter, SilentReporter
@@ -131,8 +131,9 @@ def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeReci
 def _routers(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> RouterVectors:
     # The base model's layers run in transformers, which only recipes with prompts pay for.
     from mergekit_ray.runtime.routing import routers  # noqa: PLC0415
+    from mergekit_ray.runtime.routing_growth import grown_routers  # noqa: PLC0415
 
-    return routers(recipe, checkpoints)
+    return (grown_routers if recipe.add_to_base else routers)(recipe, checkpoints)
 
 
 def merge(

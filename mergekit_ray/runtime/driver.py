@@ -7,11 +7,12 @@ published and everything that was finished kept for the next run.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -19,6 +20,7 @@ from mergekit_ray.core.errors import Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.plan import InputModel, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.runtime.reporting import Reporter
+from mergekit_ray.runtime.signals import GRACE_SECONDS, RESUME
 from mergekit_ray.runtime.worker import Progress, WorkerOptions
 
 MAX_ATTEMPTS: Final = 3
@@ -95,11 +97,14 @@ class Executor(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ask the workers to abandon what they do, leaving nothing half-written; `wait` then reports each."""
+        """Ask the workers to abandon what they do, leaving nothing half-written; `wait` then reports each.
+
+        No worker is brought up afterwards.
+        """
         ...
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Let the workers go, without waiting for those that did not obey `stop`."""
         ...
 
 
@@ -139,7 +144,12 @@ class ShardQueue:
 
 
 def run_shards(
-    shards: Sequence[Shard], job: Job, executor: Executor, reporter: Reporter, stop: threading.Event
+    shards: Sequence[Shard],
+    job: Job,
+    executor: Executor,
+    reporter: Reporter,
+    stop: threading.Event,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, ShardRecord]:
     """Have every shard written.
 
@@ -149,6 +159,7 @@ def run_shards(
         executor: runs them; it is started and closed here.
         reporter: told of every end of a shard, and of progress.
         stop: set by the user's interrupt.
+        check: called all the time; raises what ends the merge for another reason, as the loss of its lease.
 
     Returns:
         The record of each shard by file name.
@@ -161,11 +172,12 @@ def run_shards(
     waiting = ShardQueue(shards)
     running: dict[str, Shard] = {}
     records: dict[str, ShardRecord] = {}
-    executor.start(job, len(shards))
     try:
+        executor.start(job, len(shards))
         while waiting or running:
             if stop.is_set():
-                raise Interrupted("the merge was stopped", remedy="run the same command to resume")
+                raise Interrupted("the merge was stopped", remedy=RESUME)
+            check()
             while waiting and executor.idle() > 0:
                 shard = waiting.pop()
                 running[shard.file] = shard
@@ -198,13 +210,17 @@ def _put_back_or_raise(waiting: ShardQueue, shard: Shard, outcome: Outcome, repo
     raise error
 
 
-def _abandon(executor: Executor, running: dict[str, Shard], grace_seconds: float = 30.0) -> None:
-    """Let running shards clean up behind themselves before the workers go."""
-    executor.stop()
+def _abandon(executor: Executor, running: dict[str, Shard], grace_seconds: float = GRACE_SECONDS) -> None:
+    """Let running shards clean up behind themselves before the workers go.
+
+    What goes wrong meanwhile, as the loss of all workers, is of no interest any more.
+    """
     deadline = time.monotonic() + grace_seconds
-    while running and time.monotonic() < deadline:
-        for outcome in executor.wait(_WAIT_SECONDS):
-            running.pop(outcome.file, None)
+    with contextlib.suppress(MergekitRayError):
+        executor.stop()
+        while running and time.monotonic() < deadline:
+            for outcome in executor.wait(_WAIT_SECONDS):
+                running.pop(outcome.file, None)
 
 
 def pending_shards(plan: Plan, done: Mapping[str, ShardRecord]) -> list[Shard]:

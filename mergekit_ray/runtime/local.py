@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from mergekit_ray.core.errors import InternalError, MergekitRayError
 from mergekit_ray.core.plan import InputModel, Shard
@@ -12,6 +13,9 @@ from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.worker import Progress, Worker
 from mergekit_ray.storage.opening import open_sink, open_source
 from mergekit_ray.storage.protocols import Source
+
+_HANGING_SECONDS: Final = 1.0
+"""For a thread that was stopped and waited for, until it is left alone."""
 
 
 def open_sources(inputs: Mapping[str, InputModel]) -> dict[str, Source]:
@@ -82,13 +86,13 @@ class LocalExecutor:
         self._stop.set()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads. After `stop`, those that hang are left alone: whoever stopped has waited for them."""
         for _ in self._threads:
             self._shards.put(None)
-        for thread in self._threads:
-            thread.join()
-        for worker in self._workers:
-            worker.close()
+        for worker, thread in zip(self._workers, self._threads, strict=True):
+            thread.join(_HANGING_SECONDS if self._stop.is_set() else None)
+            if not thread.is_alive():
+                worker.close()
 
     def _serve(self, worker: Worker) -> None:
         name = threading.current_thread().name

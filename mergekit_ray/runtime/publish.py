@@ -14,7 +14,8 @@ from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
-from mergekit_ray.runtime.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, Destination
+from mergekit_ray.runtime.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, Destination, clear_notes
+from mergekit_ray.runtime.provenance import header_digests
 from mergekit_ray.storage.protocols import PublishingSink, Source
 
 MAX_SIDE_FILE_BYTES = 256 << 20
@@ -54,16 +55,26 @@ def publish(
                 remedy="run the merge again",
             )
         sink.put(side.file.name, source.read(side.file.name, max_bytes=MAX_SIDE_FILE_BYTES))
+    for name, text in plan.generated_files.items():
+        sink.put(name, text.encode())
     sink.put(CARD_FILE, model_card(plan).encode())
-    sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records)))
+    sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records, header_digests(plan.inputs, sources))))
     sink.put(INDEX_FILE, _json_bytes(plan.index))
     if isinstance(sink, PublishingSink):
         sink.finish()
-    sink.delete([stat.name for stat in sink.list() if stat.name.startswith(f"{RECORD_ROOT}/")])
+    clear_notes(sink)
 
 
-def manifest(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, Any]:
-    """What was merged from what: pinned inputs, recipe, seed, software, digests of every shard and tensor."""
+def manifest(plan: Plan, records: Mapping[str, ShardRecord], headers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    """What was merged from what: pinned inputs, recipe, seed, software, digests of every shard and tensor.
+
+    Its form is that of docs/manifest.schema.json.
+
+    Args:
+        plan: what was carried out.
+        records: of its shards, by file.
+        headers: `provenance.header_digests` of the inputs.
+    """
     return {
         "format": 1,
         "plan_digest": plan.digest,
@@ -73,14 +84,21 @@ def manifest(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, Any]:
         "inputs": {
             model.reference: {
                 "uri": model.uri,
-                "files": {f.name: {"num_bytes": f.num_bytes, "version": f.version} for f in model.files.values()},
+                "files": {
+                    f.name: {
+                        "num_bytes": f.num_bytes,
+                        "version": f.version,
+                        **({"header_sha256": headers[key, f.name]} if (key, f.name) in headers else {}),
+                    }
+                    for f in model.files.values()
+                },
             }
-            for model in plan.inputs.values()
+            for key, model in plan.inputs.items()
         },
         "num_parameters": plan.num_parameters,
         "dropped": dict(plan.dropped),
         "aliased": dict(plan.aliased),
-        "side_files": [side.file.name for side in plan.side_files],
+        "side_files": [*(side.file.name for side in plan.side_files), *plan.generated_files],
         "shards": [_without_version(records[shard.file]) for shard in plan.shards],
     }
 

@@ -6,12 +6,14 @@ Weights never pass through Ray: actors read from and write to the stores, only p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -112,6 +114,7 @@ class RayExecutor:
         self._actors: list[_Actor] = []
         self._job: Job | None = None
         self._max_actors = 0
+        self._is_stopping = False
         self._rescaled = 0.0
         self._last_ready = time.monotonic()
         if not ray.is_initialized():
@@ -192,6 +195,7 @@ class RayExecutor:
 
     def stop(self) -> None:
         """Ask all actors to abandon their shards."""
+        self._is_stopping = True
         for actor in self._actors:
             if actor.ready is None:
                 actor.handle.stop.remote()
@@ -202,12 +206,13 @@ class RayExecutor:
             ray.kill(actor.handle)
         self._actors.clear()
         if self._started_ray:
-            ray.shutdown()
+            with _own_signals():
+                ray.shutdown()
 
     def _scale(self) -> None:
         """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""
         now = time.monotonic()
-        if self._actors and now - self._rescaled < _RESCALE_SECONDS:
+        if self._is_stopping or (self._actors and now - self._rescaled < _RESCALE_SECONDS):
             return
         self._rescaled = now
         wanted = self._num_wanted
@@ -256,18 +261,34 @@ def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_listening(address or os.environ.get("RAY_ADDRESS", ""))
     try:
-        ray.init(
-            address=address or ("auto" if in_ray_cluster() else None),
-            log_to_driver=False,
-            logging_level="error",
-            include_dashboard=False if address is None and not in_ray_cluster() else None,
-        )
+        with _own_signals():
+            ray.init(
+                address=address or ("auto" if in_ray_cluster() else None),
+                log_to_driver=False,
+                logging_level="error",
+                include_dashboard=False if address is None and not in_ray_cluster() else None,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StorageError(
             f"cannot connect to Ray: {str(error).splitlines()[0]}",
             where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
             remedy="check the address, or use --executor local",
         ) from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's signal handlers: Ray puts its own in their place at its start, and none at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that is not Python's
+                signal.signal(number, handler)
 
 
 def _check_listening(address: str) -> None:

@@ -45,11 +45,13 @@ class Routers:
     Attributes:
         vectors: by layer, float32 [num_experts, hidden]; each row of length 1, or zero where ``warnings`` says so.
         shared: by layer, float32 [1, hidden] for the shared expert; empty if there is none or it has no prompts.
+        lengths: by layer, the length that new rows are to have beside rows that are there already; empty if none are.
         warnings: what the user should know, in words.
     """
 
     vectors: Mapping[int, np.ndarray]
     shared: Mapping[int, np.ndarray] = field(default_factory=dict)
+    lengths: Mapping[int, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
 
@@ -89,7 +91,7 @@ def routers(
     return Routers(
         vectors,
         {layer: rows[num_experts:] for layer, rows in made.items()} if shared else {},
-        [*_zero_warnings(made, list(groups)), *overlap_warnings(vectors)],
+        warnings=[*_zero_warnings(made, list(groups)), *overlap_warnings(vectors)],
     )
 
 
@@ -221,10 +223,10 @@ def _zero_warnings(vectors: Mapping[int, np.ndarray], names: Sequence[str]) -> l
         layers = [layer for layer, rows in vectors.items() if not rows[position].any()]
         if layers:
             warnings.append(
-                f"{name}: its positive and negative prompts cancel in {_layers(layers)}, where its router is zero "
+                f"{name}: its positive and negative prompts cancel in {in_words(layers)}, where its router is zero "
                 "(a prompt's last token is all that the first layer sees of it)"
                 if layers == [0]
-                else f"{name}: its positive and negative prompts cancel in {_layers(layers)}, where its router is zero"
+                else f"{name}: its positive and negative prompts cancel in {in_words(layers)}, where its router is zero"
             )
     return warnings
 
@@ -266,13 +268,13 @@ def _overlap_warning(pairs: Sequence[tuple[int, int]], conditions: Mapping[int, 
     named = ", ".join(f"experts[{a}] and experts[{b}]" for a, b in pairs[:_MAX_NAMED])
     more = f" and {len(pairs) - _MAX_NAMED} more pairs" if len(pairs) > _MAX_NAMED else ""
     return (
-        f"the routers of {_layers(list(conditions))} can hardly tell {named}{more} apart (condition number "
+        f"the routers of {in_words(list(conditions))} can hardly tell {named}{more} apart (condition number "
         f"{max(conditions.values()):.3g}, and above {LARGEST_CONDITION:g} is too close): give them prompts that differ "
         "more, negative prompts, or train the routers"
     )
 
 
-def _layers(numbers: Sequence[int]) -> str:
+def in_words(numbers: Sequence[int]) -> str:
     """Layers in words: ``layer 3``, ``layers 0-2, 7``."""
     runs: list[list[int]] = []
     for number in numbers:

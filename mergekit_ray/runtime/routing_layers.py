@@ -19,7 +19,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.core.errors import MergeError, ModelError
 from mergekit_ray.runtime.routing_prompts import Batch
-from mergekit_ray.runtime.routing_transformers import Skeleton, build_skeleton
+from mergekit_ray.runtime.routing_transformers import Skeleton, Stored, build_skeleton
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 
 _KEY = "model"
@@ -149,7 +149,7 @@ def _check_finite(checkpoint: Checkpoint, states: np.ndarray, number: int) -> No
 
 def _fill_outer(checkpoint: Checkpoint, skeleton: Skeleton, batches: Sequence[Batch], device: str) -> None:
     """Give the modules outside the layers their weights; of the embeddings, the rows that the prompts need."""
-    for name, tensor in _take(_read(checkpoint, skeleton.outer), device).items():
+    for name, tensor in _take(read_tensors(checkpoint, skeleton.outer), device).items():
         owner, _, leaf = name.rpartition(".")
         setattr(skeleton.base.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     inside = {id(module) for layer in skeleton.layers for module in layer.modules()}
@@ -226,26 +226,33 @@ def _record(
     return entered[0], calls
 
 
-def _stream_layers(checkpoint: Checkpoint, per_layer: Sequence[Mapping[str, str]]) -> Iterator[dict[str, torch.Tensor]]:
+def _stream_layers(
+    checkpoint: Checkpoint, per_layer: Sequence[Mapping[str, Stored]]
+) -> Iterator[dict[str, torch.Tensor]]:
     """The stored tensors of each layer; the next layer is read while one is computed."""
     with ThreadPoolExecutor(1, thread_name_prefix="layers") as executor:
-        following = executor.submit(_read, checkpoint, per_layer[0]) if per_layer else None
+        following = executor.submit(read_tensors, checkpoint, per_layer[0]) if per_layer else None
         for names in [*per_layer[1:], None]:
             if following is None:
                 return
             stored = following.result()
-            following = None if names is None else executor.submit(_read, checkpoint, names)
+            following = None if names is None else executor.submit(read_tensors, checkpoint, names)
             yield stored
 
 
-def _read(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def read_tensors(checkpoint: Checkpoint, names: Mapping[str, str | Stored]) -> dict[str, torch.Tensor]:
     """Tensors in their stored dtypes, by the keys of ``names``."""
     tensors, requests = {}, []
-    for name, stored in names.items():
-        spec, location = checkpoint.tensors[stored]
-        tensors[name] = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
-        version = checkpoint.files[location.file].version
-        requests.append(ByteRange(_KEY, location.file, location.start, location.end, version, _bytes_of(tensors[name])))
+    for name, wanted in names.items():
+        stored = Stored((wanted,), checkpoint.tensors[wanted][0].shape) if isinstance(wanted, str) else wanted
+        parts = [checkpoint.tensors[part] for part in stored.names]
+        tensors[name] = torch.empty(stored.shape, dtype=TORCH_DTYPES[parts[0][0].dtype])
+        buffer, filled = _bytes_of(tensors[name]), 0
+        for spec, location in parts:
+            version = checkpoint.files[location.file].version
+            target = buffer[filled : filled + spec.num_bytes]
+            requests.append(ByteRange(_KEY, location.file, location.start, location.end, version, target))
+            filled += spec.num_bytes
     read_into({_KEY: checkpoint.source}, requests)
     return tensors
 

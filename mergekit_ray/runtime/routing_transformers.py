@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from typing import Any, Final
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mergekit_ray.architectures.anatomy import is_buffer, language_config
+from mergekit_ray.architectures.anatomy import is_buffer, language_config, place_of
+from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME
 from mergekit_ray.core.errors import ModelError, PlanError
@@ -100,6 +102,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a module's tensor is stored.
+
+    Attributes:
+        names: of the tensors that it is made of, end to end. More than one where transformers has the experts of a
+            layer in one tensor and files have them apart.
+        shape: in the module.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Skeleton:
     """A language model's modules below its head, with constants but without weights.
 
@@ -109,7 +125,7 @@ class Skeleton:
         embedding: the module of the input embeddings.
         outer: stored name of each parameter outside the layers, by its name in ``base``; not of the input embeddings.
         embedding_weight: stored name of the input embeddings.
-        per_layer: for each layer, stored name of each tensor by its name in the layer.
+        per_layer: for each layer, where each tensor is stored, by its name in the layer.
         max_tokens: of one prompt; None if the config says nothing.
     """
 
@@ -118,7 +134,7 @@ class Skeleton:
     embedding: torch.nn.Module
     outer: Mapping[str, str]
     embedding_weight: str
-    per_layer: Sequence[Mapping[str, str]]
+    per_layer: Sequence[Mapping[str, Stored]]
     max_tokens: int | None
 
 
@@ -188,14 +204,15 @@ def _match(checkpoint: Checkpoint, model: torch.nn.Module, config: Any) -> Skele
         prefix = ""
     stack = f"{layers_name}."
     parameters = dict(base.named_parameters())
-    needed = {prefix + name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    _check_stored(checkpoint, needed, type(model).__name__)
-    persistent = {prefix + name for name in base.state_dict()}
+    needed = {name: _stored(checkpoint, prefix + name, parameter) for name, parameter in parameters.items()}
+    _check_stored(checkpoint, {prefix + name: stored for name, stored in needed.items()}, type(model).__name__)
+    persistent = {prefix + name for name in base.state_dict()} | {n for stored in needed.values() for n in stored.names}
     _check_known(checkpoint, f"{prefix}{stack}", len(layers), persistent, type(model).__name__)
-    per_layer: list[Mapping[str, str]] = []
+    per_layer: list[Mapping[str, Stored]] = []
     for number, layer in enumerate(layers):
-        stored = {name: f"{prefix}{stack}{number}.{name}" for name in layer.state_dict()}
-        per_layer.append({name: full for name, full in stored.items() if full in checkpoint.tensors})
+        own = layer.state_dict()
+        found = {name: _stored(checkpoint, f"{prefix}{stack}{number}.{name}", own[name]) for name in own}
+        per_layer.append({name: stored for name, stored in found.items() if stored.names[0] in checkpoint.tensors})
     outer = {name: prefix + name for name in parameters if not name.startswith(stack)}
     embedding_weight = outer.pop(f"{embedding_name}.weight")
     # Scaling by length is for prompts beyond that limit.
@@ -209,6 +226,22 @@ def _match(checkpoint: Checkpoint, model: torch.nn.Module, config: Any) -> Skele
         per_layer=per_layer,
         max_tokens=limit if isinstance(limit, int) else None,
     )
+
+
+def _stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> Stored:
+    """Where a module's tensor is stored: under its name, or apart as its family's files have it."""
+    place, shape = place_of(name), tuple(tensor.shape)
+    kind = checkpoint.config.get("model_type")
+    if name in checkpoint.tensors or place is None or kind not in FAMILIES.names():
+        return Stored((name,), shape)
+    table = FAMILIES.get(str(kind)).table
+    rests: tuple[str, ...] = (place.rest,)
+    if place.rest in (table.packed or {}):
+        parts = (table.packed or {})[place.rest]
+        rests = tuple(table.experts[part].format(expert=expert) for expert in range(shape[0]) for part in parts)
+    elif place.rest == table.packed_router:
+        rests = (table.router,)
+    return Stored(tuple(f"{place.stack}.{place.layer}.{rest}" for rest in rests), shape)
 
 
 def _find_layers(checkpoint: Checkpoint, base: Any, num_layers: int) -> tuple[str, list[torch.nn.Module]]:
@@ -227,17 +260,21 @@ def _find_layers(checkpoint: Checkpoint, base: Any, num_layers: int) -> tuple[st
     return outermost[0], found[outermost[0]]
 
 
-def _check_stored(checkpoint: Checkpoint, needed: Mapping[str, tuple[int, ...]], kind: str) -> None:
+def _check_stored(checkpoint: Checkpoint, needed: Mapping[str, Stored], kind: str) -> None:
     """Raise unless all parameters are stored, in their shapes and as floating-point numbers."""
     wrong = []
-    for name, shape in needed.items():
-        spec = checkpoint.tensors[name][0] if name in checkpoint.tensors else None
-        if spec is None:
-            wrong.append(f"{name} is not there")
-        elif spec.shape != shape:
-            wrong.append(f"{name} has shape {list(spec.shape)} instead of {list(shape)}")
-        elif not spec.dtype.is_floating:
-            wrong.append(f"{name} holds {spec.dtype.value}")
+    for name, stored in needed.items():
+        absent = [part for part in stored.names if part not in checkpoint.tensors]
+        if absent:
+            wrong.append(f"{absent[0]} is not there")
+            continue
+        specs = [checkpoint.tensors[part][0] for part in stored.names]
+        if len(specs) == 1 and specs[0].shape != stored.shape:
+            wrong.append(f"{name} has shape {list(specs[0].shape)} instead of {list(stored.shape)}")
+        elif sum(spec.num_elements for spec in specs) != math.prod(stored.shape) or len({s.dtype for s in specs}) > 1:
+            wrong.append(f"{stored.names[0]} and its like are not {name} of shape {list(stored.shape)}")
+        elif not specs[0].dtype.is_floating:
+            wrong.append(f"{name} holds {specs[0].dtype.value}")
     if wrong:
         more = f" and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
         raise ModelError(

@@ -1,21 +1,48 @@
-"""`verify`: read a published model again and compare it with its manifest."""
+"""`verify`: read a published model again and compare it with its manifest, its config, and itself."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from mergekit_ray.checkpoint.header import read_header
+from mergekit_ray.architectures.anatomy import anatomy, language_config
+from mergekit_ray.checkpoint.header import Header, read_header
+from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.record import ShardRecord, tensor_digest
-from mergekit_ray.runtime.destination import INDEX_FILE, MANIFEST_FILE
+from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.runtime.destination import INDEX_FILE, MANIFEST_FILE, RECORD_ROOT
 from mergekit_ray.storage.protocols import Source
 
 _READ_BYTES: Final = 32 << 20
+"""A multiple of every element's size, so that no element lies across two reads."""
+
 _MAX_JSON_BYTES: Final = 512 << 20
+_CONFIG_FILE: Final = "config.json"
+_HIDDEN_KEYS: Final = ("hidden_size", "n_embd", "d_model")
+_OTHER_WIDTH_KEYS: Final = ("word_embed_proj_dim", "embedding_size")
+"""Of families whose embeddings are narrower than their layers."""
+
+_FLOATING: Final = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2})
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """How thorough to be. Sizes, headers, index and shapes are always looked at: they cost no reading of weights.
+
+    Attributes:
+        sample: digests of so many tensors, drawn at random, are compared; None for those of all tensors and files.
+        seed: of the draw.
+        finite: also see that no value that was read is NaN or infinite.
+    """
+
+    sample: int | None = None
+    seed: int = 0
+    finite: bool = False
 
 
 @dataclass
@@ -23,7 +50,8 @@ class Verification:
     """What was found.
 
     Attributes:
-        num_shards, num_tensors, num_bytes: what was read and compared.
+        num_shards: whose size and header were compared.
+        num_tensors, num_bytes: tensors that were read and compared; bytes read, headers included.
         problems: in words, each naming a file; empty if all is as the manifest says.
     """
 
@@ -33,18 +61,173 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(source: Source, on_bytes: Callable[[int], None] = lambda _: None) -> Verification:
-    """Check sizes, headers, index and every digest of a model made by mergekit-ray.
+def verify(
+    source: Source, on_bytes: Callable[[int], None] = lambda _: None, options: VerifyOptions | None = None
+) -> Verification:
+    """Check sizes, headers, index, shapes and digests of a model made by mergekit-ray.
 
     Args:
         source: where the model is.
         on_bytes: told how many more bytes were read.
+        options: how thorough to be; None for every digest.
 
     Raises:
-        CheckpointError: there is no manifest, so there is nothing to compare with.
+        CheckpointError: there is no manifest, so there is nothing to compare with, or it is not one.
         StorageError: the store failed.
     """
-    result = Verification()
+    return _Verifier(source, on_bytes, options or VerifyOptions()).run()
+
+
+class _Verifier:
+    def __init__(self, source: Source, on_bytes: Callable[[int], None], options: VerifyOptions) -> None:
+        self._source = source
+        self._on_bytes = on_bytes
+        self._options = options
+        self._result = Verification()
+        self._specs: dict[str, TensorSpec] = {}
+
+    def run(self) -> Verification:
+        records = _records(self._source)
+        self._check_index(records)
+        self._check_strays({record.file for record in records})
+        chosen = self._choose(records)
+        for record in records:
+            self._check_shard(record, chosen)
+        if len(self._specs) == sum(len(record.tensors) for record in records):
+            self._check_config()
+        return self._result
+
+    def _problem(self, file: str, what: str) -> None:
+        self._result.problems.append(f"{file}: {what}")
+
+    def _choose(self, records: list[ShardRecord]) -> frozenset[str] | None:
+        """Names of the tensors to be read; None for all."""
+        names = sorted(name for record in records for name in record.tensors)
+        if self._options.sample is None or self._options.sample >= len(names):
+            return None
+        return frozenset(random.Random(self._options.seed).sample(names, self._options.sample))
+
+    def _check_index(self, records: list[ShardRecord]) -> None:
+        index = _read_json(self._source, INDEX_FILE)
+        if index is None:
+            self._problem(INDEX_FILE, "missing, so readers do not see a model")
+            return
+        found = index.get("weight_map")
+        weight_map = found if isinstance(found, dict) else {}
+        expected = {tensor: record.file for record in records for tensor in record.tensors}
+        if weight_map != expected:
+            names = sorted(weight_map.keys() | expected.keys())
+            first = next(name for name in names if weight_map.get(name) != expected.get(name))
+            self._problem(INDEX_FILE, f"does not belong to this run, first at tensor {first!r}")
+
+    def _check_strays(self, listed: set[str]) -> None:
+        for stat in self._source.list():
+            name = stat.name
+            if name.endswith(".safetensors") and name not in listed and not name.startswith(f"{RECORD_ROOT}/"):
+                self._problem(name, "not part of this model, and readers may load it instead")
+
+    def _check_shard(self, record: ShardRecord, chosen: frozenset[str] | None) -> None:
+        stat = self._source.stat(record.file)
+        if stat is None:
+            self._problem(record.file, "missing")
+            return
+        if stat.num_bytes != record.num_bytes:
+            self._problem(record.file, f"{stat.num_bytes} bytes instead of {record.num_bytes}")
+            return
+        try:
+            header = read_header(self._source, record.file)
+        except CheckpointError as error:
+            self._problem(record.file, error.what)
+            return
+        if set(header.tensors) != set(record.tensors):
+            self._problem(record.file, "its header names other tensors than the manifest")
+            return
+        self._specs |= {name: spec for name, (spec, _) in header.tensors.items()}
+        self._check_data(record, header, stat.version, chosen)
+        self._result.num_shards += 1
+
+    def _check_data(self, record: ShardRecord, header: Header, version: str, chosen: frozenset[str] | None) -> None:
+        """Read the tensors in the order in which they lie, and compare digests."""
+        whole = hashlib.sha256()
+        if chosen is None:
+            for data in self._read(record.file, 0, header.num_bytes, version):
+                whole.update(data)
+        self._result.num_bytes += header.num_bytes
+        for name, (spec, location) in header.tensors.items():
+            if chosen is not None and name not in chosen:
+                continue
+            own, is_finite = tensor_digest(), True
+            for data in self._read(record.file, location.start, location.end, version):
+                own.update(data)
+                if chosen is None:
+                    whole.update(data)
+                is_finite = is_finite and not (self._options.finite and _has_non_finite(data, spec.dtype))
+                self._on_bytes(len(data))
+            self._note_tensor(record, spec, location, own.hexdigest(), is_finite=is_finite)
+        if chosen is None and whole.hexdigest() != record.sha256:
+            self._problem(record.file, "the file is not what was written (SHA-256 differs)")
+
+    def _note_tensor(
+        self, record: ShardRecord, spec: TensorSpec, location: Location, digest: str, *, is_finite: bool
+    ) -> None:
+        self._result.num_tensors += 1
+        self._result.num_bytes += location.end - location.start
+        if digest != record.tensors[spec.name]:
+            self._problem(record.file, f"tensor {spec.name!r} is not what was written (XXH3-128 differs)")
+        if not is_finite:
+            self._problem(record.file, f"tensor {spec.name!r} holds NaN or infinite values")
+
+    def _check_config(self) -> None:
+        """See that a reader who builds the model by its config finds all layers, and an embedding that fits.
+
+        Layers beyond those that the config counts are let pass: some families predict further tokens with them.
+        """
+        config = _read_json(self._source, _CONFIG_FILE)
+        if config is None:
+            self._problem(_CONFIG_FILE, "missing, so readers do not know what the weights are of")
+            return
+        try:
+            parts = anatomy(self._specs, config, self._source.uri)
+        except CheckpointError as error:
+            self._problem(_CONFIG_FILE, error.what)
+            return
+        inner = language_config(config)
+        embedding = None if parts.embedding is None else self._specs[parts.embedding]
+        if embedding is None or len(embedding.shape) != 2:
+            return
+        self._check_size(inner, ("vocab_size",), embedding, 0, "rows", unless=("pad_vocab_size_multiple",))
+        self._check_size(inner, _HIDDEN_KEYS, embedding, 1, "columns", unless=_OTHER_WIDTH_KEYS)
+        head = None if parts.head is None else self._specs.get(parts.head)
+        if head is not None and len(head.shape) == 2 and head.shape != embedding.shape:
+            self._problem(_CONFIG_FILE, f"head {list(head.shape)} and embedding {list(embedding.shape)} do not fit")
+
+    def _check_size(
+        self,
+        config: Mapping[str, Any],
+        keys: tuple[str, ...],
+        spec: TensorSpec,
+        dimension: int,
+        word: str,
+        *,
+        unless: tuple[str, ...],
+    ) -> None:
+        key = next((key for key in keys if isinstance(config.get(key), int)), None)
+        if key is None or any(config.get(other) is not None for other in unless):
+            return
+        if config[key] != spec.shape[dimension]:
+            self._problem(
+                _CONFIG_FILE, f"says {key} {config[key]}, and {spec.name!r} has {spec.shape[dimension]} {word}"
+            )
+
+    def _read(self, name: str, start: int, end: int, version: str) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(_READ_BYTES, end - start)))
+        for low in range(start, end, _READ_BYTES):
+            part = buffer[: min(_READ_BYTES, end - low)]
+            self._source.read_ranges(name, [(low, low + len(part))], [part], version=version)
+            yield part
+
+
+def _records(source: Source) -> list[ShardRecord]:
     manifest = _read_json(source, MANIFEST_FILE)
     if manifest is None:
         raise CheckpointError(
@@ -52,66 +235,28 @@ def verify(source: Source, on_bytes: Callable[[int], None] = lambda _: None) -> 
             where=source.uri,
             remedy="check the path; an unfinished merge is completed by running it again",
         )
-    index = _read_json(source, INDEX_FILE)
-    if index is None:
-        result.problems.append(f"{INDEX_FILE}: missing, so readers do not see a model")
-    records = [ShardRecord.from_json(record) for record in manifest["shards"]]
-    weight_map = dict(index.get("weight_map", {})) if index is not None else None
-    expected = {tensor: record.file for record in records for tensor in record.tensors}
-    if weight_map is not None and weight_map != expected:
-        wrong = sorted(set(weight_map.items()) ^ set(expected.items()))
-        result.problems.append(f"{INDEX_FILE}: does not belong to this run, first at tensor {wrong[0][0]!r}")
-    listed = {record.file for record in records}
-    for stat in source.list():
-        if stat.name.endswith(".safetensors") and stat.name not in listed:
-            result.problems.append(f"{stat.name}: not part of this model, and readers may load it instead")
-    for record in records:
-        _verify_shard(source, record, result, on_bytes)
-    return result
-
-
-def _verify_shard(source: Source, record: ShardRecord, result: Verification, on_bytes: Callable[[int], None]) -> None:
-    stat = source.stat(record.file)
-    if stat is None:
-        result.problems.append(f"{record.file}: missing")
-        return
-    if stat.num_bytes != record.num_bytes:
-        result.problems.append(f"{record.file}: {stat.num_bytes} bytes instead of {record.num_bytes}")
-        return
     try:
-        tensors = read_header(source, record.file).tensors
-    except CheckpointError as error:
-        result.problems.append(f"{record.file}: {error.what}")
-        return
-    if set(tensors) != set(record.tensors):
-        result.problems.append(f"{record.file}: its header names other tensors than the manifest")
-        return
-    order = sorted(tensors.items(), key=lambda item: item[1][1].start)
-    whole = hashlib.sha256()
-    begin = min((location.start for _, location in tensors.values()), default=stat.num_bytes)
-    for data in _read(source, record.file, 0, begin, stat.version):
-        whole.update(data)
-    for name, (spec, location) in order:
-        own = tensor_digest()
-        for data in _read(source, record.file, location.start, location.end, stat.version):
-            own.update(data)
-            whole.update(data)
-            on_bytes(len(data))
-        result.num_tensors += 1
-        if own.hexdigest() != record.tensors[name]:
-            result.problems.append(f"{record.file}: tensor {spec.name!r} is not what was written (XXH3-128 differs)")
-    result.num_shards += 1
-    result.num_bytes += stat.num_bytes
-    if whole.hexdigest() != record.sha256:
-        result.problems.append(f"{record.file}: the file is not what was written (SHA-256 differs)")
+        return [ShardRecord.from_json(record) for record in manifest["shards"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "not the manifest of a model: it names no shards",
+            where=f"{source.uri}/{MANIFEST_FILE}",
+            remedy="verify reads what `merge` has published",
+        ) from error
 
 
-def _read(source: Source, name: str, start: int, end: int, version: str) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_READ_BYTES, end - start)))
-    for low in range(start, end, _READ_BYTES):
-        part = buffer[: min(_READ_BYTES, end - low)]
-        source.read_ranges(name, [(low, low + len(part))], [part], version=version)
-        yield part
+def _has_non_finite(data: memoryview, dtype: DType) -> bool:
+    if dtype not in _FLOATING:
+        return False
+    # Only whoever asks for it pays for torch.
+    import torch  # noqa: PLC0415
+
+    from mergekit_ray.runtime.scratch import TORCH_DTYPES  # noqa: PLC0415
+
+    values = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype])
+    if dtype in (DType.F8_E4M3, DType.F8_E5M2):
+        values = values.to(torch.float32)
+    return not bool(torch.isfinite(values).all())
 
 
 def _read_json(source: Source, name: str) -> dict[str, Any] | None:
@@ -119,7 +264,7 @@ def _read_json(source: Source, name: str) -> dict[str, Any] | None:
         return None
     try:
         data = json.loads(source.read(name, max_bytes=_MAX_JSON_BYTES))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not JSON: {error}", where=f"{source.uri}/{name}") from error
     if not isinstance(data, dict):
         raise CheckpointError("not a JSON object", where=f"{source.uri}/{name}")

@@ -5,16 +5,23 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import fcntl
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
-from mergekit_ray.storage.local_upload import LocalUpload, is_temporary, local_fault, prune_empty_folders
+from mergekit_ray.storage.local_upload import (
+    LocalUpload,
+    is_temporary,
+    local_fault,
+    prune_empty_folders,
+    sync_folder,
+)
 from mergekit_ray.storage.mapped import map_file
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
@@ -208,7 +215,8 @@ class LocalStore(LocalSource):
 
     A file is written under a temporary name in its folder, synced, and renamed. ``put_if_absent`` links the finished
     file to its name, which one of several racers can do; a file system without hard links gets an exclusive create
-    instead, where a reader may see the file before it is complete.
+    instead, where a reader may see the file before it is complete. ``replace`` locks the file (flock); on a file system
+    without locks, two racers that look at the same moment may both succeed.
     """
 
     def open(self, name: str, num_bytes: int) -> LocalUpload:
@@ -236,6 +244,37 @@ class LocalStore(LocalSource):
             return upload.commit_if_absent()
         finally:
             upload.abort()
+
+    def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
+        """See `ConditionalSink.replace`."""
+        path = self._path(name)
+        try:
+            with path.open("rb+") as file:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                # Whoever was faster has put another file in its place.
+                held, there = os.fstat(file.fileno()), path.stat()
+                if not os.path.samestat(held, there) or self._version(name, there) != version:
+                    return None
+                return self.put(name, data)
+        except _NOT_THERE:
+            return None
+        except OSError as error:
+            raise local_fault(error, path) from error
+
+    def move(self, names: Mapping[str, str]) -> None:
+        """See `MovingSink.move`: a rename each."""
+        for old, new in names.items():
+            source, target = self._path(old), self._path(new)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.replace(target)
+                sync_folder(target.parent)
+            except _NOT_THERE as error:
+                raise CheckpointError("no such file", where=str(source)) from error
+            except OSError as error:
+                raise local_fault(error, target) from error
+            prune_empty_folders(source.parent, self._root)
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""

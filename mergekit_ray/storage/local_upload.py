@@ -123,7 +123,7 @@ class LocalUpload:
                         os.fsync(file.fileno())
                 except FileExistsError:
                     return False
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         except OSError as error:
             raise local_fault(error, self._path, self._num_bytes) from error
         return True
@@ -198,7 +198,7 @@ class LocalUpload:
         status = os.fstat(self._fd)
         fd, self._fd = self._fd, None
         os.close(fd)
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
         return FileStat(self._name, status.st_size, self._version(self._name, status))
 
     def _wrong_size(self, num_bytes: int) -> StorageError:
@@ -234,7 +234,7 @@ def prune_empty_folders(folder: Path, root: Path) -> None:
         folder = folder.parent
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable, where folders can be synced."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:

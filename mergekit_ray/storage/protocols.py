@@ -8,7 +8,7 @@ exclusive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -162,5 +162,49 @@ class PublishingSink(Sink, Protocol):
 
         Raises:
             StorageError: it is not shown. Everything can be written and finished again.
+        """
+        ...
+
+
+@runtime_checkable
+class ConditionalSink(Sink, Protocol):
+    """A sink that can replace a file only if nobody else has."""
+
+    def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
+        """Write a small file atomically if the one that is there is at ``version``: of several racers one succeeds.
+
+        Where a store cannot promise that, the class says so in its docstring.
+
+        Returns:
+            What was written; None if the file is not there or at another version.
+        """
+        ...
+
+
+@runtime_checkable
+class MovingSink(Sink, Protocol):
+    """A sink that can give files other names without having their content sent again."""
+
+    def move(self, names: Mapping[str, str]) -> None:
+        """Move files to new names, replacing what is there. Each is there, whole, under one name or the other or both.
+
+        Args:
+            names: new name by old name.
+
+        Raises:
+            CheckpointError: a file is not there, or changed meanwhile.
+            StorageError: the store failed. Some may have been moved.
+        """
+        ...
+
+
+@runtime_checkable
+class RemainsSink(Sink, Protocol):
+    """A sink where uploads of a killed process stay behind, seen by no reader, until somebody removes them."""
+
+    def discard_remains(self, names: Collection[str]) -> int:
+        """Abort unfinished uploads of these files, whoever began them; gives their number.
+
+        For files that nobody else can be writing. Where it is not allowed, nothing is done.
         """
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch, plan_fetches
 from mergekit_ray.storage.s3_client import make_client
+from mergekit_ray.storage.s3_copy import Copies, Copy, abort_uploads, put_if_match
 from mergekit_ray.storage.s3_faults import code_of, status_of, with_retries
 from mergekit_ray.storage.s3_upload import S3Upload
 from mergekit_ray.storage.schemes import SCHEMES
@@ -32,8 +33,8 @@ class S3Store:
     """A prefix of a bucket, read and written.
 
     Credentials, region and endpoint come from boto3's chain (environment, ``~/.aws``, roles). A file's version is its
-    ETag; reads are conditional on it. `put_if_absent` is a conditional write (``If-None-Match: *``); servers that
-    ignore the condition (MinIO's gateway mode, rclone) cannot promise a single winner.
+    ETag; reads are conditional on it. `put_if_absent` and `replace` are conditional writes (``If-None-Match: *`` and
+    ``If-Match``); servers that ignore the conditions (MinIO's gateway mode, rclone) cannot promise a single winner.
 
     Uploads are signed with their SHA-256, which the server checks, so no further checksum is sent unless
     ``AWS_REQUEST_CHECKSUM_CALCULATION=when_supported`` asks for one (buckets with Object Lock need it).
@@ -177,10 +178,33 @@ class S3Store:
             except Exception as error:
                 if status_of(error) != 412:  # precondition failed
                     raise
-                return number > 1 and self._holds(name, data)
+                return number > 1 and self._etag_of(name, data) is not None
             return True
 
         return with_retries(self._retry, attempt, doing="writing", where=self._where(name))
+
+    def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
+        """See `ConditionalSink.replace`: ``If-Match``. Racers must write different data, as for `put_if_absent`."""
+
+        def attempt(number: int) -> str | None:
+            etag = put_if_match(self._client, self._bucket, self._key(name), data, version)
+            return etag if etag is not None or number == 1 else self._etag_of(name, data)
+
+        etag = with_retries(self._retry, attempt, doing="writing", where=self._where(name))
+        return None if etag is None else FileStat(name, len(data), etag)
+
+    def move(self, names: Mapping[str, str]) -> None:
+        """See `MovingSink.move`: copies that the server makes, then the originals are deleted."""
+        stats = {old: self.stat(old) for old in names}
+        copies = Copies(self._client, self._writers, self._retry, self._bucket)
+        copies.run([Copy(self._key(old), self._key(new), stats[old], self._where(old)) for old, new in names.items()])
+        self.delete(list(names))
+
+    def discard_remains(self, names: Collection[str]) -> int:
+        """See `RemainsSink.discard_remains`."""
+        return abort_uploads(
+            self._client, self._retry, self._bucket, {self._key(name) for name in names}, where=self.uri
+        )
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
@@ -254,11 +278,13 @@ class S3Store:
             raise ShortBodyError("a range was refused that the object has")
         return stat
 
-    def _holds(self, name: str, data: bytes) -> bool:
+    def _etag_of(self, name: str, data: bytes) -> str | None:
+        """The version of a file if it holds these bytes."""
         try:
-            return self.read(name, max_bytes=len(data)) == data
+            found, stat = self.read_head(name, len(data) + 1)
         except CheckpointError:
-            return False
+            return None
+        return stat.version if found == data else None
 
     def _fetch(self, name: str, fetch: Fetch, version: str | None) -> None:
         with_retries(

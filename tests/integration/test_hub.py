@@ -349,7 +349,7 @@ def test_a_merge_from_the_hub(
         assert found["uri"] == pinned(server, f"org/model-{number}")
         data = (repositories[number] / "model.safetensors").read_bytes()
         file = {"num_bytes": len(data), "version": f"{content_id('model.safetensors', data)}-{len(data)}"}
-        assert found["files"] == {"model.safetensors": file}
+        assert found["files"]["model.safetensors"].items() >= file.items()
     assert "org/model-0" in (tmp_path / "hub" / "README.md").read_text()
     assert not (tmp_path / "home" / "hub").exists()
 

@@ -24,7 +24,7 @@ STACK = "model.layers"
 
 @dataclass(frozen=True, slots=True)
 class DenseModel:
-    """The model that everything outside the feed-forward layers comes from.
+    """The model that everything outside the feed-forward layers comes from; a Mixture of Experts if it is added to.
 
     Attributes:
         reference: as the recipe names it.
@@ -111,7 +111,7 @@ class MoeFamily(ABC):
     """A family of Mixture-of-Experts models that can be put together from dense ones.
 
     Attributes:
-        name: the ``architecture`` of the YAML and the ``model_type`` of the result.
+        name: the ``architecture`` of the YAML, and mostly the ``model_type`` of the result.
         aliases: other spellings of the YAML.
         class_name: its class in transformers.
         dense_types: values of ``model_type`` of the dense models it takes.
@@ -133,6 +133,20 @@ class MoeFamily(ABC):
     optional_names: ClassVar[frozenset[str]] = frozenset()
     zero_biases: ClassVar[Mapping[str, str]] = {}
 
+    def holds(self, model: DenseModel) -> bool:
+        """Whether a model is of this family already."""
+        return model.model_type == self.name
+
+    def dense_types_of(self, model_type: str) -> Sequence[str]:
+        """The ``model_type`` of dense models whose experts fit into a model of this family with that ``model_type``."""
+        del model_type
+        return self.dense_types
+
+    def mixture_names(self, mixture: DenseModel) -> MoeNames:
+        """The names of the tensors of a model that is of this family already."""
+        del mixture
+        return self.table
+
     def names(self, base: DenseModel) -> MoeNames:
         """The names of its tensors."""
         del base
@@ -141,6 +155,11 @@ class MoeFamily(ABC):
     @abstractmethod
     def config(self, base: DenseModel, wanted: Wanted) -> dict[str, Any]:
         """Its ``config.json``, but for the dtype and whether embedding and head are tied."""
+
+    def files(self, base: DenseModel) -> Mapping[str, str]:
+        """Text files that travel with the checkpoint, by name: code for a result that transformers has no class for."""
+        del base
+        return {}
 
     def blank_shared_rows(self, base: DenseModel) -> int:
         """Inner size of an all-zero shared expert, for families that cannot do without one; 0 for all others."""

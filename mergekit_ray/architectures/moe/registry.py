@@ -48,6 +48,12 @@ def choose(base: DenseModel, wanted: Wanted, name: str | None = None) -> MoeFami
     )
 
 
+def family_of(model: DenseModel) -> MoeFamily | None:
+    """The family of a model that is a Mixture of Experts already; None if it is dense, or of no family here."""
+    families = (FAMILIES.get(name)() for name in FAMILIES.names())
+    return next((family for family in families if family.holds(model)), None)
+
+
 def _remedy(fitting: list[MoeFamily], families: list[MoeFamily]) -> str:
     if fitting:
         names = ", ".join(family.name for family in fitting)

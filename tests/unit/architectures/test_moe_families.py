@@ -73,7 +73,7 @@ def dense(
 
 class TestChoice:
     def test_families_there_are(self) -> None:
-        assert FAMILIES.names() == ["deepseek", "flex_olmo", "mixtral", "qwen2_moe", "qwen3_moe"]
+        assert FAMILIES.names() == ["custom", "deepseek", "flex_olmo", "mixtral", "qwen2_moe", "qwen3_moe"]
         for name in FAMILIES.names():
             family = FAMILIES.get(name)
             assert family.name == name
@@ -115,13 +115,18 @@ class TestChoice:
         assert family.name == "deepseek"
         assert family.config(dense("llama", layer=[*LAYER, *BIASES]), TWO)["attention_bias"] is True
 
+    def test_what_no_other_family_takes_is_custom(self) -> None:
+        assert choose(dense("gemma2"), TWO).name == "custom"
+
     def test_none_fits_says_why_of_each(self) -> None:
+        layer = [name for name in LAYER if not name.startswith("mlp")]
         with pytest.raises(ModelError) as caught:
-            choose(dense("gemma2"), TWO)
+            choose(dense("mamba", layer=layer), TWO)
         message = str(caught.value)
-        for family in FAMILIES.names():
+        for family in set(FAMILIES.names()) - {"custom"}:
             assert f"{family}: takes " in message
-        assert "found gemma2" in message
+        assert "custom: needs a feed-forward module in each layer" in message
+        assert "found mamba" in message
         assert "mixtral from llama, mistral" in message
         assert caught.value.where == "model /base"
 

@@ -31,7 +31,9 @@ output: {max_shard_size: 150}
 def plan() -> Plan:
     made = plan_of(RECIPE, llama("/a"), llama("/b"), llama("/c"))
     side = SideFile("m0", InputFile("tokenizer.json", 17, "17-1"))
-    return replace(made, side_files=(side,), dropped={"/b: x": "why"}, aliased={"y": "x"}, warnings=("careful",))
+    generated = {"modeling_own.py": "class Own: ...\n"}
+    made = replace(made, side_files=(side,), generated_files=generated)
+    return replace(made, dropped={"/b: x": "why"}, aliased={"y": "x"}, warnings=("careful",))
 
 
 def test_json_round_trip(plan: Plan) -> None:
@@ -72,6 +74,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "size of an input": lambda d: changed_file(d, 1, 99),
     "place of an input": lambda d: d["inputs"]["m1"].update(uri="/elsewhere"),
     "version of a side file": lambda d: d["side_files"][0].__setitem__(3, "17-2"),
+    "text of a generated file": lambda d: d["generated_files"].update({"modeling_own.py": "class Own: pass\n"}),
     "method": lambda d: first_merge(d).__setitem__(1, "dare_linear"),
     "parameter": lambda d: first_merge(d)[5].update({"lambda": 1.0000000000000002}),
     "parameter of an input": lambda d: first_merge(d)[6][1].update(weight=0.11),

@@ -13,7 +13,17 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES
-from mergekit_ray.runtime.destination import INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, inspect
+from mergekit_ray.runtime.destination import (
+    INDEX_FILE,
+    LEASE_FILE,
+    MANIFEST_FILE,
+    RECORD_ROOT,
+    STAGED,
+    SWAP_FILE,
+    clear,
+    clear_notes,
+    inspect,
+)
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.publish import publish
 from mergekit_ray.runtime.worker import Worker, WorkerOptions
@@ -104,7 +114,11 @@ def test_another_plan_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
     assert "--overwrite" in str(caught.value)
     assert names(sink) == before
     found = inspect(sink, other, overwrite=True)
-    assert (found.published, dict(found.done), names(sink)) == (False, {}, set())
+    assert (found.published, dict(found.done)) == (False, {})
+    # It is a model: it stays until the other is whole.
+    assert found.staging == f"{RECORD_ROOT}/{other.digest}/{STAGED}"
+    assert (set(found.clear_first), set(found.clear_last)) == (set(), before)
+    assert names(sink) == before
 
 
 def test_another_plans_unfinished_work_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
@@ -112,8 +126,9 @@ def test_another_plans_unfinished_work_is_in_the_way(plan: Plan, sink: LocalStor
     other = replace(plan, seed=99)
     with pytest.raises(PlanError, match="something else already"):
         inspect(sink, other, overwrite=False)
-    inspect(sink, other, overwrite=True)
-    assert names(sink) == set()
+    found = inspect(sink, other, overwrite=True)
+    # It is none yet, and would never become one: it makes room at once.
+    assert (set(found.clear_first), found.clear_last, found.staging) == (names(sink), (), None)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +147,15 @@ def test_foreign_weights_beside_unfinished_work_are_in_the_way(plan: Plan, sink:
         inspect(sink, plan, overwrite=False)
     found = inspect(sink, plan, overwrite=True)
     assert set(found.done) == set(done)
-    assert "model.safetensors" not in names(sink)
+    assert (found.clear_first, found.clear_last, found.staging) == ((), ("model.safetensors",), None)
 
 
 def test_files_of_other_kinds_are_left_alone(plan: Plan, sink: LocalStore) -> None:
     for name in ("notes.md", "data/train.jsonl", "runs/config.json"):
         sink.put(name, b"x")
     sink.put("model.safetensors", b"x")
-    inspect(sink, plan, overwrite=True)
-    assert names(sink) == {"notes.md", "data/train.jsonl", "runs/config.json"}
+    found = inspect(sink, plan, overwrite=True)
+    assert (found.clear_first, found.clear_last) == ((), ("model.safetensors",))
 
 
 @pytest.mark.parametrize("manifest", [b"not json", b"[1]", b'{"plan_digest": "other"}'])
@@ -148,8 +163,7 @@ def test_a_manifest_that_is_not_ours_is_something_else(plan: Plan, sink: LocalSt
     sink.put(MANIFEST_FILE, manifest)
     with pytest.raises(PlanError, match=MANIFEST_FILE):
         inspect(sink, plan, overwrite=False)
-    inspect(sink, plan, overwrite=True)
-    assert names(sink) == set()
+    assert inspect(sink, plan, overwrite=True).clear_last == (MANIFEST_FILE,)
 
 
 class Recording(LocalStore):
@@ -164,13 +178,81 @@ class Recording(LocalStore):
         super().delete(names)
 
 
-def test_the_index_of_the_old_model_goes_before_its_weights(plan: Plan, tmp_path: Path) -> None:
+def test_the_index_of_the_old_model_goes_before_its_weights_and_the_manifest_last(tmp_path: Path) -> None:
     sink = Recording(tmp_path / "out")
-    for name in ("a.safetensors", "config.json", INDEX_FILE, "z.safetensors"):
+    files = ["a.safetensors", "config.json", INDEX_FILE, MANIFEST_FILE, "z.safetensors"]
+    for name in files:
         sink.put(name, b"x")
-    inspect(sink, plan, overwrite=True)
-    assert sink.deleted[0] == [INDEX_FILE]
-    assert {name for call in sink.deleted[1:] for name in call} >= {"a.safetensors", "config.json", "z.safetensors"}
+    clear(sink, files)
+    assert sink.deleted == [[INDEX_FILE], ["a.safetensors", "config.json", "z.safetensors"], [MANIFEST_FILE]]
+
+
+def test_a_lease_is_in_nobodys_way(plan: Plan, sink: LocalStore) -> None:
+    sink.put(LEASE_FILE, b"{}")
+    found = inspect(sink, plan, overwrite=False)
+    assert (dict(found.done), found.staging, found.clear_first, found.clear_last) == ({}, None, (), ())
+    clear_notes(sink)
+    assert names(sink) == {LEASE_FILE}
+
+
+def test_a_complete_model_with_notes_beside_it_is_to_be_tidied_up(plan: Plan, sink: LocalStore) -> None:
+    publish_all(plan, sink)
+    sink.put(f"{RECORD_ROOT}/{plan.digest}/plan.json", b"{}")
+    found = inspect(sink, plan, overwrite=False)
+    assert (found.is_complete, found.published) == (True, False)
+
+
+class TestStaged:
+    """Made beside an old model."""
+
+    @pytest.fixture
+    def old(self, sink: LocalStore) -> set[str]:
+        for name in ("model.safetensors", "config.json"):
+            sink.put(name, b"old")
+        return names(sink)
+
+    def test_its_shards_are_resumed(self, plan: Plan, sink: LocalStore, old: set[str]) -> None:
+        place = inspect(sink, plan, overwrite=True)
+        stage = LocalStore(f"{sink.uri}/{place.staging}")
+        done = write_shards(plan, stage, 2)
+        with pytest.raises(PlanError, match="something else already"):
+            inspect(sink, plan, overwrite=False)
+        found = inspect(sink, plan, overwrite=True)
+        assert (dict(found.done), found.staging, set(found.clear_last)) == (done, place.staging, old)
+
+    def test_the_unfinished_one_of_another_plan_stays_until_ours_is_whole(
+        self, plan: Plan, sink: LocalStore, old: set[str]
+    ) -> None:
+        write_shards(plan, LocalStore(f"{sink.uri}/{inspect(sink, plan, overwrite=True).staging}"), 1)
+        found = inspect(sink, replace(plan, seed=99), overwrite=True)
+        assert (found.clear_first, set(found.clear_last)) == ((), names(sink))
+
+    def test_a_whole_one_is_a_model_even_with_nothing_beside_it(self, plan: Plan, sink: LocalStore) -> None:
+        publish_all(plan, LocalStore(f"{sink.uri}/{RECORD_ROOT}/{plan.digest}/{STAGED}"))
+        other = replace(plan, seed=99)
+        found = inspect(sink, other, overwrite=True)
+        assert found.staging == f"{RECORD_ROOT}/{other.digest}/{STAGED}"
+        assert (found.clear_first, set(found.clear_last)) == ((), names(sink))
+
+    def test_a_swap_that_has_begun_goes_on_unasked(self, plan: Plan, sink: LocalStore, old: set[str]) -> None:
+        sink.put(f"{RECORD_ROOT}/{plan.digest}/{SWAP_FILE}", b"{}")
+        found = inspect(sink, plan, overwrite=False)
+        assert found.staging == f"{RECORD_ROOT}/{plan.digest}/{STAGED}"
+        with pytest.raises(PlanError, match="something else already"):
+            inspect(sink, replace(plan, seed=99), overwrite=False)
+
+
+class Fixed(LocalStore):
+    """A store that cannot move files."""
+
+    move = None  # type: ignore[assignment] # what makes it none of `MovingSink`
+
+
+def test_where_files_cannot_be_moved_the_old_model_goes_first(plan: Plan, tmp_path: Path) -> None:
+    sink = Fixed(tmp_path / "out")
+    sink.put("model.safetensors", b"old")
+    found = inspect(sink, plan, overwrite=True)
+    assert (found.staging, found.clear_first, found.clear_last) == (None, ("model.safetensors",), ())
 
 
 def test_an_input_is_never_the_output(plan: Plan, models: list[Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mergekit_ray.core.plan import OutputTensor, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.runtime.driver import MAX_ATTEMPTS, MAX_LOSSES, Job, Outcome, run_shards
+from mergekit_ray.runtime.signals import GRACE_SECONDS
 from mergekit_ray.runtime.worker import Progress, WorkerOptions
 
 JOB = Job({}, "/nowhere", ".records", WorkerOptions(memory_bytes=1 << 30))
@@ -219,3 +220,58 @@ def test_workers_are_let_go_when_the_executor_itself_fails() -> None:
     with pytest.raises(StorageError, match="no worker came up"):
         run(executor, [shard("a")])
     assert executor.calls == ["start 1", "stop", "close"]
+
+
+def test_workers_are_let_go_when_they_cannot_be_brought_up() -> None:
+    class Broken(ScriptedExecutor):
+        def start(self, job: Job, num_shards: int) -> None:
+            super().start(job, num_shards)
+            raise StorageError("no such output", where="/nowhere")
+
+    executor = Broken({})
+    with pytest.raises(StorageError, match="no such output"):
+        run(executor, [shard("a")])
+    assert executor.calls == ["start 1", "stop", "close"]
+
+
+def test_a_worker_that_does_not_obey_is_given_the_grace_period_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(ScriptedExecutor):
+        def wait(self, seconds: float) -> Sequence[Outcome]:
+            stop.set()
+            waited.append(seconds)
+            now[0] += seconds
+            return []
+
+    now, waited, stop = [0.0], list[float](), threading.Event()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    executor = Deaf({}, hold=["a"])
+    with pytest.raises(Interrupted):
+        run(executor, [shard("a")], None, stop)
+    assert executor.calls == ["start 1", "stop", "close"]
+    assert sum(waited) == pytest.approx(GRACE_SECONDS, abs=1)
+
+
+def test_what_fails_while_the_merge_is_stopped_hides_nothing() -> None:
+    class Gone(ScriptedExecutor):
+        def wait(self, seconds: float) -> Sequence[Outcome]:
+            stop.set()
+            if self.is_stopped:
+                raise StorageError("no worker came up", where="the Ray cluster")
+            return []
+
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        run(Gone({}, hold=["a"]), [shard("a")], None, stop)
+
+
+def test_the_check_ends_the_merge_and_shards_in_work_are_abandoned() -> None:
+    def check() -> None:
+        if executor.submitted:
+            raise StorageError("taken over", where="/nowhere", retryable=False)
+
+    executor = ScriptedExecutor({}, hold=["a"])
+    with pytest.raises(StorageError, match="taken over"):
+        run_shards([shard("a"), shard("b")], JOB, executor, Notes(), threading.Event(), check)
+    assert executor.submitted == ["a"]
+    assert executor.calls == ["start 2", "stop", "close"]
+    assert executor.running == []

@@ -21,7 +21,8 @@ from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.publish import check_records, manifest, model_card, publish
 from mergekit_ray.runtime.verify import Verification, verify
 from mergekit_ray.runtime.worker import Worker, WorkerOptions
-from mergekit_ray.storage.local import LocalSource, LocalStore, LocalUpload
+from mergekit_ray.storage.local import LocalSource, LocalStore
+from mergekit_ray.storage.local_upload import LocalUpload
 
 
 class Recording(LocalStore):
@@ -119,8 +120,14 @@ def test_the_manifest_pins_inputs_and_digests(published: Published, models: list
     for path in models:
         stat = LocalSource(path).stat("model.safetensors")
         assert stat is not None
+        data = (path / "model.safetensors").read_bytes()
+        header = data[: 8 + int.from_bytes(data[:8], "little")]
         assert found["inputs"][str(path)]["files"] == {
-            "model.safetensors": {"num_bytes": stat.num_bytes, "version": stat.version}
+            "model.safetensors": {
+                "num_bytes": stat.num_bytes,
+                "version": stat.version,
+                "header_sha256": hashlib.sha256(header).hexdigest(),
+            }
         }
     for shard in found["shards"]:
         data = (published.root / shard["file"]).read_bytes()
@@ -138,9 +145,9 @@ def test_the_manifest_holds_no_secret(published: Published, monkeypatch: pytest.
     secrets = {"AWS_SECRET_ACCESS_KEY": "sesame-open", "HF_TOKEN": "hf_sesame", "AWS_SESSION_TOKEN": "session-sesame"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    text = json.dumps(manifest(published.plan, published.records)) + model_card(published.plan)
+    text = json.dumps(manifest(published.plan, published.records, {})) + model_card(published.plan)
     assert not any(value in text for value in secrets.values())
-    assert text == json.dumps(manifest(published.plan, published.records)) + model_card(published.plan)
+    assert text == json.dumps(manifest(published.plan, published.records, {})) + model_card(published.plan)
 
 
 def test_a_side_file_that_changed_is_refused_before_the_index(plan: Plan, models: list[Path], tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+{{/* What the schema cannot say: values that do not go together. */}}
+{{- define "mergekit-ray.checks" -}}
+{{- $recipe := .Values.recipe }}
+{{- if and $recipe.content $recipe.existingConfigMap }}
+{{- fail "recipe.content and recipe.existingConfigMap are both set; give one" }}
+{{- else if not (or $recipe.content $recipe.existingConfigMap) }}
+{{- fail "no recipe: give its YAML with --set-file recipe.content=recipe.yml, or the name of a ConfigMap as recipe.existingConfigMap" }}
+{{- end }}
+{{- if eq .Values.mode "existing-cluster" }}
+{{- $cluster := .Values.existingCluster }}
+{{- if and $cluster.name $cluster.address }}
+{{- fail "existingCluster.name and existingCluster.address are both set; give one" }}
+{{- else if not (or $cluster.name $cluster.address) }}
+{{- fail "mode existing-cluster needs existingCluster.name (a RayCluster of this namespace) or existingCluster.address (a Ray dashboard)" }}
+{{- end }}
+{{- end }}
+{{- if eq .Values.mode "rayjob" }}
+{{- if not .Values.workerGroups }}
+{{- fail "workerGroups is empty: the head computes nothing, so there must be one" }}
+{{- end }}
+{{- if and (eq .Values.ray.auth "token") (semverCompare "<2.52.0" .Values.ray.version) }}
+{{- fail (printf "ray.auth token needs Ray 2.52.0 or newer, not %s; use a newer image, or ray.auth disabled" .Values.ray.version) }}
+{{- end }}
+{{- if gt (include "mergekit-ray.bytes" .Values.ray.objectStoreMemory | int64) (include "mergekit-ray.bytes" .Values.sharedMemory.sizeLimit | int64) }}
+{{- fail (printf "ray.objectStoreMemory %s does not fit into sharedMemory.sizeLimit %s" .Values.ray.objectStoreMemory .Values.sharedMemory.sizeLimit) }}
+{{- end }}
+{{- range $name := keys .Values.workerGroups | sortAlpha }}
+{{- $group := include "mergekit-ray.workerGroup" (dict "root" $ "name" $name) | fromYaml }}
+{{- $replicas := include "mergekit-ray.replicas" $group | int }}
+{{- if or (lt $replicas (int $group.minReplicas)) (lt (int $group.maxReplicas) $replicas) }}
+{{- fail (printf "workerGroups.%s: replicas %d is not between minReplicas %d and maxReplicas %d" $name $replicas (int $group.minReplicas) (int $group.maxReplicas)) }}
+{{- end }}
+{{- include "mergekit-ray.checkSpot" (dict "root" $ "settings" $group "where" (printf "workerGroups.%s" $name)) }}
+{{- end }}
+{{- end }}
+{{- if eq .Values.mode "job" }}
+{{- include "mergekit-ray.checkSpot" (dict "root" . "settings" .Values.local "where" "local") }}
+{{- end }}
+{{- end }}
+
+{{- define "mergekit-ray.checkSpot" -}}
+{{- $spot := .root.Values.spot }}
+{{- if and .settings.spot (not (or $spot.nodeSelector $spot.tolerations)) }}
+{{- fail (printf "%s.spot is true, but the chart does not know what spot nodes look like here: set spot.nodeSelector, spot.tolerations, or both" .where) }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,5 @@
+"""The command line: ``merge`` and ``mergekit-ray``. Nothing imports it."""
+
+from mergekit_ray.cli.commands import app, app_main, merge, merge_main
+
+__all__ = ["app", "app_main", "merge", "merge_main"]

@@ -1,0 +1,143 @@
+"""What surrounds a command: its recipe read, its errors told, its progress shown, its signals heard."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mergekit_ray.cli.options import LogFormat
+from mergekit_ray.core.errors import ConfigError, InternalError, MergekitRayError
+from mergekit_ray.runtime.signals import listening
+
+if TYPE_CHECKING:
+    from mergekit_ray.core.plan import Plan
+
+
+@contextlib.contextmanager
+def told_errors(debug: bool) -> Iterator[None]:
+    """Tell an error in a paragraph and exit with its code."""
+    try:
+        yield
+    except MergekitRayError as error:
+        if debug:
+            traceback.print_exc()
+            if isinstance(error, InternalError):
+                typer.echo(error.traceback, err=True)
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command to resume", err=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(1) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error: {InternalError.wrap(error)}", err=True)
+        raise typer.Exit(InternalError.exit_code) from None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM asks for a clean stop, the second ends at once."""
+    with listening(say) as signals, signals.graceful() as stop:
+        yield stop
+
+
+def say(line: str) -> None:
+    """Write a line to stderr."""
+    typer.echo(line, err=True)
+
+
+def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
+    """The recipe in a file; what ``lenient`` lets pass is told unless ``quiet``.
+
+    Raises:
+        ConfigError: there is no such file, or the recipe is wrong.
+    """
+    from mergekit_ray.config import load_recipe
+
+    path = Path(recipe)
+    if not path.is_file():
+        raise ConfigError(
+            "no such file", where=recipe, remedy="give the path of a YAML recipe; see configs/ for examples"
+        )
+
+    def warn(message: object) -> None:
+        if not quiet:
+            typer.echo(f"warning: {message}", err=True)
+
+    return load_recipe(path, lenient=lenient, on_warning=warn)
+
+
+@contextlib.contextmanager
+def reporter_for(planned: Plan, *, quiet: bool, log_format: LogFormat) -> Iterator[Any]:
+    """Nothing, JSON lines, a live bar on a terminal, or timed lines."""
+    if quiet:
+        from mergekit_ray.runtime.reporting import SilentReporter
+
+        yield SilentReporter()
+        return
+    from mergekit_ray.runtime.reporting import JsonReporter, LineReporter, LiveReporter
+
+    if log_format is LogFormat.json:
+        yield JsonReporter(planned)
+    elif sys.stderr.isatty():
+        live = LiveReporter(planned)
+        try:
+            yield live
+        finally:
+            live.close()
+    else:
+        yield LineReporter(planned)
+
+
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of ``--memory``.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    if text is None:
+        return None
+    from mergekit_ray.config.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--memory: {error}") from None
+
+
+def figures(planned: Plan) -> dict[str, Any]:
+    """What a plan comes to, as plain data."""
+    from mergekit_ray.planning.windows import comfortable_memory, memory_needed
+
+    return {
+        "num_shards": len(planned.shards),
+        "num_tensors": sum(len(shard.tensors) for shard in planned.shards),
+        "num_parameters": planned.num_parameters,
+        "read_bytes": planned.read_bytes,
+        "write_bytes": planned.num_bytes,
+        "min_memory_bytes": memory_needed(planned),
+        "memory_bytes": comfortable_memory(planned),
+        "plan_digest": planned.digest,
+    }
+
+
+def summary(planned: Plan) -> str:
+    """What a plan comes to, in a line."""
+    from mergekit_ray.core.sizes import format_bytes
+
+    return (
+        f"{planned.num_parameters:,} parameters in {len(planned.shards)} shards; "
+        f"{format_bytes(planned.read_bytes)} to read, {format_bytes(planned.num_bytes)} to write"
+    )
