@@ -22,7 +22,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs parity container bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format docs parity container bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -38,6 +38,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 demo: $(READY)  ## merge two fine-tunes of a real model from S3 to S3 through Ray, then talk to the result
 	@PYTHONPATH=tests $(BIN)/python -m demo.run
+
+demo-moe: $(READY)  ## four fine-tunes of a real model as the experts of a Mixtral, and which of them its prompts reach
+	@PYTHONPATH=tests $(BIN)/python -m demo.moe
 
 test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

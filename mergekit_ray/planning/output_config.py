@@ -86,7 +86,7 @@ def _set_layers(inner: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any],
         if key in _INDEX_KEYS and isinstance(value, list):
             inner[key] = [place for place, (config, index) in enumerate(layers) if index in _listed(config, key)]
         elif key in prefixes and isinstance(value, int) and value > 0:
-            inner[key] = _prefix(key, layers)
+            inner[key] = _prefix(key, layers, told_elsewhere=key == "max_window_layers" and "layer_types" in inner)
         elif isinstance(value, list) and len(value) == old and not key.endswith(_NOT_PER_LAYER):
             inner[key] = _recut(key, value, layers)
 
@@ -105,17 +105,23 @@ def _listed(config: Mapping[str, Any], key: str) -> Sequence[Any]:
     return found if isinstance(found, list) else ()
 
 
-def _prefix(key: str, layers: Sequence[tuple[Mapping[str, Any], int]]) -> int:
+def _prefix(key: str, layers: Sequence[tuple[Mapping[str, Any], int]], *, told_elsewhere: bool) -> int:
     """How many of the new layers are leading ones in their models; they must still lead.
+
+    Args:
+        key: what the config calls the number.
+        layers: for each output layer, the config it comes from and its layer there.
+        told_elsewhere: the kind of each layer is listed too, and the list is what is read; then the number is that of
+            the layers that do lead.
 
     Raises:
         PlanError: they are not all in front, which no such number can say.
     """
     counts = [language_config(config).get(key) for config, _ in layers]
     leads = [isinstance(count, int) and index < count for count, (_, index) in zip(counts, layers, strict=True)]
-    number = sum(leads)
-    if not all(leads[:number]):
-        misplaced = next(place for place, leading in enumerate(leads) if leading and place > leads.index(False))
+    number = leads.index(False) if False in leads else len(leads)
+    if any(leads[number:]) and not told_elsewhere:
+        misplaced = leads.index(True, number)
         raise PlanError(
             f"output layer {misplaced} is one of the first {counts[misplaced]} of its model, which are of another kind "
             f"than the rest ({key}), and comes after one that is not",

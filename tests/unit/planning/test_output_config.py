@@ -139,6 +139,14 @@ def test_numbers_of_leading_layers_are_counted_anew(key: str) -> None:
         adapted(donor, layers=cut(donor, [0, 3, 1, 4]))
 
 
+def test_windows_that_are_listed_by_layer_may_stand_anywhere() -> None:
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    donor = {"num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2, "layer_types": kinds}
+    result = adapted(donor, layers=cut(donor, [0, 3, 1, 0]))
+    assert result["layer_types"] == [kinds[0], kinds[3], kinds[1], kinds[0]]
+    assert result["max_window_layers"] == 1
+
+
 def test_windows_that_are_not_used_stand_in_nobodys_way() -> None:
     donor = {"num_hidden_layers": 4, "use_sliding_window": False, "max_window_layers": 3}
     assert adapted(donor, layers=cut(donor, [0, 3, 1]))["max_window_layers"] == 3
