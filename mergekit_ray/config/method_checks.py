@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.normal import NormalSlice, NormalSource, normalise_for
 from mergekit_ray.config.recipe import DenseRecipe, SliceRecipe, groups
-from mergekit_ray.config.settings import Conditional, Level, Setting, check_gradient, coerce, gradients, is_set, scalars
+from mergekit_ray.config.settings import (
+    Conditional,
+    Level,
+    Resolver,
+    Setting,
+    check_gradient,
+    coerce,
+    gradients,
+    is_set,
+    scalars,
+)
 from mergekit_ray.config.yaml_source import YamlPath, format_path
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration, Parameters
 from mergekit_ray.core.errors import ConfigError
@@ -42,7 +52,25 @@ def method_findings(recipe: DenseRecipe, methods: Registry[type[MethodDeclaratio
     for module in normalise_for(recipe, method):
         for piece in module.slices:
             findings += _slice_findings(recipe, method, piece, misspelt)
+    if any(not finding.is_warning for finding in findings):
+        return findings
+    for module in normalise_for(recipe, method):
+        for piece in module.slices:
+            findings += _clashes(method, piece)
     return findings
+
+
+def _clashes(method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:
+    """Constant parameters that are each fine, but not together; what gradients and filters give is seen at planning."""
+    for source in piece.inputs:
+        try:
+            Resolver(method.model_parameters, source.levels)
+        except ConfigError as error:
+            yield Finding((*source.path, "parameters"), f"{source.model}: {error.what}", error.remedy or "")
+    try:
+        Resolver(method.global_parameters, piece.levels)
+    except ConfigError as error:
+        yield Finding(("parameters",), error.what, error.remedy or "")
 
 
 def _levels(recipe: DenseRecipe) -> Iterator[tuple[YamlPath, Level]]:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from mergekit_ray.config.findings import found
 from mergekit_ray.config.yaml_source import YamlPath
 from mergekit_ray.core.declaration import Parameters
-from mergekit_ray.core.errors import ConfigError
+from mergekit_ray.core.errors import ConfigError, MergeError
 from mergekit_ray.core.expressions import Scalar
 from mergekit_ray.core.spelling import nearest
 
@@ -305,6 +305,7 @@ class Resolver:
     """
 
     def __init__(self, declared: type[Parameters], levels: Sequence[Level | None], owner: str = "") -> None:
+        self._declared = declared
         self._owner = owner
         self._constant: dict[str, Scalar] = {}
         self._varying: dict[str, list[Setting]] = {}
@@ -323,6 +324,8 @@ class Resolver:
                 self._constant[name] = self._defaults[name]  # type: ignore[assignment] # not MISSING, which mypy cannot follow through a dict
             else:
                 self._varying[name] = settings
+        if not self._varying:
+            self._check_together(self._constant, owner)
 
     def at(self, tensor_name: str, t: float) -> dict[str, Scalar]:
         """The method's parameters at one output tensor, defaults included, by their YAML names.
@@ -332,7 +335,7 @@ class Resolver:
             t: place in the slice, from `gradient_position`.
 
         Raises:
-            ConfigError: a required parameter has no value for this tensor.
+            ConfigError: a required parameter has no value for this tensor, or the values do not go together.
         """
         if not self._varying:
             return dict(self._constant)
@@ -354,7 +357,14 @@ class Resolver:
                     else f"set {name} under `parameters` of the model, the slice or the recipe",
                 )
             values[name] = interpolate(value, t) if type(value) is tuple else value
+        self._check_together(values, f"{self._owner}, tensor {tensor_name}" if self._owner else f"tensor {tensor_name}")
         return values
+
+    def _check_together(self, values: Mapping[str, Any], where: str) -> None:
+        try:
+            self._declared.check_together(values)
+        except MergeError as error:
+            raise ConfigError(error.what, where=where or None, remedy=error.remedy) from None
 
 
 def _coerce_setting(declared: type[Parameters], name: str, setting: Setting) -> Setting:

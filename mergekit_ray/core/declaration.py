@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +35,19 @@ class Parameters(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @classmethod
+    def check_together(cls, values: Mapping[str, Any]) -> None:
+        """Refuse values of which each is fine, but not all of them together.
+
+        Asked at planning for each tensor, since gradients and filters give each its own.
+
+        Args:
+            values: by their YAML names, of the declared types, defaults included.
+
+        Raises:
+            MergeError: says which, and what to write.
+        """
 
 
 class MethodDeclaration:

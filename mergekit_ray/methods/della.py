@@ -13,7 +13,13 @@ from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
 from mergekit_ray.methods.packed_mask import PackedMask
 from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.rank_sampling import MagnitudeSampling, Sampled, row_length, run_elements
+from mergekit_ray.methods.rank_sampling import (
+    MagnitudeSampling,
+    Sampled,
+    check_probabilities,
+    row_length,
+    run_elements,
+)
 from mergekit_ray.methods.rescaling import rescaling_factor
 from mergekit_ray.methods.sign import add_elected_
 from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
@@ -28,6 +34,11 @@ class DellaModelParameters(TrimmedParameters):
     epsilon: float = Field(
         0.15, description="the smallest change of a row is kept with density - epsilon, the largest + epsilon", ge=0.0
     )
+
+    @classmethod
+    def check_together(cls, values: Mapping[str, Any]) -> None:
+        """``density ± epsilon`` must be probabilities, unless the density is 0 or 1."""
+        check_probabilities(values["density"], values["epsilon"])
 
 
 class DellaParameters(ScaledParameters):
@@ -68,11 +79,7 @@ class _Della(ReduceMethod):
     model_parameters = DellaModelParameters
 
     def statistics(self, operands: Operands) -> Samples:
-        """Masks and rescaling of the models.
-
-        Raises:
-            MergeError: ``density ± epsilon`` of a model is not within (0, 1).
-        """
+        """Masks and rescaling of the models."""
         samplings = {
             index: sampling
             for index, sampling in enumerate(

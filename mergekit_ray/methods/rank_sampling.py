@@ -43,6 +43,19 @@ def run_elements(length: int) -> int:
     return max(BLOCK_ELEMENTS // max(length, 1) // least, 1) * least * max(length, 1)
 
 
+def check_probabilities(density: float, epsilon: float) -> None:
+    """Refuse probabilities ``density ± epsilon`` that are none.
+
+    Raises:
+        MergeError: they are not within (0, 1), though the density is.
+    """
+    if 0.0 < density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
+        raise MergeError(
+            f"density {density:g} ± epsilon {epsilon:g} is not within (0, 1)",
+            remedy="set a smaller `epsilon`, or a `density` further from 0 and 1 (0 and 1 themselves need none)",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What became of a run.
@@ -75,11 +88,7 @@ class MagnitudeSampling:
     epsilon: float
 
     def __post_init__(self) -> None:
-        if self.is_random and not (self.density - self.epsilon > 0.0 and self.density + self.epsilon < 1.0):
-            raise MergeError(
-                f"density {self.density:g} ± epsilon {self.epsilon:g} is not within (0, 1)",
-                remedy="set a smaller `epsilon`, or a `density` further from 0 and 1 (0 and 1 themselves need none)",
-            )
+        check_probabilities(self.density, self.epsilon)
 
     @property
     def is_random(self) -> bool:

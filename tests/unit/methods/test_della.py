@@ -9,9 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mergekit_ray.config.load import load_recipe
+from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import MergeError
+from mergekit_ray.core.errors import ConfigError, MergeError
 from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
@@ -227,3 +229,19 @@ def test_declaration(name: str) -> None:
     for epsilon in (-0.1, float("nan")):
         with pytest.raises(ValidationError, match="epsilon"):
             declared.model_parameters(weight=1.0, epsilon=epsilon)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_probabilities_beyond_0_and_1_are_found_before_anything_is_read(name: str) -> None:
+    source = {"model": "org/a", "parameters": {"weight": 1.0, "density": 0.9}}
+    raw = {"merge_method": name, "base_model": "org/base", "models": [source], "dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match=r"models\[0\].*: org/a: density 0.9 ± epsilon 0.15 is not within"):
+        load_recipe(raw)
+    source["parameters"] = {"weight": 1.0, "density": [0.5, 0.9]}
+    load_recipe(raw)  # which tensors there are is not known yet
+    declared = METHODS.get(name).model_parameters
+    (level,) = (dict(model.parameters or {}) for model in load_recipe(raw).models)
+    resolver = Resolver(declared, [level], "model org/a")
+    assert resolver.at("a.weight", 0.0)["density"] == 0.5
+    with pytest.raises(ConfigError, match=r"model org/a, tensor z\.weight: density 0\.9 ± epsilon 0.15"):
+        resolver.at("z.weight", 1.0)
