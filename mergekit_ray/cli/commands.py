@@ -50,7 +50,8 @@ app = typer.Typer(
 def merge(
     recipe: RecipeArgument,
     output: Annotated[
-        str | None, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix; else the recipe's `output`.")
+        str | None,
+        typer.Argument(metavar="OUT", help="Folder, s3://bucket/prefix or hf://org/name; else the recipe's `output`."),
     ] = None,
     *,
     executor: Executor = None,
