@@ -16,10 +16,9 @@ import transformers
 import mergekit_ray
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.runtime.api import MergeOptions
-from support import models as small_models
 from support.custom_moe import code_kept_in, load_custom, reference
 from support.merging import run_command
-from support.models import Family, ModelLibrary, config_of, load, logits, tensors_of
+from support.models import ModelLibrary, build, config_of, load, logits, tensors_of
 
 
 @dataclass(frozen=True)
@@ -47,40 +46,26 @@ CASES = {
     "gpt2": Case("gpt2", "transformer.h", "c_proj"),
 }
 NUM_LAYERS = 2
-GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": NUM_LAYERS}
-GPT2_LACKS = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"))
-MORE = {
-    "stablelm": Family("StableLm", {"num_key_value_heads": 4}),
-    "gemma3": Family("Gemma3", {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}, tied=True),
-    "olmo2": Family("Olmo2", {}),
-    "gpt2": Family("GPT2", {**GPT2, **GPT2_LACKS}, tied=True),
-}
-CLASSES = {"Gemma3Config": "Gemma3TextConfig", "GPT2ForCausalLM": "GPT2LMHeadModel"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Families that only these tests need, and a folder for the code that transformers copies."""
-    with code_kept_in(tmp_path_factory.mktemp("code")) as patch:
-        for name, family in MORE.items():
-            patch.setitem(small_models.FAMILIES, name, family)
-        for called, meant in CLASSES.items():
-            patch.setattr(transformers, called, getattr(transformers, meant), raising=False)
+def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for the code that transformers copies."""
+    with code_kept_in(tmp_path_factory.mktemp("code")):
         yield
 
 
 def sources(models: ModelLibrary, name: str, count: int = 4) -> list[Path]:
-    # GPT-2 counts its layers under another name, and would be told of both.
-    return [
-        small_gpt2(models, v) if name == "gpt2" else models.get(name, v, num_layers=NUM_LAYERS) for v in range(count)
-    ]
+    if name == "gpt2":
+        return [small_gpt2(models, variant) for variant in range(count)]
+    return [models.get(name, variant, num_layers=NUM_LAYERS) for variant in range(count)]
 
 
 def small_gpt2(models: ModelLibrary, variant: int) -> Path:
+    """GPT-2 counts its layers under another name, and would be told of both."""
     folder = models.get("phi", variant).parent / f"gpt2-{variant}"
     if not folder.exists():
-        sizes: dict[str, Any] = {"vocab_size": 128, **GPT2_LACKS}
-        small_models.build("gpt2", variant, **sizes).save_pretrained(folder)
+        build("gpt2", variant, vocab_size=128).save_pretrained(folder)
     return folder
 
 

@@ -30,16 +30,30 @@ class Family:
     """How transformers makes a small model of a family.
 
     Attributes:
-        prefix: of its classes: ``<prefix>Config``, ``<prefix>ForCausalLM``.
+        prefix: of its classes, where they are called ``<prefix>Config`` and ``<prefix>ForCausalLM``.
         changes: to `SHAPE`; None removes a key that the family does not know.
         tied: whether its published models share embedding and head.
         can_tie: whether it can be made both ways.
+        config: name of the config's class where it is another.
+        model: name of the model's class where it is another.
     """
 
     prefix: str
     changes: Mapping[str, Any]
     tied: bool = False
     can_tie: bool = True
+    config: str = ""
+    model: str = ""
+
+    @property
+    def config_class(self) -> Any:
+        """Makes its config."""
+        return getattr(transformers, self.config or f"{self.prefix}Config")
+
+    @property
+    def model_class(self) -> Any:
+        """Makes a model of a config."""
+        return getattr(transformers, self.model or f"{self.prefix}ForCausalLM")
 
 
 FAMILIES: dict[str, Family] = {
@@ -52,6 +66,26 @@ FAMILIES: dict[str, Family] = {
     "phi": Family("Phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}, can_tie=False),
     "gpt_neox": Family("GPTNeoX", {"num_key_value_heads": None, "rotary_pct": 0.25}, can_tie=False),
 }
+
+
+MOE_FAMILIES: dict[str, Family] = {
+    "stablelm": Family("StableLm", {"num_key_value_heads": 4}),
+    "gemma3": Family(
+        "Gemma3",
+        {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+        tied=True,
+        config="Gemma3TextConfig",
+    ),
+    "olmo2": Family("Olmo2", {"rope_parameters": {"rope_theta": 5e5}}),
+    # It has its own words for sizes.
+    "gpt2": Family(
+        "GPT2",
+        {"n_embd": 32, "n_head": 4, "n_layer": 2, **dict.fromkeys(SHAPE.keys() - {"bos_token_id", "eos_token_id"})},
+        tied=True,
+        model="GPT2LMHeadModel",
+    ),
+}
+"""Families that only tests of a Mixture of Experts need."""
 
 
 class ModelLibrary:
@@ -81,7 +115,7 @@ class ModelLibrary:
         """The folder of a checkpoint.
 
         Args:
-            family: of `FAMILIES`.
+            family: of `FAMILIES` or `MOE_FAMILIES`.
             variant: 0 is the base; others are the base plus noise of this seed.
             tied: whether embedding and head are one; None for what the family does.
             dtype: of all weights.
@@ -105,14 +139,13 @@ def build(
     family: str, variant: int = 0, *, tied: bool | None = None, dtype: torch.dtype = torch.float32, **sizes: Any
 ) -> Any:
     """A model of a family with random weights: the same for the same arguments."""
-    made = FAMILIES[family]
+    made = FAMILIES.get(family) or MOE_FAMILIES[family]
     values = {**SHAPE, **made.changes, **sizes}
-    config_class = getattr(transformers, f"{made.prefix}Config")
-    config = config_class(
+    config = made.config_class(
         **{key: value for key, value in values.items() if value is not None},
         tie_word_embeddings=made.tied if tied is None else tied,
     )
-    model = getattr(transformers, f"{made.prefix}ForCausalLM")(config).float()
+    model = made.model_class(config).float()
     with torch.no_grad():
         for number, (_, parameter) in enumerate(model.named_parameters()):
             # Norms and biases too: as ones and zeros they would hide mistakes.
