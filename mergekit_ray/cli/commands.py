@@ -14,6 +14,7 @@ from mergekit_ray.cli.options import (
     Address,
     AsJson,
     Debug,
+    Device,
     Executor,
     FactorType,
     Lenient,
@@ -58,6 +59,7 @@ def merge(
     address: Address = None,
     workers: Workers = None,
     memory: Memory = None,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     allow_non_finite: Annotated[
         bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
@@ -83,6 +85,7 @@ def merge(
             address=address,
             num_workers=workers,
             memory_bytes=parse_memory(memory),
+            device=device,
             overwrite=overwrite,
             allow_non_finite=allow_non_finite,
         )
@@ -191,6 +194,7 @@ def reproduce_command(
     address: Address = None,
     workers: Workers = None,
     memory: Memory = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -211,6 +215,7 @@ def reproduce_command(
             address=address,
             num_workers=workers,
             memory_bytes=parse_memory(memory),
+            device=device,
             overwrite=overwrite,
         )
         reporter_of = partial(reporter_for, quiet=quiet or as_json, log_format=LogFormat.text)
@@ -244,6 +249,7 @@ def extract_lora_command(
     address: Address = None,
     workers: Workers = None,
     memory: Memory = None,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -268,6 +274,7 @@ def extract_lora_command(
             address=address,
             num_workers=workers,
             memory_bytes=parse_memory(memory),
+            device=device,
             overwrite=overwrite,
         )
         wanted = ExtractOptions(rank, energy, coverage, DType.parse(dtype.value))

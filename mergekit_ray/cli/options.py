@@ -44,6 +44,9 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Shards in
 Memory = Annotated[
     str | None, typer.Option("--memory", help="Budget of each worker, e.g. 4GB; else what the plan needs.")
 ]
+Device = Annotated[
+    str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, or one of them as cuda:1.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Names = list[str] | None

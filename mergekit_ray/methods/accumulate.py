@@ -59,6 +59,20 @@ def add_scaled_(total: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         total.add_(x, alpha=factor)
 
 
+def divide_(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """``x / divisor`` in place, rounded once.
+
+    Given a plain number, torch multiplies by its reciprocal on GPUs, which rounds twice: there a tensor is given.
+    """
+    if x.device.type == "cpu":
+        return x.div_(divisor)
+    import torch  # noqa: PLC0415 - declarations are read without torch
+
+    if x.itemsize < 4:  # bytes: of which the divisor is not to be rounded to as few
+        return x.copy_(divide_(x.to(torch.float32), divisor))
+    return x.div_(x.new_full((), divisor))
+
+
 def weighted_sum_(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
     """``Σ factor_i * term_i``, in order, into the first term; the others are scratch."""
     total = terms[0].mul_(factors[0])
@@ -87,5 +101,5 @@ def rounded_sum_(
     if total.dtype != dtype:
         total = terms[0].copy_(total)
     if divisor != 1.0:
-        total.div_(divisor)
+        divide_(total, divisor)
     return total if scale == 1.0 else total.mul_(scale)

@@ -63,6 +63,7 @@ class ArceeFusion(ReduceMethod):
     base_is_input = True
     max_models = 1
     propagates_non_finite = True
+    portable = False  # exponentials decide what is kept
 
     def statistics(self, operands: Operands) -> Importance | None:
         """Divergences and threshold; None for a tensor without elements."""

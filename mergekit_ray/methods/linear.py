@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divisor, weighted_sum_
+from mergekit_ray.methods.accumulate import divide_, divisor, weighted_sum_
 from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
 
 if TYPE_CHECKING:
@@ -55,4 +55,4 @@ class Linear(ElementwiseMethod):
         weights = [parameters.weight for parameters in operands.input_parameters]
         total = divisor(weights, operands.compute_dtype, normalize=operands.parameters.normalize)
         merged = weighted_sum_(chunk.inputs, weights)
-        return merged if total == 1.0 else merged.div_(total)
+        return merged if total == 1.0 else divide_(merged, total)

@@ -241,7 +241,11 @@ def by_radix(
 def _histograms(
     operands: Operands, prefix: Mapping[int, int], shift: int, values: Values, index_of: Callable[[int], int]
 ) -> dict[int, torch.Tensor]:
-    """Counts of the digit at ``shift`` among patterns that have the prefix above it; all others in one extra place."""
+    """Counts of the digit at ``shift`` among patterns that have the prefix above it.
+
+    Others, most of a tensor, are counted in as many places of their own behind those, by turns: GPUs add to one place
+    one after the other.
+    """
     import torch  # noqa: PLC0415
 
     # One set of histograms per thread: integer counts, so the order of their addition does not matter.
@@ -252,11 +256,13 @@ def _histograms(
         histograms = sets.setdefault(threading.get_ident(), {})
         for index, places in groups.items():
             patterns = patterns_(values(chunk, index))
+            others = torch.arange(patterns.numel(), device=patterns.device).bitwise_and_(_NUM_DIGITS - 1)
+            others.add_(_NUM_DIGITS)
             for place in places:
                 if place not in histograms:
-                    histograms[place] = torch.zeros(_NUM_DIGITS + 1, dtype=torch.int64, device=patterns.device)
+                    histograms[place] = torch.zeros(2 * _NUM_DIGITS, dtype=torch.int64, device=patterns.device)
                 digits = (patterns >> shift).to(torch.int64).sub_(prefix[place] << _DIGIT_BITS)
-                digits = torch.where((digits < 0) | (digits >= _NUM_DIGITS), _NUM_DIGITS, digits)
+                digits = torch.where((digits < 0) | (digits >= _NUM_DIGITS), others, digits)
                 histograms[place].scatter_add_(0, digits, torch.ones_like(digits))
 
     operands.map_blocks(count)

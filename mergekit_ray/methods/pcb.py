@@ -84,6 +84,7 @@ class Pcb(ReduceMethod):
     base = BaseUse.REQUIRED
     model_parameters = PcbModelParameters
     global_parameters = ScaledParameters
+    portable = False  # exponentials decide what is kept
 
     def statistics(self, operands: Operands) -> tuple[Competition, list[Selection]]:
         """The constants of the scores, and which scores are kept."""

@@ -95,13 +95,26 @@ class Operands(Protocol):
 
 
 class ElementwiseMethod(MethodDeclaration):
-    """A method that fills any run of elements from the same run of its inputs."""
+    """A method that fills any run of elements from the same run of its inputs.
+
+    Attributes:
+        portable: whether what it chooses (which elements are kept, say) is the same on every processor. It is where
+            choices follow from additions, multiplications, divisions, square roots and comparisons, which are rounded
+            alike everywhere; not where they follow from exponentials and the like. A method that is not portable works
+            on the CPU only.
+    """
 
     access: ClassVar[Access] = Access.ELEMENTWISE
+    portable: ClassVar[bool] = True
 
     @abstractmethod
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """The merged run: a 1-D tensor in compute dtype, which may be one of the chunk's own tensors."""
+
+
+def is_portable(method: type[MethodDeclaration]) -> bool:
+    """Whether a method may be given to other processors than the CPU, see `ElementwiseMethod`."""
+    return not issubclass(method, ElementwiseMethod) or method.portable
 
 
 class ReduceMethod(ElementwiseMethod):

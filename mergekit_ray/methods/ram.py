@@ -70,11 +70,14 @@ class RamPlus(ReduceMethod):
 
     def statistics(self, operands: Operands) -> list[float]:
         """The factor of each model's own changes."""
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
         settings = operands.parameters
         blocks = operands.map_blocks(lambda chunk: count_changes(chunk, settings.epsilon))
+        if not blocks:
+            return [1.0] * operands.num_inputs
         factors = []
-        for index in range(operands.num_inputs):
-            changed, alone = (sum(block[kind][index] for block in blocks) for kind in range(2))
+        for changed, alone in torch.stack(blocks).sum(dim=0).t().tolist():
             ratio = (changed - alone) / alone if alone else 0.0
             factors.append(1.0 + settings.r * min(ratio, settings.alpha))
         return factors
@@ -84,27 +87,26 @@ class RamPlus(ReduceMethod):
         return merge_(chunk, operands.parameters.epsilon, statistics)
 
 
-def count_changes(chunk: Chunk, epsilon: float) -> tuple[list[int], list[int]]:
-    """How many elements each model changes, and how many it alone changes."""
+def count_changes(chunk: Chunk, epsilon: float) -> torch.Tensor:
+    """How many elements each model changes, and how many it alone changes: int64 ``[2, num_models]``."""
+    import torch  # noqa: PLC0415 - declarations are read without torch
+
     assert chunk.base is not None  # held by the declarations: base REQUIRED
     if not is_compiled_for(chunk.base):
         return count_changes_by_torch(chunk, epsilon)
     from mergekit_ray.methods.compiled import ram  # noqa: PLC0415 - compilers load where they are needed
 
     run = chunk.base.numpy()
-    changed, alone = ram.count_changes(run, tuple(x.numpy() for x in chunk.inputs), run.dtype.type(epsilon)).tolist()
-    return changed, alone
+    return torch.from_numpy(ram.count_changes(run, tuple(x.numpy() for x in chunk.inputs), run.dtype.type(epsilon)))
 
 
-def count_changes_by_torch(chunk: Chunk, epsilon: float) -> tuple[list[int], list[int]]:
+def count_changes_by_torch(chunk: Chunk, epsilon: float) -> torch.Tensor:
     """`count_changes` by torch's operations."""
     import torch  # noqa: PLC0415 - declarations are read without torch
 
     _, deltas = task_vectors(chunk)
     changes = torch.stack([delta.abs_() > epsilon for delta in deltas])
-    counts = torch.stack([changes.sum(dim=1), (changes & (changes.sum(dim=0) == 1)).sum(dim=1)])
-    changed, alone = counts.tolist()
-    return changed, alone
+    return torch.stack([changes.sum(dim=1), (changes & (changes.sum(dim=0) == 1)).sum(dim=1)])
 
 
 def merge_(chunk: Chunk, epsilon: float, gains: Sequence[float]) -> torch.Tensor:

@@ -155,7 +155,8 @@ def words_by_torch(key: str, start: int, out: torch.Tensor, scratch: torch.Tenso
         shape = (rows, length // rows)
         x = out[place : place + length].view(shape)
         shifted = scratch[place : place + length].view(shape)
-        keys = torch.from_numpy(_block_keys(key, block, rows).view("int32")).to(out.device)
+        # A few bytes from memory that is not pinned: copied before this returns, without waiting for the device.
+        keys = torch.from_numpy(_block_keys(key, block, rows).view("int32")).to(out.device, non_blocking=True)
         torch.add(table[None, first : first + shape[1]], keys[:, :1], out=x)
         _fold_(x, shifted, _SHIFT_1)
         x.mul_(_MULTIPLIER_1).add_(keys[:, 1:])
@@ -210,11 +211,12 @@ def _mixed_offsets(device: torch.device) -> torch.Tensor:
     """lowbias32 of all offsets in a block."""
     import torch  # noqa: PLC0415
 
-    x = torch.arange(HASH_BLOCK, dtype=torch.int32, device=device)
+    x = torch.arange(HASH_BLOCK, dtype=torch.int32)
     scratch = torch.empty_like(x)
     _fold_(x, scratch, _SHIFT_1)
     x.mul_(_MULTIPLIER_1)
     _fold_(x, scratch, _SHIFT_2)
     x.mul_(_MULTIPLIER_2)
     _fold_(x, scratch, _SHIFT_3)
-    return x
+    # Made here and copied: it is there when this returns, for any stream of the device.
+    return x.to(device)

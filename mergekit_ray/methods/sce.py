@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.accumulate import divide_
 from mergekit_ray.methods.compiled import is_compiled_for
 from mergekit_ray.methods.packed_mask import PackedMask, pack, trim_
 from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
@@ -72,9 +73,12 @@ class Sce(ReduceMethod):
 
     def statistics(self, operands: Operands) -> SceStatistics:
         """Selection and weights."""
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
         selection = None
         if operands.parameters.select_topk < 1.0:
-            num_varying = sum(operands.map_blocks(lambda chunk: int(variances(chunk).count_nonzero())))
+            counts = operands.map_blocks(lambda chunk: variances(chunk).count_nonzero())
+            num_varying = int(torch.stack(counts).sum()) if counts else 0
             count = math.floor(operands.parameters.select_topk * num_varying)
             selection = select_largest(operands, [count], lambda chunk, _: variances(chunk))[0]
 
@@ -127,7 +131,7 @@ def variances_by_torch(chunk: Chunk) -> torch.Tensor:
         torch.sub(x, chunk.base, out=e).sub_(first)
         totals.add_(e)
         squares.add_(e.mul_(e))
-    return squares.sub_(totals.mul_(totals).div_(len(chunk.inputs)))
+    return squares.sub_(divide_(totals.mul_(totals), len(chunk.inputs)))
 
 
 def _selected(chunk: Chunk, selection: Selection | None) -> torch.Tensor:

@@ -24,6 +24,8 @@ from mergekit_ray.planning.make import check_plannable, make_plan, referenced_mo
 from mergekit_ray.planning.moe_experts import RouterVectors
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.runtime.destination import inspect
+from mergekit_ray.runtime.device import check_device, computing_on
+from mergekit_ray.runtime.device_report import DeviceReporter
 from mergekit_ray.runtime.reporting import Reporter, SilentReporter
 from mergekit_ray.storage.opening import open_sink, open_source
 
@@ -34,7 +36,7 @@ _MAX_LOCAL_THREADS: Final = 8
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a merge is run. Nothing here but ``seed`` changes the bytes written.
+    """How a merge is run. Of this only ``device`` may change the bytes written, by the last bit of some elements.
 
     Attributes:
         executor: ``local`` threads, ``ray`` actors, or None: Ray inside a Ray job or when an address is given.
@@ -43,7 +45,8 @@ class MergeOptions:
         memory_bytes: budget of each worker; None for what the plan needs to overlap its work.
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.
-        chunk_elements: elements computed at a time; None for the default.
+        chunk_elements: elements computed at a time on the CPU; None for the default.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, or one of them as ``cuda:1``.
     """
 
     executor: Literal["local", "ray"] | None = None
@@ -53,6 +56,7 @@ class MergeOptions:
     overwrite: bool = False
     allow_non_finite: bool = False
     chunk_elements: int | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ def merge(
     output: str | Path | None = None,
     *,
     seed: int | None = None,
+    device: str | None = None,
     options: MergeOptions | None = None,
     reporter: Reporter | None = None,
     stop: threading.Event | None = None,
@@ -151,6 +156,7 @@ def merge(
         recipe: a recipe, or whatever `mergekit_ray.load_recipe` takes.
         output: folder or URI; None for the recipe's own ``output``.
         seed: of all randomness; overrides the recipe's.
+        device: to compute on; overrides that of the options.
         options: how to run it.
         reporter: told what happens (`runtime.reporting.Reporter`); None for silence.
         stop: set it from another thread to stop the merge; running it again resumes.
@@ -162,9 +168,12 @@ def merge(
         MergekitRayError: nothing is published; finished shards are kept for the next run.
     """
     loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
+    chosen = options or MergeOptions()
+    if device is not None:
+        chosen = replace(chosen, device=check_device(device))
     target = target_of(loaded, output)
     planned = plan(loaded, seed=seed)
-    return run_plan(planned, target, options or MergeOptions(), reporter=reporter, stop=stop)
+    return run_plan(planned, target, chosen, reporter=reporter, stop=stop)
 
 
 def target_of(recipe: DenseRecipe | MoeRecipe, output: str | Path | None) -> str:
@@ -192,6 +201,7 @@ def run_plan(
     stop: threading.Event | None = None,
 ) -> MergeResult:
     """Carry a plan out: write its shards, check them, publish. See `merge`."""
+    check_device(options.device)
     memory_bytes = options.memory_bytes or comfortable_memory(planned)
     check_memory(planned, memory_bytes)
     began = time.perf_counter()
@@ -204,7 +214,9 @@ def run_plan(
         # torch and the rest of the machinery are only paid for once there is something to run.
         from mergekit_ray.runtime.run import carry_out  # noqa: PLC0415
 
-        carry_out(planned, destination, replace(options, memory_bytes=memory_bytes), tell, stop or threading.Event())
+        options = replace(options, memory_bytes=memory_bytes)
+        with computing_on(options.device):
+            carry_out(planned, destination, options, DeviceReporter(tell), stop or threading.Event())
         tell.event("published", f"{uri} is complete", uri=uri, seconds=round(time.perf_counter() - began, 3))
     return MergeResult(uri, planned, len(destination.done), time.perf_counter() - began)
 

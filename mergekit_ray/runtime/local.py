@@ -50,7 +50,7 @@ class LocalExecutor:
         sink = open_sink(job.output)
         self._num_workers = min(self._num_workers, max(1, num_shards))
         for i in range(self._num_workers):
-            worker = Worker(job.inputs, sources, sink, job.record_folder, job.options)
+            worker = Worker(job.inputs, sources, sink, job.record_folder, job.options, number=i)
             thread = threading.Thread(target=self._serve, args=(worker,), name=f"worker-{i}", daemon=True)
             self._workers.append(worker)
             self._threads.append(thread)

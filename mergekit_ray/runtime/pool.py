@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
+import torch
+
 from mergekit_ray.runtime.scratch import ThreadScratch
 
 R = TypeVar("R")
@@ -17,9 +19,15 @@ class ComputePool:
     """Threads that share the arithmetic of one process, each with its own scratch.
 
     torch's own intra-op threads are switched off inside (one pool, no oversubscription).
+
+    Args:
+        num_threads: of the pool. One thread is the caller's own.
+        device: where scratch is, and so where the arithmetic is done; None for the CPU. A device is one thread's: its
+            work is only handed to it there.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         self.num_threads = max(1, num_threads)
         self._executor = ThreadPoolExecutor(self.num_threads, thread_name_prefix="compute") if num_threads > 1 else None
         self._local = threading.local()
@@ -29,7 +37,7 @@ class ComputePool:
         """The calling thread's scratch."""
         scratch = getattr(self._local, "scratch", None)
         if scratch is None:
-            scratch = self._local.scratch = ThreadScratch()
+            scratch = self._local.scratch = ThreadScratch(self.device)
         return cast(ThreadScratch, scratch)
 
     def map_runs(self, num_items: int, function: Callable[[int, int], R]) -> list[R]:

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import ray
@@ -24,7 +24,8 @@ from ray.util.scheduling_strategies import SchedulingStrategyT
 from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.runtime.cluster import in_ray_cluster
+from mergekit_ray.runtime.cluster import check_ray_device, in_ray_cluster, worker_slots
+from mergekit_ray.runtime.device import AUTO, CPU, CUDA
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.worker import Progress, Worker, single_threaded_torch
@@ -113,7 +114,7 @@ class RayExecutor:
         self._started_ray = False
         self._actors: list[_Actor] = []
         self._job: Job | None = None
-        self._max_actors = 0
+        self._max_actors = self._num_on_gpu = 0
         self._is_stopping = False
         self._rescaled = 0.0
         self._last_ready = time.monotonic()
@@ -131,7 +132,12 @@ class RayExecutor:
         return sum(actor.ready is None for actor in self._actors)
 
     def start(self, job: Job, num_shards: int) -> None:
-        """Create the actors."""
+        """Create the actors.
+
+        Raises:
+            ConfigError: a GPU is asked for by its number.
+        """
+        check_ray_device(job.options.device)
         self._job = job
         self._memory_bytes = job.options.memory_bytes
         self._max_actors = max(1, num_shards)
@@ -170,8 +176,8 @@ class RayExecutor:
             self._last_ready = time.monotonic()
         elif time.monotonic() - self._last_ready > _NO_WORKER_SECONDS:
             raise StorageError(
-                f"no worker came up within {_NO_WORKER_SECONDS:.0f} s: {self.cpus_per_worker} CPUs and "
-                f"{self._memory_bytes} bytes of memory were asked for each",
+                f"no worker came up within {_NO_WORKER_SECONDS:.0f} s: {self.cpus_per_worker} CPUs"
+                f"{', a GPU' if self._num_on_gpu else ''} and {self._memory_bytes} bytes of memory were asked for each",
                 where="the Ray cluster",
                 remedy="check `ray status`; ask for less with --memory, or add nodes",
             )
@@ -216,13 +222,20 @@ class RayExecutor:
             return
         self._rescaled = now
         wanted = self._num_wanted
+        job = self._job
+        assert job is not None  # held by the driver: started first
+        room, gpus = worker_slots([node["Resources"] for node in _compute_nodes()], self.cpus_per_worker)
         if wanted is None:
-            cpus = [int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()]
-            wanted = max(1, sum(cpu // self.cpus_per_worker for cpu in cpus))
+            wanted = max(1, gpus if job.options.device == CUDA else room)
         for i in range(len(self._actors), min(wanted, self._max_actors)):
+            on_gpu = job.options.device == CUDA or (job.options.device == AUTO and self._num_on_gpu < gpus)
+            self._num_on_gpu += on_gpu
             handle = RayWorker.options(  # type: ignore[attr-defined] # added by the decorator, untyped
-                num_cpus=self.cpus_per_worker, memory=self._memory_bytes, scheduling_strategy=_SPREAD
-            ).remote(self._job)
+                num_cpus=self.cpus_per_worker,
+                num_gpus=int(on_gpu),
+                memory=self._memory_bytes,
+                scheduling_strategy=_SPREAD,
+            ).remote(replace(job, options=replace(job.options, device=job.options.device if on_gpu else CPU)))
             self._actors.append(_Actor(f"worker-{i}", handle, handle.node.remote()))
 
     def _note_ready(self, actor: _Actor) -> None:

@@ -18,13 +18,32 @@ def is_finite(values: torch.Tensor) -> bool:
 
 def fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether all values are finite, and stay so when rounded to ``dtype``."""
-    largest = torch.finfo(dtype).max
-    if largest >= torch.finfo(values.dtype).max:
+    limit = _overflow(values.dtype, dtype)
+    if limit is None:
         return is_finite(values)
-    # Half way between the largest number and the power of two above it, values begin to be rounded to infinity.
-    limit = (largest + 2.0 ** math.frexp(largest)[1]) / 2
     low, high = torch.aminmax(values)
     return float(low) > -limit and float(high) < limit
+
+
+def fits_there(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`fits`, or `is_finite` without a ``dtype``, as a 0-dimensional boolean left on the values' device.
+
+    Nothing waits for the device.
+    """
+    limit = None if dtype is None else _overflow(values.dtype, dtype)
+    if limit is None:
+        return torch.isfinite(values).all()
+    low, high = torch.aminmax(values)
+    return (low > -limit).logical_and_(high < limit)
+
+
+def _overflow(dtype: torch.dtype, target: torch.dtype) -> float | None:
+    """The least magnitude that rounds from ``dtype`` to an infinity of ``target``; None if no number does."""
+    largest = torch.finfo(target).max
+    if largest >= torch.finfo(dtype).max:
+        return None
+    # Half way between the largest number and the power of two above it, values begin to be rounded to infinity.
+    return float((largest + 2.0 ** math.frexp(largest)[1]) / 2)
 
 
 def round_into(values: torch.Tensor, out: torch.Tensor, scratch: ThreadScratch) -> None:

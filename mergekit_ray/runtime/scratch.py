@@ -34,9 +34,13 @@ class ThreadScratch:
 
     Buffers of one dtype are kept and reused in the order they are asked for, so a loop over chunks touches the same
     memory in each turn. `mark` and `release` bracket a use; what was handed out between them is free again afterwards.
+
+    Args:
+        device: where the tensors are; None for the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._buffers: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
         self._used: dict[torch.dtype, int] = defaultdict(int)
 
@@ -45,14 +49,19 @@ class ThreadScratch:
         pool, index = self._buffers[dtype], self._used[dtype]
         self._used[dtype] = index + 1
         if index == len(pool):
-            pool.append(torch.empty(num_elements, dtype=dtype))
+            pool.append(torch.empty(num_elements, dtype=dtype, device=self._device))
         elif pool[index].numel() < num_elements:
-            pool[index] = torch.empty(num_elements, dtype=dtype)
+            pool[index] = torch.empty(num_elements, dtype=dtype, device=self._device)
         return pool[index][:num_elements]
 
     def like(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor of the shape of ``x``, in ``dtype`` or that of ``x``."""
         return self.take(x.numel(), dtype or x.dtype).view(x.shape)
+
+    def clear(self) -> None:
+        """Let go of all memory; nothing that was handed out may be in use."""
+        self._buffers.clear()
+        self._used.clear()
 
     def mark(self) -> dict[torch.dtype, int]:
         """The current height of the stack."""

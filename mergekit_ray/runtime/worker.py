@@ -1,8 +1,11 @@
 """A worker runs shards: read, compute and write overlap under a byte budget.
 
     reader thread     batches of byte ranges -> input buffers
+    stager thread     input buffers -> device, where there is one
     calling thread    windows: expression over input buffers -> output buffer (arithmetic on the compute pool)
     writer thread     output buffers -> shard file, hashed on the way
+
+On a device the calling thread only hands work over, and what the writer waits for is its way back.
 
 Memory is taken from the budget before a batch is read and given back as its parts are done with, so a worker never
 holds more than its budget whatever the size of the model.
@@ -17,27 +20,25 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
-from mergekit_ray.core.errors import CheckpointError, Interrupted
+from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.expressions import Load, is_copy
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES, Window, batches
+from mergekit_ray.runtime.budget import Budget
+from mergekit_ray.runtime.device import CPU, chosen_device, open_device, resolve
+from mergekit_ray.runtime.device_evaluate import DeviceEvaluation, DeviceSession, Staged
 from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, Evaluation, Piece, check_copy_finite
-from mergekit_ray.runtime.held_inputs import HeldInputs
 from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, BufferPool
-from mergekit_ray.storage.protocols import MappableSource, Sink, Source
-
-_POLL_SECONDS: Final = 0.1
-
-_MIN_MAPPED_BYTES: Final = 1 << 20
-"""Smaller pieces are copied: a mapping costs more."""
+from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs, bytes_of
+from mergekit_ray.storage.protocols import Sink, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,14 @@ class WorkerOptions:
         num_threads: compute threads.
         chunk_elements: elements computed at a time.
         allow_non_finite: let NaN and infinities pass.
+        device: what to compute on (`runtime.device.check_device`), by default what `computing_on` says.
     """
 
     memory_bytes: int
     num_threads: int = 1
     chunk_elements: int = CHUNK_ELEMENTS
     allow_non_finite: bool = False
+    device: str = field(default_factory=chosen_device)
 
 
 @dataclass(slots=True)
@@ -62,12 +65,13 @@ class Progress:
     """What a worker has done so far; counters only grow.
 
     ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
-    counts again, though it is read once.
+    counts again, though it is read once. ``num_on_cpu`` are tensors that needed more memory than the device has.
     """
 
     read_bytes: int = 0
     written_bytes: int = 0
     num_tensors: int = 0
+    num_on_cpu: int = 0
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
@@ -82,51 +86,31 @@ class Progress:
         return result
 
 
-class _Budget:
-    """Bytes that may be held at once. `take` waits until there is room; one taker that is alone is always let in."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._held = 0
-        self._condition = threading.Condition()
-
-    def take(self, num_bytes: int, stopped: threading.Event) -> None:
-        with self._condition:
-            while self._held and self._held + num_bytes > self._limit and not stopped.is_set():
-                self._condition.wait(_POLL_SECONDS)
-            self._held += num_bytes
-
-    def give(self, num_bytes: int) -> None:
-        with self._condition:
-            self._held -= num_bytes
-            self._condition.notify_all()
-
-
-@dataclass(slots=True)
-class _Inputs:
-    """The bytes of a window's loads: mapped, in ``buffers`` (which go back to the pool), or held for several windows.
-
-    ``shared`` are buffers whose last use this window is. Earlier windows may still be being written from them, so they
-    go back once this one has been.
-    """
-
-    data: dict[Load, torch.Tensor] = field(default_factory=dict)
-    buffers: list[torch.Tensor] = field(default_factory=list)
-    shared: list[torch.Tensor] = field(default_factory=list)
-
-
 @dataclass(slots=True)
 class _Batch:
     windows: list[Window]
-    inputs: list[_Inputs] = field(default_factory=list)
+    inputs: list[WindowInputs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A window whose inputs are there: in host memory, and on the device if they are wanted there."""
+
+    window: Window
+    inputs: WindowInputs
+    pieces: dict[Load, Piece]
+    staged: Staged | None = None
 
 
 @dataclass(slots=True)
 class _Output:
+    """A window's result, complete once ``finish`` has returned."""
+
     data: torch.Tensor
     buffers: list[torch.Tensor]
     held_bytes: int
     ends_tensor: bool
+    finish: Callable[[], None] | None = None
 
 
 class Worker:
@@ -137,7 +121,11 @@ class Worker:
         sources: an open source per model key.
         sink: where shards go.
         record_folder: folder in the sink where the record of each finished shard is stored.
-        options: budget and threads.
+        options: budget, threads and device.
+        number: of the worker among those of its process, which take the devices in turn.
+
+    Raises:
+        ConfigError: a device is asked for that is not there.
     """
 
     def __init__(
@@ -147,7 +135,10 @@ class Worker:
         sink: Sink,
         record_folder: str,
         options: WorkerOptions,
+        number: int = 0,
     ) -> None:
+        self.device = resolve(options.device, number)
+        self._session: DeviceSession | None = None
         self.inputs = inputs
         self.sources = sources
         self._sink = sink
@@ -156,6 +147,12 @@ class Worker:
         self.pool = ComputePool(options.num_threads)
         self.buffers = BufferPool(options.memory_bytes - FIXED_BYTES)
         self.progress = Progress()
+
+    def session(self) -> DeviceSession | None:
+        """What is done on the device, which is opened now if it was not yet; None on the CPU."""
+        if self._session is None and self.device != CPU:
+            self._session = DeviceSession(open_device(self.device), self.pool)
+        return self._session
 
     def close(self) -> None:
         """End the compute threads."""
@@ -182,6 +179,7 @@ class Worker:
         except BaseException:
             writer.abort()
             # What was in use is not given back one by one; the memory goes when the last reference does.
+            self._session = None
             self.buffers = BufferPool(self.options.memory_bytes - FIXED_BYTES)
             raise
         # Tensors without elements have no windows, and were written with the header.
@@ -196,13 +194,11 @@ def record_name(folder: str, shard: Shard) -> str:
 
 
 class _ShardRun:
-    """The three threads of one shard."""
+    """The threads of one shard."""
 
     def __init__(self, worker: Worker, shard: Shard, writer: ShardWriter, stop: threading.Event) -> None:
         self._options = worker.options
         self._model_inputs, self._sources = worker.inputs, worker.sources
-        self._mappable = {key: source for key, source in worker.sources.items() if isinstance(source, MappableSource)}
-        self._mapped_files: set[tuple[str, str]] = set()
         self._pool, self._buffers = worker.pool, worker.buffers
         self._progress = worker.progress
         self._writer = writer
@@ -211,9 +207,12 @@ class _ShardRun:
         self._errors: list[BaseException] = []
         self._batches = list(batches(shard, self._options.memory_bytes))
         limit_bytes = self._options.memory_bytes - FIXED_BYTES
-        self._held = HeldInputs(self._batches, limit_bytes, worker.sources.keys() - self._mappable.keys())
-        self._budget = _Budget(limit_bytes - self._held.reserved_bytes)
+        self._inputs = InputReader(worker.inputs, worker.sources, worker.buffers, self._batches, limit_bytes)
+        self._budget = Budget(limit_bytes - self._inputs.reserved_bytes)
+        # A device is not opened to copy bytes.
+        self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
         self._read: queue.Queue[_Batch | None] = queue.Queue()
+        self._staged: queue.Queue[_Ready | None] = queue.Queue()
         self._written: queue.Queue[_Output | None] = queue.Queue()
 
     def run(self) -> None:
@@ -221,6 +220,8 @@ class _ShardRun:
             threading.Thread(target=self._guard, args=(self._read_all, self._read), name="reader"),
             threading.Thread(target=self._guard, args=(self._write_all, None), name="writer"),
         ]
+        if self._session is not None:
+            threads.append(threading.Thread(target=self._guard, args=(self._stage_all, self._staged), name="stager"))
         for thread in threads:
             thread.start()
         try:
@@ -233,9 +234,9 @@ class _ShardRun:
                 thread.join()
         if self._errors:
             raise self._errors[0]
-        self._check_mapped_files()
+        self._inputs.check_unchanged()
 
-    def _guard(self, work: Callable[[], None], sentinel: queue.Queue[_Batch | None] | None) -> None:
+    def _guard(self, work: Callable[[], None], sentinel: queue.Queue[Any] | None) -> None:
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - handed to the calling thread
@@ -265,81 +266,61 @@ class _ShardRun:
             requests: list[ByteRange] = []
             began = time.perf_counter()
             for window in windows:
-                batch.inputs.append(self._inputs_of(window, requests))
+                batch.inputs.append(self._inputs.prepare(window, requests))
             read_into(self._sources, requests)
             self._progress.read_seconds += time.perf_counter() - began
             self._progress.read_bytes += sum(window.read_bytes for window in windows)
             self._read.put(batch)
 
-    def _inputs_of(self, window: Window, requests: list[ByteRange]) -> _Inputs:
-        """Map what can be mapped, and add requests for the rest."""
-        inputs = _Inputs()
-        for load, (first, last) in window.needs.items():
-            itemsize = load.spec.dtype.itemsize
-            file = load.location.file
-            start = load.location.start + first * itemsize
-            stop = load.location.start + last * itemsize
-            version = self._model_inputs[load.model].files[file].version
-            mappable = self._mappable.get(load.model)
-            if mappable is not None and stop - start >= _MIN_MAPPED_BYTES and start % itemsize == 0:
-                mapped = mappable.map_range(file, start, stop, version=version)
-                inputs.data[load] = torch.frombuffer(mapped, dtype=torch.uint8)
-                self._mapped_files.add((load.model, file))
-                continue
-            held = self._held.get(load, (first, last))
-            if held is not None:
-                inputs.data[load] = held[0][: stop - start]
-                inputs.shared += [held[0]] if held[1] else []
-                continue
-            buffer = self._buffers.take(stop - start)
-            if not self._held.hold(load, (first, last), buffer):
-                inputs.buffers.append(buffer)
-            inputs.data[load] = buffer[: stop - start]
-            requests.append(ByteRange(load.model, file, start, stop, version, _bytes_of(inputs.data[load])))
-        return inputs
+    def _windows(self) -> Iterator[_Ready]:
+        """What has been read, in order."""
+        for batch in iter(self._read.get, None):
+            for window, held in zip(batch.windows, batch.inputs, strict=True):
+                starts = window.needs
+                pieces = {
+                    load: Piece(data.view(TORCH_DTYPES[load.spec.dtype]), starts[load][0])
+                    for load, data in held.data.items()
+                }
+                yield _Ready(window, held, pieces)
 
-    def _check_mapped_files(self) -> None:
-        """See that no file changed while it was used where it lies."""
-        for model, file in sorted(self._mapped_files):
-            source, planned = self._sources[model], self._model_inputs[model].files[file]
-            stat = source.stat(file)
-            if stat is None or stat.version != planned.version:
-                raise CheckpointError(
-                    "changed while it was being read: it is no longer the file that was planned for",
-                    where=f"{source.uri}/{file}",
-                    remedy="let nothing write to the inputs, and start the merge again",
-                )
+    def _stage_all(self) -> None:
+        """Bring what has been read to the device, ahead of its turn."""
+        assert self._session is not None
+        for ready in self._windows():
+            if not self._check():
+                return
+            if not is_copy(ready.window.tensor.expression):
+                ready.staged = self._session.stage(ready.window.tensor.expression, ready.pieces, self._failed)
+            self._staged.put(ready)
 
     def _compute_all(self) -> None:
-        while (batch := self._read.get()) is not None:
-            for window, held in zip(batch.windows, batch.inputs, strict=True):
-                if not self._check():
-                    return
-                began = time.perf_counter()
-                output = self._compute(window, held)
-                self._progress.compute_seconds += time.perf_counter() - began
-                self._written.put(output)
+        for ready in self._windows() if self._session is None else iter(self._staged.get, None):
+            if not self._check():
+                return
+            began = time.perf_counter()
+            output = self._compute(ready)
+            self._progress.compute_seconds += time.perf_counter() - began
+            self._written.put(output)
 
-    def _compute(self, window: Window, held: _Inputs) -> _Output:
+    def _compute(self, ready: _Ready) -> _Output:
+        window, held, pieces = ready.window, ready.inputs, ready.pieces
         spec = window.tensor.spec
         expression = window.tensor.expression
         ends_tensor = window.stop == spec.num_elements
-        starts = window.needs
-        pieces = {
-            load: Piece(data.view(TORCH_DTYPES[load.spec.dtype]), starts[load][0]) for load, data in held.data.items()
-        }
         if is_copy(expression) and isinstance(expression, Load):
             if not self._options.allow_non_finite:
                 reference = self._model_inputs[expression.model].reference
                 check_copy_finite(expression, pieces[expression].data, window.start, reference)
             return _Output(held.data[expression], [*held.buffers, *held.shared], window.memory_bytes, ends_tensor)
+        if self._session is not None:
+            return self._hand_over(ready, self._session)
         evaluation = Evaluation(
             expression,
             pieces,
             self._pool,
             chunk_elements=self._options.chunk_elements,
             allow_non_finite=self._options.allow_non_finite,
-            references={key: model.reference for key, model in self._model_inputs.items()},
+            references=self._references(),
         )
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
@@ -349,24 +330,41 @@ class _ShardRun:
         self._budget.give(window.memory_bytes - window.write_bytes)
         return _Output(data, [out, *held.shared], window.write_bytes, ends_tensor)
 
+    def _hand_over(self, ready: _Ready, session: DeviceSession) -> _Output:
+        """To the device. The inputs are kept until the result is there: for messages, and for another try."""
+        window, held = ready.window, ready.inputs
+        evaluation = DeviceEvaluation(
+            session,
+            window.tensor.expression,
+            ready.pieces,
+            ready.staged,
+            allow_non_finite=self._options.allow_non_finite,
+            references=self._references(),
+        )
+        out = self._buffers.take(window.write_bytes)
+        data = out[: window.write_bytes]
+        evaluation.start(window.start, window.stop, data.view(TORCH_DTYPES[window.tensor.spec.dtype]))
+        self._progress.num_on_cpu += evaluation.lacked_memory
+        ends_tensor = window.stop == window.tensor.spec.num_elements
+        return _Output(data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, evaluation.finish)
+
+    def _references(self) -> dict[str, str]:
+        return {key: model.reference for key, model in self._model_inputs.items()}
+
     def _write_all(self) -> None:
         while (output := self._written.get()) is not None:
             if not self._check():
                 continue
+            if output.finish is not None:
+                output.finish()
             began = time.perf_counter()
-            self._writer.write(_bytes_of(output.data))
+            self._writer.write(bytes_of(output.data))
             self._progress.write_seconds += time.perf_counter() - began
             self._progress.written_bytes += output.data.numel()
             self._progress.num_tensors += output.ends_tensor
             for buffer in output.buffers:
                 self._buffers.give(buffer)
             self._budget.give(output.held_bytes)
-
-
-def _bytes_of(data: torch.Tensor) -> memoryview:
-    """The memory of a uint8 tensor."""
-    array: Any = data.numpy()
-    return memoryview(array)
 
 
 @contextlib.contextmanager

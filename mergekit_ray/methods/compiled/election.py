@@ -59,9 +59,9 @@ def add_elected(
         for model in range(len(terms)):
             term, factor, weight = terms[model][start : start + run.size], factors[model], weights[model]
             for i in range(run.size):
-                # Times the elected sign, what agrees is positive.
+                # Times the elected sign, what agrees is positive. What is not a number is added, so that it shows.
                 agreeing = term[i] * factor * signs[i]
-                merged[i] += max(zero, agreeing)
+                merged[i] += max(agreeing, zero)
                 divisors[i] += weight if agreeing > zero else zero
         for i in range(run.size):
             divisor = divisors[i] if abs(divisors[i]) > zero_divisor else one

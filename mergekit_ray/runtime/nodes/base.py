@@ -17,7 +17,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Expression, Load
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.runtime.pool import ComputePool
-from mergekit_ray.runtime.rounding import fits, round_into
+from mergekit_ray.runtime.rounding import fits, fits_there, is_finite, round_into
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, ThreadScratch
 
 CHUNK_ELEMENTS = 1 << 18
@@ -46,6 +46,24 @@ class Node(Protocol):
         ...
 
 
+class Source(Protocol):
+    """What a `Load` is filled from.
+
+    Attributes:
+        start: flat index of the first element that is there.
+    """
+
+    @property
+    def start(self) -> int: ...  # noqa: D102 - see the class
+
+    def run(self, start: int, stop: int) -> torch.Tensor:
+        """Elements ``[start, stop)`` of the whole tensor, 1-D in the load's own dtype, where the nodes compute.
+
+        Not to be written to.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The bytes of one `Load` (or a window of it) in memory.
@@ -63,16 +81,34 @@ class Piece:
         return self.data[start - self.start : stop - self.start]
 
 
+class NonFiniteError(Exception):
+    """A NaN or infinity was met; who it belongs to is found out afterwards."""
+
+
 @dataclass(slots=True)
 class Guard:
-    """Whether a node looks for NaN and infinities: in what it loads, in what it rounds."""
+    """Whether a node looks for NaN and infinities: in what it loads, in what it rounds.
+
+    Attributes:
+        inputs, result: where to look.
+        held: on a device other than the CPU, a 0-dimensional boolean there: whether all that was looked at so far was
+            finite. Asking for it waits for the device, which is done once at the end.
+    """
 
     inputs: bool = False
     result: bool = False
+    held: torch.Tensor | None = None
 
+    def check(self, values: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        """See that values are finite, and stay so when rounded to ``dtype`` if one is given.
 
-class NonFiniteError(Exception):
-    """A NaN or infinity was met; who it belongs to is found out afterwards."""
+        Raises:
+            NonFiniteError: they do not. On a device it is noted in ``held`` instead.
+        """
+        if self.held is not None:
+            self.held.logical_and_(fits_there(values, dtype))
+        elif not (is_finite(values) if dtype is None else fits(values, dtype)):
+            raise NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -81,11 +117,11 @@ class Compilation:
 
     Attributes:
         pieces: the bytes of each load.
-        pool: threads to compute on, with their scratch.
+        pool: threads to compute on, with their scratch; says on which device.
         guard: of all nodes below the root.
     """
 
-    pieces: Mapping[Load, Piece]
+    pieces: Mapping[Load, Source]
     pool: ComputePool
     guard: Guard = field(default_factory=Guard)
 
@@ -120,8 +156,8 @@ def round_result(values: torch.Tensor, dtype: DType, out: torch.Tensor, scratch:
         NonFiniteError: the guard looks at results, and one is not finite or becomes so by rounding.
     """
     target = TORCH_DTYPES[dtype]
-    if guard.result and not fits(values, target):
-        raise NonFiniteError
+    if guard.result:
+        guard.check(values, target)
     if target in (out.dtype, values.dtype):
         round_into(values, out, scratch)
     else:

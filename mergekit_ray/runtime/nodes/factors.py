@@ -9,6 +9,7 @@ Of a matrix with NaN or infinities, everything is NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -39,25 +40,23 @@ class LowRankFactorsNode:
         self._x.prepare()
         whole = _whole(self._x, self._pool)
         if self._rank == 0:
-            norm = math.sqrt(sum(float(block.double().square_().sum()) for block in _blocks(whole.view(-1, 1))))
-            self._result = torch.tensor([norm, norm], dtype=torch.float64)
+            norm = _norm(block.double() for block in _blocks(whole.view(-1, 1)))
+            self._result = torch.stack([norm, norm])
             return
         matrix = whole.t() if self._transposed else whole
         gram = _gram(matrix)
         if not torch.isfinite(gram).all():
-            self._result = torch.full(self.spec.shape, math.nan, dtype=torch.float64)
+            self._result = gram.new_full(self.spec.shape, math.nan)
             return
         if not gram.any():
-            self._result = torch.zeros(self.spec.shape, dtype=torch.float64)
+            self._result = gram.new_zeros(self.spec.shape)
             return
         b, a = (factor.to(self._dtype).double() for factor in _factors(matrix, gram, self._rank))
-        left = whole_norm = 0.0
-        for rows, block in zip(_rows(matrix), _blocks(matrix), strict=True):
-            wide = block.double()
-            whole_norm += float(wide.square().sum())
-            left += float(wide.sub_(b[rows] @ a).square_().sum())
-        norms = torch.tensor([left, whole_norm], dtype=torch.float64).sqrt_()
-        self._result = torch.cat([b.reshape(-1), a.reshape(-1), norms])
+        left = _norm(
+            block.double().sub_(b[rows] @ a) for rows, block in zip(_rows(matrix), _blocks(matrix), strict=True)
+        )
+        whole_norm = _norm(block.double() for block in _blocks(matrix))
+        self._result = torch.cat([b.reshape(-1), a.reshape(-1), torch.stack([left, whole_norm])])
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `Node.fill`."""
@@ -82,7 +81,7 @@ class SingularValuesNode:
         if torch.isfinite(gram).all():
             self._result = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0.0).sqrt_()
         else:
-            self._result = torch.full(self.spec.shape, math.nan, dtype=torch.float64)
+            self._result = gram.new_full(self.spec.shape, math.nan)
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `Node.fill`."""
@@ -91,9 +90,14 @@ class SingularValuesNode:
 
 def _whole(node: Node, pool: ComputePool) -> torch.Tensor:
     """All of a tensor in float32."""
-    whole = torch.empty(node.spec.num_elements, dtype=torch.float32)
+    whole = torch.empty(node.spec.num_elements, dtype=torch.float32, device=pool.device)
     fill_parallel(node, 0, node.spec.num_elements, whole, pool)
     return whole.view(node.spec.shape)
+
+
+def _norm(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of float64 blocks, which are overwritten; left on their device."""
+    return sum((block.square_().sum() for block in blocks), torch.zeros(())).sqrt()
 
 
 def _rows(matrix: torch.Tensor) -> list[slice]:
@@ -109,7 +113,7 @@ def _blocks(matrix: torch.Tensor) -> list[torch.Tensor]:
 def _gram(matrix: torch.Tensor) -> torch.Tensor:
     """``x xᵀ`` or ``xᵀ x``, whichever is smaller, in float64."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for block in _blocks(tall):
         wide = block.double()
         gram.addmm_(wide.t(), wide)

@@ -18,11 +18,10 @@ import torch
 from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Noise, loads
 from mergekit_ray.methods.random_mask import hash_words
 from mergekit_ray.runtime.nodes.base import Compilation, Guard, Node, NonFiniteError, node_of, round_result
-from mergekit_ray.runtime.rounding import is_finite
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 
 _RUN_ELEMENTS = 1 << 15
-"""Numbers drawn at a time: the float64 intermediates of that many stay in cache."""
+"""Numbers drawn at a time on the CPU: the float64 intermediates of that many stay in cache."""
 
 # PPND16: numerators and denominators, highest power first; the central region, and the tails beyond 0.425.
 _CENTRE = 0.425
@@ -82,13 +81,20 @@ def normal_numbers(key: str, start: int, count: int, device: torch.device) -> to
     q = uniform_numbers(key, start, count, device).mul_(0.5)
     r = torch.neg(q.square()).add_(_CENTRE**2)
     result = _polynomial(_CENTRE_ABOVE, r).mul_(q).div_(_polynomial(_CENTRE_BELOW, r))
-    tails = torch.nonzero(q.abs() > _CENTRE).reshape(-1)
+    is_tail = q.abs() > _CENTRE
+    if q.device.type != "cpu":
+        # To ask how many there are would be to wait for the device: all are calculated.
+        return torch.where(is_tail, _tails(q), result)
+    tails = torch.nonzero(is_tail).reshape(-1)
     if len(tails):
-        beyond = q[tails]
-        r = _log(torch.neg(beyond.abs()).add_(0.5)).neg_().sqrt_().sub_(1.6)
-        tail = _polynomial(_TAIL_ABOVE, r).div_(_polynomial(_TAIL_BELOW, r))
-        result[tails] = torch.copysign(tail, beyond)
+        result[tails] = _tails(q[tails])
     return result
+
+
+def _tails(q: torch.Tensor) -> torch.Tensor:
+    """The quantiles of ``q + 1/2`` that lie beyond the central region."""
+    r = _log(torch.neg(q.abs()).add_(0.5)).neg_().sqrt_().sub_(1.6)
+    return torch.copysign(_polynomial(_TAIL_ABOVE, r).div_(_polynomial(_TAIL_BELOW, r)), q)
 
 
 def _polynomial(coefficients: Sequence[float], x: torch.Tensor) -> torch.Tensor:
@@ -141,8 +147,9 @@ class NoiseNode:
         values = self._pool.scratch.like(out, self._compute_dtype)
         self._x.fill(start, stop, values)
         if self._scale:
-            for first in range(start, stop, _RUN_ELEMENTS):
-                last = min(first + _RUN_ELEMENTS, stop)
+            step = _RUN_ELEMENTS if values.device.type == "cpu" else stop - start
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
                 drawn = self._draw(self._key, first, last - first, values.device).mul_(self._scale)
                 values[first - start : last - start].add_(drawn.to(self._compute_dtype))
         round_result(values, self.spec.dtype, out, self._pool.scratch, self._guard)
@@ -177,8 +184,9 @@ class LiteralNode:
     def __init__(self, literal: Literal, compilation: Compilation, guard: Guard) -> None:
         self.spec = literal.spec
         data = bytearray(literal.data)
-        self._values = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
         self._pool = compilation.pool
+        values = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+        self._values = values.to(self._pool.device)
         self._guard = guard
 
     def prepare(self) -> None:
@@ -214,8 +222,8 @@ class ConcatNode:
         """See `Node.fill`."""
         for index, first, last, place in self._concat.overlaps(start, stop):
             self._parts[index].fill(first, last, out[place : place + last - first])
-        if self._guard.result and not is_finite(out):
-            raise NonFiniteError
+        if self._guard.result:
+            self._guard.check(out)
 
 
 def _has_inputs(part: Expression, compilation: Compilation) -> bool:

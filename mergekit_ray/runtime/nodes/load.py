@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergekit_ray.core.expressions import Load
-from mergekit_ray.runtime.nodes.base import Compilation, Guard, NonFiniteError, node_of
-from mergekit_ray.runtime.rounding import is_finite
+from mergekit_ray.runtime.nodes.base import Compilation, Guard, node_of
 
 _UNGUARDED = Guard()
 
@@ -26,5 +25,5 @@ class LoadNode:
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `Node.fill`."""
         out.copy_(self._piece.run(start, stop))
-        if self._guard.inputs and not is_finite(out):
-            raise NonFiniteError
+        if self._guard.inputs:
+            self._guard.check(out)

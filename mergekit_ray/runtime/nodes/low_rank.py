@@ -3,6 +3,10 @@
 Everything is summed in float64: products of two float32 (or narrower) numbers are exact there. Each element is its own
 sum over the rank, in the order of the rank, then scaled, then added to the base, then rounded once. So it does not
 depend on which run it is asked for in, nor on the machine, and lies within an ulp of what any order of summing gives.
+
+Devices other than the CPU do the same by torch's operations, element by element in the order of the rank: their own
+products of matrices sum in orders that depend on the shape, and so on the run. Only norms are summed in another order
+there.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 
 from mergekit_ray.core.expressions import LowRank
 from mergekit_ray.methods.compiled.jit import compiled
+from mergekit_ray.methods.rows import Lines, pieces
 from mergekit_ray.runtime.nodes.base import CHUNK_ELEMENTS, Compilation, Guard, Node, node_of, round_result
 from mergekit_ray.runtime.rounding import round_into
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
@@ -109,6 +114,16 @@ def scale_columns(values: Floats, start: int, factors: Floats) -> None:
         column = column + 1 if column + 1 < factors.size else 0
 
 
+def add_product_by_torch(out: torch.Tensor, start: int, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """`add_product` on any device."""
+    for piece in pieces(start, start + out.numel(), right.shape[1]):
+        summed, product = torch.zeros_like(piece.of(out)), torch.empty_like(piece.of(out))
+        for k in range(len(right)):
+            # Two steps, each rounded: `addcmul` is one on some devices.
+            summed.add_(torch.mul(left[piece.rows, k : k + 1], right[k : k + 1, piece.columns], out=product))
+        piece.of(out).add_(summed.mul_(scale))
+
+
 @node_of(LowRank)
 class LowRankNode:
     """Adds a product of two thin matrices to a run, row by row; never more of it than the run."""
@@ -131,11 +146,11 @@ class LowRankNode:
                 child.prepare()
         if self._transposed:
             # (b @ a)ᵀ = aᵀ @ bᵀ
-            self._left, self._right = _whole(self._a).t(), _whole(self._b).t().contiguous()
+            self._left, self._right = self._whole(self._a).t(), self._whole(self._b).t().contiguous()
             if self._magnitude is not None:
-                self._factors = _whole(self._magnitude) / self._column_norms()
+                self._factors = self._whole(self._magnitude) / self._column_norms()
         else:
-            self._right = _whole(self._a)
+            self._right = self._whole(self._a)
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `Node.fill`."""
@@ -145,7 +160,7 @@ class LowRankNode:
         else:
             values = self._added(start, stop)
             if self._magnitude is not None:
-                scale_columns(values.numpy(), start, self._factors.numpy())
+                self._scale_columns(values, start)
         if out.dtype.itemsize < TORCH_DTYPES[self.spec.dtype].itemsize:
             round_into(values, out, scratch)  # for a caller that computes in 16 bits: still one rounding
         else:
@@ -164,8 +179,17 @@ class LowRankNode:
             self._b.fill(first * rank, last * rank, rows)
             left = rows.view(last - first, rank)
         offset = start - first * self._columns
-        add_product(values.numpy(), offset, left.numpy(), self._right.numpy(), self._scale)
+        if values.device.type == "cpu":
+            add_product(values.numpy(), offset, left.numpy(), self._right.numpy(), self._scale)
+        else:
+            add_product_by_torch(values, offset, left, self._right, self._scale)
         return values
+
+    def _scale_columns(self, values: torch.Tensor, start: int) -> None:
+        if values.device.type == "cpu":
+            scale_columns(values.numpy(), start, self._factors.numpy())
+        else:
+            Lines(self._rows, self._columns, are_rows=False).scale_(values, start, self._factors)
 
     def _scaled_rows(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` of rows scaled to their norms, for which whole rows are computed."""
@@ -174,7 +198,10 @@ class LowRankNode:
         values = self._added(first * self._columns, last * self._columns)
         rows = values.view(last - first, self._columns)
         factors, norms = (self._pool.scratch.take(last - first, torch.float64) for _ in range(2))
-        row_norms(norms.numpy(), rows.numpy())
+        if rows.device.type == "cpu":
+            row_norms(norms.numpy(), rows.numpy())
+        else:
+            norms.copy_(torch.linalg.vector_norm(rows, dim=1)).masked_fill_(norms == 0, 1.0)
         self._magnitude.fill(first, last, factors)
         rows.mul_(factors.div_(norms)[:, None])
         return values[start - first * self._columns : stop - first * self._columns]
@@ -182,22 +209,25 @@ class LowRankNode:
     def _column_norms(self) -> torch.Tensor:
         """The norm of each column, added row after row; 1 for a column of zeros, which stays zero."""
         scratch = self._pool.scratch
-        squares = torch.zeros(self._columns, dtype=torch.float64)
+        squares = torch.zeros(self._columns, dtype=torch.float64, device=self._pool.device)
         step = max(1, CHUNK_ELEMENTS // self._columns)
         for first in range(0, self._rows, step):
             mark = scratch.mark()
             try:
                 last = min(first + step, self._rows)
                 values = self._added(first * self._columns, last * self._columns)
-                add_squares(squares.numpy(), values.view(last - first, self._columns).numpy())
+                rows = values.view(last - first, self._columns)
+                if rows.device.type == "cpu":
+                    add_squares(squares.numpy(), rows.numpy())
+                else:
+                    squares.add_(rows.square().sum(dim=0))
             finally:
                 scratch.release(mark)
         norms = squares.sqrt_()
         return norms.masked_fill_(norms == 0, 1.0)
 
-
-def _whole(node: Node) -> torch.Tensor:
-    """All of a factor in float64, in its shape."""
-    whole = torch.empty(node.spec.num_elements, dtype=torch.float64)
-    node.fill(0, node.spec.num_elements, whole)
-    return whole.view(node.spec.shape)
+    def _whole(self, node: Node) -> torch.Tensor:
+        """All of a factor in float64, in its shape."""
+        whole = torch.empty(node.spec.num_elements, dtype=torch.float64, device=self._pool.device)
+        node.fill(0, node.spec.num_elements, whole)
+        return whole.view(node.spec.shape)

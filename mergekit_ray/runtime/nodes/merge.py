@@ -129,6 +129,6 @@ class MergeNode:
         return _Chunk(start, stop, tensors, base, scratch)
 
     def _whole_of(self, node: Node) -> torch.Tensor:
-        whole = torch.empty(self.num_elements, dtype=self.compute_dtype)
+        whole = torch.empty(self.num_elements, dtype=self.compute_dtype, device=self._pool.device)
         fill_parallel(node, 0, self.num_elements, whole, self._pool)
         return whole.view(self.shape)

@@ -7,6 +7,7 @@ times as fast as torch's own conversion and twice as fast as a table of 256 numb
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,8 +17,8 @@ import torch
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import BlockScaled, Mxfp4
 from mergekit_ray.core.expressions.quantised import E8M0_NON_FINITE, MXFP4_GROUP_BYTES, BlockGrid
-from mergekit_ray.runtime.nodes.base import Compilation, Guard, NonFiniteError, Piece, node_of
-from mergekit_ray.runtime.rounding import is_finite, round_into
+from mergekit_ray.runtime.nodes.base import Compilation, Guard, Source, node_of
+from mergekit_ray.runtime.rounding import round_into
 from mergekit_ray.runtime.scratch import ThreadScratch
 
 _GROUP = 2 * MXFP4_GROUP_BYTES
@@ -31,6 +32,12 @@ def _e8m0_values() -> torch.Tensor:
 
 
 _E8M0 = _e8m0_values()
+
+
+@functools.lru_cache(maxsize=16)
+def _e8m0_on(device: torch.device) -> torch.Tensor:
+    """`_E8M0` where it is needed."""
+    return _E8M0.to(device)
 
 
 class _Decoder:
@@ -53,8 +60,8 @@ class _Decoder:
         mark = scratch.mark()
         values = out if out.dtype == torch.float32 else scratch.take(stop - start, torch.float32)
         self._decode(start, stop, values, scratch)
-        if (self._guard.inputs or self._guard.result) and not is_finite(values):
-            raise NonFiniteError
+        if self._guard.inputs or self._guard.result:
+            self._guard.check(values)
         if values is not out:
             round_into(values, out, scratch)
         scratch.release(mark)
@@ -88,7 +95,7 @@ class BlockScaledNode(_Decoder):
         stored = self._scales.run(first * grid.width, last * grid.width).view(-1, grid.width)[:, left:right]
         scales = scratch.like(stored, torch.float32).copy_(stored)
         if grid.block[0] > 1:
-            index = _block_rows(grid, box.b0, box.b1).sub_(first)
+            index = _block_rows(grid, box.b0, box.b1, values.device).sub_(first)
             by_row = scratch.take(len(index) * (right - left), torch.float32).view(len(index), -1)
             scales = torch.index_select(scales, 0, index, out=by_row)
         for part in parts(box.c0, box.c1, grid.block[1]):
@@ -128,14 +135,14 @@ class Mxfp4Node(_Decoder):
         codes = self._transposed(self._scales, _GROUP, box, first, last)
         index = scratch.like(codes, torch.int32).copy_(codes)
         scales = scratch.like(index, torch.float32)
-        torch.index_select(_E8M0, 0, index.view(-1), out=scales.view(-1))
+        torch.index_select(_e8m0_on(index.device), 0, index.view(-1), out=scales.view(-1))
         for part in parts(box.b0, box.b1, _GROUP):
             rows = slice(part.start - box.b0, part.stop - box.b0)
             shape = (len(out), part.num_cells, -1, box.c1 - box.c0)
             factor = scales[:, part.cell - first :][:, : part.num_cells].unsqueeze(2)
             torch.mul(numbers[:, rows].view(shape), factor, out=out[:, rows].view(shape))
 
-    def _transposed(self, piece: Piece, rows_per_byte: int, box: Box, first: int, last: int) -> torch.Tensor:
+    def _transposed(self, piece: Source, rows_per_byte: int, box: Box, first: int, last: int) -> torch.Tensor:
         """Bytes ``[first, last)`` of the columns and matrices of a box, as they would lie in the result (a view)."""
         _, num_rows, num_columns = self._shape
         width = num_rows // rows_per_byte
@@ -205,9 +212,9 @@ def parts(start: int, stop: int, size: int) -> Iterator[Part]:
         start = end
 
 
-def _block_rows(grid: BlockGrid, start: int, stop: int) -> torch.Tensor:
+def _block_rows(grid: BlockGrid, start: int, stop: int, device: torch.device) -> torch.Tensor:
     """`BlockGrid.block_row` of rows ``[start, stop)``, int64."""
-    rows = torch.arange(start, stop)
+    rows = torch.arange(start, stop, device=device)
     matrices = rows.div(grid.matrix_rows, rounding_mode="floor")
     within = rows.remainder_(grid.matrix_rows).div_(grid.block[0], rounding_mode="floor")
     return within.add_(matrices, alpha=-(-grid.matrix_rows // grid.block[0]))
@@ -220,7 +227,8 @@ def _widen_e4m3(codes: torch.Tensor, out: torch.Tensor, scratch: ThreadScratch) 
     bits.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # the sign was copied to all the bits above: one of them is kept
     out.copy_(bits.view(torch.float16)).mul_(256.0)
     magnitudes = torch.bitwise_and(codes, 0x7F, out=scratch.take(codes.numel(), torch.uint8))
-    if codes.numel() and int(magnitudes.max()) == 0x7F:
+    # A look first saves the CPU a pass; elsewhere it would be to wait for the device.
+    if codes.numel() and (codes.device.type != "cpu" or int(magnitudes.max()) == 0x7F):
         out.masked_fill_(magnitudes.eq(0x7F), torch.nan)
     scratch.release(mark)
 

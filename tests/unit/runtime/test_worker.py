@@ -26,6 +26,7 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning import windows
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES
+from mergekit_ray.runtime import window_inputs
 from mergekit_ray.runtime import worker as worker_module
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.worker import Progress, Worker, WorkerOptions, record_name, single_threaded_torch
@@ -173,7 +174,7 @@ def test_what_is_held_stays_within_the_budget(
     limit = 3 * 500_000
     held: list[int] = []
 
-    class Watched(worker_module._Budget):
+    class Watched(worker_module.Budget):
         def take(self, num_bytes: int, stopped: threading.Event) -> None:
             super().take(num_bytes, stopped)
             held.append(self._held)
@@ -182,7 +183,7 @@ def test_what_is_held_stays_within_the_budget(
             super().give(num_bytes)
             held.append(self._held)
 
-    monkeypatch.setattr(worker_module, "_Budget", Watched)
+    monkeypatch.setattr(worker_module, "Budget", Watched)
     worker = make_worker(pair[0], tmp_path / "out", memory_bytes=FIXED_BYTES + limit)
     worker.run(pair[1])
     worker.close()
@@ -193,7 +194,7 @@ def test_what_is_held_stays_within_the_budget(
 
 
 def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
-    budget, never = worker_module._Budget(100), threading.Event()
+    budget, never = worker_module.Budget(100), threading.Event()
     budget.take(500, never)  # alone: let in whatever its size
     entered = threading.Event()
 
@@ -211,7 +212,7 @@ def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
 
 
 def test_a_waiting_taker_is_let_go_when_the_shard_has_failed() -> None:
-    budget, failed = worker_module._Budget(100), threading.Event()
+    budget, failed = worker_module.Budget(100), threading.Event()
     budget.take(100, failed)
     thread = threading.Thread(target=budget.take, args=(1, failed))
     thread.start()
@@ -258,7 +259,7 @@ def test_inputs_used_where_they_lie_give_the_same_bytes(
 ) -> None:
     inputs, shard = pair
     expected = make_worker(inputs, tmp_path / "expected").run(shard)
-    monkeypatch.setattr(worker_module, "_MIN_MAPPED_BYTES", smallest)
+    monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", smallest)
     assert make_worker(inputs, tmp_path / "out").run(shard).sha256 == expected.sha256
 
 
@@ -266,7 +267,7 @@ def test_an_input_that_changes_while_it_is_used_is_refused(
     pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, shard = pair
-    monkeypatch.setattr(worker_module, "_MIN_MAPPED_BYTES", 0)
+    monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", 0)
     compute = worker_module._ShardRun._compute
 
     def touch_and_compute(*args: Any) -> Any:

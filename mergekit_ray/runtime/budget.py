@@ -1,0 +1,34 @@
+"""Bytes that may be held at once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+_POLL_SECONDS: Final = 0.1
+
+
+class Budget:
+    """Bytes that may be held at once. `take` waits until there is room; one taker that is alone is always let in.
+
+    Args:
+        limit_bytes: of all that take.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._held = 0
+        self._condition = threading.Condition()
+
+    def take(self, num_bytes: int, stopped: threading.Event) -> None:
+        """Wait for room, or for ``stopped``."""
+        with self._condition:
+            while self._held and self._held + num_bytes > self._limit and not stopped.is_set():
+                self._condition.wait(_POLL_SECONDS)
+            self._held += num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        """Give back what was taken."""
+        with self._condition:
+            self._held -= num_bytes
+            self._condition.notify_all()
