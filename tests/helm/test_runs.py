@@ -51,6 +51,7 @@ def test_every_option() -> None:
         "address": None,
         "workers": 12,
         "memory": "6GB",
+        "device": "cpu",
         "overwrite": True,
         "allow_non_finite": True,
         "seed": 12345678901,

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
@@ -43,11 +44,16 @@ class RayCluster:
         import ray
         from ray.cluster_utils import Cluster
 
-        self._environment.enter_context(mock.patch.dict(os.environ, ENVIRONMENT))
         # Sockets lie in it, and their paths may have 107 characters.
         self._folder = tempfile.mkdtemp(prefix="ray-")
+        # So does the address of the cluster that was started last, in a folder that Ray does not make: other test runs
+        # on this machine have their own.
+        place = Path(self._folder, "ray")
+        place.mkdir()
+        environment = {**ENVIRONMENT, "RAY_TMPDIR": self._folder}
+        self._environment.enter_context(mock.patch.dict(os.environ, environment))
         head = {"num_cpus": 0, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": self._folder})
+        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": str(place)})
         for _ in range(self._num_nodes):
             self.add_node()
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level="error")

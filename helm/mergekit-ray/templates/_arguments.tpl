@@ -11,6 +11,7 @@ would take up.
 {{- if $workers }}{{ $words = concat $words (list "--workers" $workers) }}{{ end }}
 {{- with $merge.memory }}{{ $words = concat $words (list "--memory" (nospace .)) }}{{ end }}
 {{- if not (kindIs "invalid" $merge.seed) }}{{ $words = concat $words (list "--seed" (printf "%d" (int64 $merge.seed))) }}{{ end }}
+{{- if ne $merge.device "auto" }}{{ $words = concat $words (list "--device" $merge.device) }}{{ end }}
 {{- if $merge.overwrite }}{{ $words = append $words "--overwrite" }}{{ end }}
 {{- if $merge.allowNonFinite }}{{ $words = append $words "--allow-non-finite" }}{{ end }}
 {{- if $merge.lenient }}{{ $words = append $words "--lenient" }}{{ end }}
