@@ -1,6 +1,6 @@
 """Peak memory of merges of models of different sizes: it must not grow with the model.
 
-    python -m benchmarks.memory [--shapes 1.1b 8b] [--methods linear ties]
+    python -m benchmarks.memory [--shapes 1.1b 8b] [--methods linear ties] [--device cuda]
 
 Models are noise and outputs are thrown away (see `benchmarks.endless`), so no disk is needed. Each merge
 runs in a process of its own.
@@ -42,12 +42,12 @@ def recipe(method: str, shape: str) -> str:
     return "\n".join([*lines, *([f"parameters: {{{general}}}"] if general else [])])
 
 
-def run_one(file: Path) -> None:
+def run_one(file: Path, device: str) -> None:
     """Merge into nothing, in this process."""
     register()
     from mergekit_ray.cli import merge_main  # noqa: PLC0415 - as the command line does, in the measured process only
 
-    sys.argv = ["merge", str(file), "discard://out", "--quiet"]
+    sys.argv = ["merge", str(file), "discard://out", "--quiet", "--device", device]
     merge_main()
 
 
@@ -56,10 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["1.1b", "8b"])
     parser.add_argument("--methods", nargs="*", choices=sorted(RECIPES), default=list(RECIPES))
+    parser.add_argument("--device", default="cpu", help="what to compute on, as for merge")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        run_one(arguments.run)
+        run_one(arguments.run, arguments.device)
         return
     print(f"{describe_machine(Path(tempfile.gettempdir()))}")
     print("| method | " + " | ".join(f"{shape}: anonymous GB, s" for shape in arguments.shapes) + " |")
@@ -70,7 +71,7 @@ def main() -> None:
             for shape in arguments.shapes:
                 file = Path(folder) / f"{method}.yml"
                 file.write_text(recipe(method, shape))
-                command = [sys.executable, "-m", "benchmarks.memory", "--run", str(file)]
+                command = [sys.executable, "-m", "benchmarks.memory", "--run", str(file), "--device", arguments.device]
                 found = measure(command, log=Path(folder) / "log")
                 cells.append(f"{found.peak_anonymous_bytes / GB:.2f}, {found.wall_seconds:.1f}")
             print(f"| {method} | {' | '.join(cells)} |", flush=True)

@@ -94,7 +94,8 @@ def _gather(operands: Operands, start: int, stop: int) -> list[torch.Tensor]:
         part = slice(max(start - chunk.start, 0), stop - chunk.start)
         return [delta[part].clone() for delta in deltas]
 
-    blocks = range(start // BLOCK_ELEMENTS, (stop - 1) // BLOCK_ELEMENTS + 1)
+    size = operands.block_elements
+    blocks = range(start // size, (stop - 1) // size + 1)
     parts = [operands.block(block, cut) for block in blocks]
     return [torch.cat([part[index] for part in parts]) for index in range(operands.num_inputs)]
 

@@ -99,7 +99,7 @@ class _Della(ReduceMethod):
                 for index, sampling in samplings.items()
             }
 
-        runs = operands.map_blocks(sample, run_elements(length))
+        runs = operands.map_blocks(sample, run_elements(length, operands.block_elements))
         if operands.parameters.rescale:
             for index in samplings:
                 factors[index] = rescaling_factor((run[index].whole for run in runs), (run[index].kept for run in runs))

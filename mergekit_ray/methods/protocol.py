@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 BLOCK_ELEMENTS = 1 << 18
-"""Elements in a block of `Operands.map_blocks`. Fixed, whatever the chunk size: sums taken per block and added in block
-order are the same for every chunk size and number of threads."""
+"""Elements in a block of `Operands.map_blocks` on the CPU. Fixed, whatever the chunk size: sums taken per block and
+added in block order are the same for every chunk size and number of threads."""
 
 
 class Scratch(Protocol):
@@ -65,6 +65,7 @@ class Operands(Protocol):
         input_parameters: per-model parameters, one per input.
         keys: one string per input, to seed randomness with.
         compute_dtype: torch dtype of all arithmetic.
+        block_elements: of a block: `BLOCK_ELEMENTS`, or a power of two times that where small runs keep a device idle.
     """
 
     shape: tuple[int, ...]
@@ -74,23 +75,24 @@ class Operands(Protocol):
     input_parameters: Sequence[Any]
     keys: Sequence[str]
     compute_dtype: torch.dtype
+    block_elements: int
 
-    def map_blocks(self, function: Callable[[Chunk], R], block_elements: int = BLOCK_ELEMENTS) -> list[R]:
+    def map_blocks(self, function: Callable[[Chunk], R], block_elements: int | None = None) -> list[R]:
         """``function`` over all blocks (the last may be shorter), in parallel; results in order.
 
         Args:
             function: called with each block.
-            block_elements: of a block: another number where blocks must end where rows do. It must depend on nothing
-                but the shape, and memory grows with it.
+            block_elements: another number where blocks must end where rows do. It must depend on nothing but the shape
+                and the usual number, and memory grows with it.
         """
         ...
 
     def map_some(self, indices: Sequence[int], function: Callable[[Chunk], R]) -> list[R]:
-        """``function`` over the blocks of `BLOCK_ELEMENTS` with these indices, in parallel; results in order."""
+        """``function`` over the blocks of the usual size with these indices, in parallel; results in order."""
         ...
 
     def block(self, index: int, function: Callable[[Chunk], R]) -> R:
-        """``function`` over one block."""
+        """``function`` over one block of the usual size."""
         ...
 
 

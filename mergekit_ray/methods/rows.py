@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Chunk, Operands
+from mergekit_ray.methods.protocol import Chunk, Operands
 from mergekit_ray.methods.sums import partial_sums
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Lines:
                 for piece in cut:
                     summed[index][piece.columns] += piece.of(term).sum(dim=0)
 
-        for index in range(-(-operands.num_elements // BLOCK_ELEMENTS)):
+        for index in range(-(-operands.num_elements // operands.block_elements)):
             operands.block(index, add)
         assert len(summed) == num_terms
         return torch.stack(summed)

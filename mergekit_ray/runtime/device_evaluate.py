@@ -23,7 +23,7 @@ from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Expression, Load, Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
-from mergekit_ray.methods.protocol import is_portable
+from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, is_portable
 from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.device import Device, Mark
 from mergekit_ray.runtime.device_copies import (
@@ -47,6 +47,12 @@ _USED_PART: Final = 0.8
 
 _CHUNK_PART: Final = 0.25
 """Of that, for the intermediates of a chunk."""
+
+_MOST_BLOCK_ELEMENTS: Final = 1 << 23
+"""Of a block of statistics: enough for a GPU to be busy with it for longer than it takes to ask for it."""
+
+_USUAL_LOADS: Final = 4
+"""A base and three models: what blocks are sized for, whatever is merged, so that a session has one size of them."""
 
 _SCRATCH_RUNS: Final = 8
 """Float64 runs that a method takes beside its inputs, about."""
@@ -96,6 +102,9 @@ class DeviceSession:
         self._chunk_bytes = int(budget_bytes * _CHUNK_PART)
         self._resident_bytes = budget_bytes - self._chunk_bytes
         self._budget = Budget(self._resident_bytes)
+        room = self._chunk_bytes // chunk_bytes(1, _USUAL_LOADS)
+        while self.pool.block_elements < _MOST_BLOCK_ELEMENTS and 2 * self.pool.block_elements <= room:
+            self.pool.block_elements *= 2
 
     def stage(
         self, expression: Expression, pieces: Mapping[Load, Piece], stopped: threading.Event | None = None
@@ -141,6 +150,13 @@ class DeviceSession:
         """Give back memory that is only kept for reuse."""
         self.pool.scratch.clear()
         self.device.give_back_unused()
+
+    def halve_blocks(self) -> bool:
+        """Use less memory for statistics from now on; whether that was possible."""
+        if self.pool.block_elements == BLOCK_ELEMENTS:
+            return False
+        self.pool.block_elements //= 2
+        return True
 
 
 def chunk_bytes(num_elements: int, num_loads: int) -> int:
@@ -199,9 +215,12 @@ class DeviceEvaluation:
             MergeError: not even the smallest chunk fits in the device's memory; or as `Evaluation`.
         """
         for sources in self._sources():
-            if self._fits(sources, start, stop, out):
+            while not self._fits(sources, start, stop, out):
+                self._session.make_room()
+                if self._expression.access is not Access.REDUCE or not self._session.halve_blocks():
+                    break
+            else:
                 return
-            self._session.make_room()
         if self._expression.access is not Access.WHOLE and _is_portable(self._expression):
             raise self._too_large()
         self.lacked_memory = _is_portable(self._expression)

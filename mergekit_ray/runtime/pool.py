@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from mergekit_ray.methods.protocol import BLOCK_ELEMENTS
 from mergekit_ray.runtime.scratch import ThreadScratch
 
 R = TypeVar("R")
@@ -24,11 +25,15 @@ class ComputePool:
         num_threads: of the pool. One thread is the caller's own.
         device: where scratch is, and so where the arithmetic is done; None for the CPU. A device is one thread's: its
             work is only handed to it there.
+
+    Attributes:
+        block_elements: see `mergekit_ray.methods.protocol.Operands`.
     """
 
     def __init__(self, num_threads: int, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self.num_threads = max(1, num_threads)
+        self.block_elements = BLOCK_ELEMENTS
         self._executor = ThreadPoolExecutor(self.num_threads, thread_name_prefix="compute") if num_threads > 1 else None
         self._local = threading.local()
 

@@ -88,20 +88,22 @@ class MemoryOperands:
         self.input_parameters = input_parameters
         self.keys = keys or [f"model {index}" for index in range(len(inputs))]
         self.compute_dtype = compute_dtype
+        self.block_elements = BLOCK_ELEMENTS
         self.blocks_read = 0
 
-    def map_blocks(self, function: Callable[[Any], R], block_elements: int = BLOCK_ELEMENTS) -> list[R]:
-        num_blocks = -(-self.num_elements // block_elements)
+    def map_blocks(self, function: Callable[[Any], R], block_elements: int | None = None) -> list[R]:
+        num_blocks = -(-self.num_elements // (block_elements or self.block_elements))
         return [self.block(index, function, block_elements) for index in range(num_blocks)]
 
     def map_some(self, indices: Sequence[int], function: Callable[[Any], R]) -> list[R]:
         return [self.block(index, function) for index in indices]
 
-    def block(self, index: int, function: Callable[[Any], R], block_elements: int = BLOCK_ELEMENTS) -> R:
-        assert 0 <= index * block_elements < self.num_elements
+    def block(self, index: int, function: Callable[[Any], R], block_elements: int | None = None) -> R:
+        size = block_elements or self.block_elements
+        assert 0 <= index * size < self.num_elements
         self.blocks_read += 1
-        start = index * block_elements
-        chunk = MemoryChunk(self, start, min(start + block_elements, self.num_elements))
+        start = index * size
+        chunk = MemoryChunk(self, start, min(start + size, self.num_elements))
         result = function(chunk)
         chunk.spoil()
         return result

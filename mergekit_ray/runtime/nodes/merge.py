@@ -11,7 +11,6 @@ from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.protocol import (
-    BLOCK_ELEMENTS,
     Chunk,
     ElementwiseMethod,
     ReduceMethod,
@@ -51,6 +50,7 @@ class MergeNode:
         self._inputs = [compilation.compile(x) for x in node.inputs]
         self._base = None if node.base is None else compilation.compile(node.base)
         self._pool = compilation.pool
+        self.block_elements = compilation.pool.block_elements
         self._statistics: Any = None
         self.shape = node.spec.shape
         self.num_elements = node.spec.num_elements
@@ -87,12 +87,13 @@ class MergeNode:
         merged = method.combine(chunk, self, self._statistics)
         round_result(merged, self.spec.dtype, out, self._pool.scratch, self._guard)
 
-    def map_blocks(self, function: Callable[[Chunk], R], block_elements: int = BLOCK_ELEMENTS) -> list[R]:
+    def map_blocks(self, function: Callable[[Chunk], R], block_elements: int | None = None) -> list[R]:
         """See `Operands.map_blocks`."""
-        num_blocks = -(-self.num_elements // block_elements)
+        size = block_elements or self.block_elements
+        num_blocks = -(-self.num_elements // size)
 
         def run(first: int, last: int) -> list[R]:
-            return [self._block(index, function, block_elements) for index in range(first, last)]
+            return [self._block(index, function, size) for index in range(first, last)]
 
         return [result for results in self._pool.map_runs(num_blocks, run) for result in results]
 
@@ -100,13 +101,13 @@ class MergeNode:
         """See `Operands.map_some`."""
 
         def run(first: int, last: int) -> list[R]:
-            return [self._block(index, function, BLOCK_ELEMENTS) for index in indices[first:last]]
+            return [self._block(index, function, self.block_elements) for index in indices[first:last]]
 
         return [result for results in self._pool.map_runs(len(indices), run) for result in results]
 
     def block(self, index: int, function: Callable[[Chunk], R]) -> R:
         """See `Operands.block`."""
-        return self._block(index, function, BLOCK_ELEMENTS)
+        return self._block(index, function, self.block_elements)
 
     def _block(self, index: int, function: Callable[[Chunk], R], block_elements: int) -> R:
         start = index * block_elements

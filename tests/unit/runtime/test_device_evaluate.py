@@ -13,7 +13,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Cast, Load, Merge, Scale
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import is_portable
+from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, is_portable
 from mergekit_ray.runtime.device_copies import SLOT_BYTES
 from mergekit_ray.runtime.device_evaluate import MIN_CHUNK_ELEMENTS, DeviceEvaluation, DeviceSession, chunk_bytes
 from mergekit_ray.runtime.pool import ComputePool
@@ -146,6 +146,29 @@ def test_chunks_are_halved_where_memory_turns_out_not_to_suffice() -> None:
     assert torch.equal(on_device(session, tree, inputs), evaluate(tree, inputs))
     assert device.num_made_room >= 2
     assert device.memory.peak_bytes <= device.memory.capacity_bytes
+
+
+def test_blocks_are_halved_where_memory_turns_out_not_to_suffice() -> None:
+    tree, inputs, expected = ties((1200, 1009))
+    device = SimulatedDevice(30 * MIB)
+    session = session_on(device, budget_bytes=8 << 30)
+    most = session.pool.block_elements
+    assert most > tree.spec.num_elements
+    assert torch.equal(on_device(session, tree, inputs), expected)
+    assert BLOCK_ELEMENTS <= session.pool.block_elements < most
+    assert device.memory.peak_bytes <= device.memory.capacity_bytes
+
+
+@pytest.mark.parametrize("case", [case for case in METHOD_CASES if case.shape == SHAPE], ids=str)
+def test_the_size_of_blocks_does_not_matter(case: MethodCase) -> None:
+    inputs = Inputs()
+    tree = dataclasses.replace(case, shape=(1200, 1009)).tree(inputs)
+    found = []
+    for block_elements in (BLOCK_ELEMENTS, 4 * BLOCK_ELEMENTS):
+        session = session_on(SimulatedDevice())
+        session.pool.block_elements = block_elements
+        found.append(on_device(session, tree, inputs))
+    assert torch.equal(*found)
 
 
 def test_too_little_for_the_smallest_chunk_is_an_error_that_says_so() -> None:
