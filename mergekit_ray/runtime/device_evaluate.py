@@ -80,6 +80,7 @@ class DeviceSession:
         device: which.
         host_pool: computes what the device does not.
         budget_bytes: of the device's memory; None for most of what is free.
+        num_sharing: sessions that will be open on this device, which share that.
         slot_bytes: of each pinned buffer (`device_copies`); no chunk of a result is longer.
     """
 
@@ -89,6 +90,7 @@ class DeviceSession:
         host_pool: ComputePool,
         *,
         budget_bytes: int | None = None,
+        num_sharing: int = 1,
         slot_bytes: int = SLOT_BYTES,
     ) -> None:
         self.device = device
@@ -98,7 +100,7 @@ class DeviceSession:
         self._uploads = Uploads(device, slot_bytes)
         self._throttle = Throttle(device, self._uploads)
         if budget_bytes is None:
-            budget_bytes = int(device.free_bytes() * _USED_PART)
+            budget_bytes = int(device.free_bytes() * _USED_PART) // num_sharing
         self._chunk_bytes = int(budget_bytes * _CHUNK_PART)
         self._resident_bytes = budget_bytes - self._chunk_bytes
         self._budget = Budget(self._resident_bytes)

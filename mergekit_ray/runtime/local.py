@@ -9,6 +9,7 @@ from typing import Final
 
 from mergekit_ray.core.errors import InternalError, MergekitRayError
 from mergekit_ray.core.plan import InputModel, Shard
+from mergekit_ray.runtime.device import resolve
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.worker import Progress, Worker
 from mergekit_ray.storage.opening import open_sink, open_source
@@ -49,8 +50,10 @@ class LocalExecutor:
         sources = open_sources(job.inputs)
         sink = open_sink(job.output)
         self._num_workers = min(self._num_workers, max(1, num_shards))
-        for i in range(self._num_workers):
-            worker = Worker(job.inputs, sources, sink, job.record_folder, job.options, number=i)
+        devices = [resolve(job.options.device, i) for i in range(self._num_workers)]
+        for i, device in enumerate(devices):
+            sharing = devices.count(device)
+            worker = Worker(job.inputs, sources, sink, job.record_folder, job.options, number=i, num_sharing=sharing)
             thread = threading.Thread(target=self._serve, args=(worker,), name=f"worker-{i}", daemon=True)
             self._workers.append(worker)
             self._threads.append(thread)

@@ -123,6 +123,7 @@ class Worker:
         record_folder: folder in the sink where the record of each finished shard is stored.
         options: budget, threads and device.
         number: of the worker among those of its process, which take the devices in turn.
+        num_sharing: workers of the process that have the same device.
 
     Raises:
         ConfigError: a device is asked for that is not there.
@@ -136,7 +137,9 @@ class Worker:
         record_folder: str,
         options: WorkerOptions,
         number: int = 0,
+        num_sharing: int = 1,
     ) -> None:
+        self._num_sharing = num_sharing
         self.device = resolve(options.device, number)
         self._session: DeviceSession | None = None
         self.inputs = inputs
@@ -151,7 +154,7 @@ class Worker:
     def session(self) -> DeviceSession | None:
         """What is done on the device, which is opened now if it was not yet; None on the CPU."""
         if self._session is None and self.device != CPU:
-            self._session = DeviceSession(open_device(self.device), self.pool)
+            self._session = DeviceSession(open_device(self.device), self.pool, num_sharing=self._num_sharing)
         return self._session
 
     def close(self) -> None:

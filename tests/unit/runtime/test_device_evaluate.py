@@ -159,6 +159,14 @@ def test_blocks_are_halved_where_memory_turns_out_not_to_suffice() -> None:
     assert device.memory.peak_bytes <= device.memory.capacity_bytes
 
 
+def test_sessions_share_what_is_free() -> None:
+    tree, inputs, _ = ties()
+    alone, shared = (session_on(SimulatedDevice(12 * MIB), num_sharing=number) for number in (1, 8))
+    pieces = inputs.pieces(tree)
+    assert alone.stage(tree, pieces) is not None
+    assert shared.stage(tree, pieces) is None
+
+
 @pytest.mark.parametrize("case", [case for case in METHOD_CASES if case.shape == SHAPE], ids=str)
 def test_the_size_of_blocks_does_not_matter(case: MethodCase) -> None:
     inputs = Inputs()
