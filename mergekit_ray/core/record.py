@@ -28,6 +28,7 @@ class ShardRecord:
         sha256: of the whole file, hex; what ``sha256sum`` prints.
         tensors: `tensor_digest` (hex) of each tensor's data.
         version: the store's version of the file after commit; empty where it is not known (in a manifest).
+        device: the kind of processor that computed it, ``cpu`` or ``cuda``: sums may be rounded differently on another.
     """
 
     file: str
@@ -35,6 +36,7 @@ class ShardRecord:
     sha256: str
     tensors: Mapping[str, str]
     version: str = ""
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -44,9 +46,17 @@ class ShardRecord:
             "sha256": self.sha256,
             "tensors_xxh3_128": dict(self.tensors),
             "version": self.version,
+            "device": self.device,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardRecord:
         """Inverse of `to_json`."""
-        return cls(data["file"], data["num_bytes"], data["sha256"], data["tensors_xxh3_128"], data.get("version", ""))
+        return cls(
+            data["file"],
+            data["num_bytes"],
+            data["sha256"],
+            data["tensors_xxh3_128"],
+            data.get("version", ""),
+            data.get("device", "cpu"),
+        )

@@ -113,7 +113,8 @@ def reproduce(
         result = run_plan(plan, output, options, reporter=reporter, stop=stop)
     again = {record["file"]: record for record in read_manifest(result.uri)["shards"]}
     problems = [problem for record in records for problem in _differences(record, again.get(record.file))]
-    return Reproduction(result.uri, len(records), tuple(problems), (*_software_notes(manifest), *notes))
+    remarks = (*_software_notes(manifest), *_device_notes(records, again), *notes)
+    return Reproduction(result.uri, len(records), tuple(problems), remarks)
 
 
 def _plan(manifest: Mapping[str, Any], records: list[ShardRecord]) -> tuple[Plan, list[str]]:
@@ -228,6 +229,13 @@ def _differences(record: ShardRecord, again: Mapping[str, Any] | None) -> list[s
     if found.sha256 != record.sha256:
         return [f"{record.file}: came out another (SHA-256 differs)"]
     return []
+
+
+def _device_notes(records: list[ShardRecord], again: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    made, found = ({record.device for record in x} for x in (records, map(ShardRecord.from_json, again.values())))
+    if made == found:
+        return []
+    return [f"made on {', '.join(sorted(made))}, reproduced on {', '.join(sorted(found))}: see --device"]
 
 
 def _software_notes(manifest: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -177,8 +177,9 @@ class Worker:
         """
         writer = ShardWriter(self._sink, shard)
         try:
-            _ShardRun(self, shard, writer, stop or threading.Event()).run()
-            record = writer.finish()
+            run = _ShardRun(self, shard, writer, stop or threading.Event())
+            run.run()
+            record = replace(writer.finish(), device=self.device.partition(":")[0] if run.uses_device else CPU)
         except BaseException:
             writer.abort()
             # What was in use is not given back one by one; the memory goes when the last reference does.
@@ -217,6 +218,11 @@ class _ShardRun:
         self._read: queue.Queue[_Batch | None] = queue.Queue()
         self._staged: queue.Queue[_Ready | None] = queue.Queue()
         self._written: queue.Queue[_Output | None] = queue.Queue()
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether anything is computed elsewhere than on the CPU."""
+        return self._session is not None
 
     def run(self) -> None:
         threads = [

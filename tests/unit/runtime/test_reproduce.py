@@ -205,3 +205,18 @@ class TestSchema:
         change(data)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(data, SCHEMA)
+
+
+def test_another_device_is_noted(out: Path, tmp_path: Path) -> None:
+    """Sums may be rounded differently there: whoever sees digests that differ should know."""
+
+    def was_made_on_a_gpu(manifest: dict[str, Any]) -> None:
+        for shard in manifest["shards"]:
+            assert shard["device"] == "cpu"
+            shard["device"] = "cuda"
+
+    edit(out, was_made_on_a_gpu)
+    jsonschema.validate(json.loads((out / MANIFEST_FILE).read_text()), SCHEMA)
+    found = again(out, tmp_path / "again")
+    assert found.problems == ()
+    assert "made on cuda, reproduced on cpu: see --device" in found.notes
