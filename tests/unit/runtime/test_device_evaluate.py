@@ -34,6 +34,10 @@ from support.simulated_device import SimulatedDevice
 
 MIB = 1 << 20
 
+# Decompositions of what is not a number fail inside LAPACK, on every processor by another of its errors.
+DECOMPOSING = ("iso_c", "iso_cts", "tsv_m", "wudi")
+PORTABLE = tuple(name for name in METHODS.names() if is_portable(METHODS.get(name)))
+
 
 def session_on(device: SimulatedDevice, slot_bytes: int = 1 << 17, **options: Any) -> DeviceSession:
     return DeviceSession(device, ComputePool(1), slot_bytes=slot_bytes, **options)
@@ -217,7 +221,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("method", sorted(set(PORTABLE) - set(DECOMPOSING)))
 def test_a_bad_input_is_named_as_on_the_cpu(method: str, streamed: bool) -> None:
     inputs = Inputs()
     case = next(case for case in METHOD_CASES if case.method == method and case.shape == SHAPE)
