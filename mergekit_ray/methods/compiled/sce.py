@@ -88,7 +88,7 @@ def fuse(base: Floats, inputs: tuple[Floats, ...], kept: Flags, weights: Floats,
         for model in range(len(inputs)):
             x, weight = inputs[model][start : start + run.size], weights[model]
             for i in range(run.size):
-                # What agrees is positive. What is not a number, here or in a weight, is added, so that it shows (max() may hide it).
+                # What agrees is positive. NaN, here or in a weight, is added, so that it shows; max() may hide it.
                 agreeing = (x[i] - run[i]) * signs[i]
                 merged[i] += (zero if agreeing < zero else agreeing) * weight  # noqa: FURB136
                 divisors[i] += weight if agreeing > zero else zero
