@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
+from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands, Scratch
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class Nearswap(ElementwiseMethod):
     Since ``s (x − b)`` is ``x − b`` cut off at ``±t``, that is ``x`` held within ``b ± t``, which is how it is
     calculated: what is nearer than ``t`` is ``x``, bit for bit, and all else moves by ``t``. Below ``t = 1e-6`` small
     differences are scaled instead of cut off, and ``t = 0`` or ``x = b`` is the base, bit for bit.
+    In bfloat16 arithmetic (``compute_dtype: inputs``) every step of the formula is rounded, as mergekit does it.
     """
 
     name = "nearswap"
@@ -52,9 +53,21 @@ class Nearswap(ElementwiseMethod):
         assert chunk.base is not None  # held by the declaration: base REQUIRED
         base, (x,) = chunk.base, chunk.inputs
         t = float(operands.parameters.t)
+        if base.dtype == torch.bfloat16:  # arithmetic in it is only done for mergekit's bits
+            return _by_steps(base, x, t, chunk.scratch)
         if t < SMALLEST_DIFFERENCE:
             change = x.sub_(base).clamp_(-SMALLEST_DIFFERENCE, SMALLEST_DIFFERENCE)
             return base.add_(change.mul_(t / SMALLEST_DIFFERENCE))
         lowest = torch.sub(base, t, out=chunk.scratch.like(base))
         torch.maximum(x, lowest, out=x)
         return torch.minimum(x, base.add_(t), out=x)
+
+
+def _by_steps(base: torch.Tensor, x: torch.Tensor, t: float, scratch: Scratch) -> torch.Tensor:
+    """The formula as it is written, every step rounded; ``x`` and ``base`` are scratch."""
+    import torch  # noqa: PLC0415 - declarations are read without torch
+
+    share = torch.sub(base, x, out=scratch.like(base)).abs_().clamp_(min=SMALLEST_DIFFERENCE)
+    share.reciprocal_().mul_(t).clamp_(0.0, 1.0)
+    x.mul_(share)
+    return x.add_(base.mul_(share.neg_().add_(1.0)))

@@ -87,3 +87,13 @@ def test_declaration() -> None:
     for wrong in ({}, {"t": -0.1}, {"t": math.inf}):
         with pytest.raises(ValidationError, match="t\n"):
             declaration.global_parameters.model_validate(wrong)
+
+
+def test_in_bfloat16_every_step_is_rounded() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(4000, generator=generator).bfloat16()
+    x = (base.float() + 0.01 * torch.randn(4000, generator=generator)).bfloat16()
+    share = (0.007 / (base - x).abs().clamp(min=1e-6)).clamp(0.0, 1.0)
+    expected = share * x + (1 - share) * base
+    merged = merge("nearswap", [x.clone()], base.clone(), parameters={"t": 0.007}, compute_dtype=torch.bfloat16)
+    assert torch.equal(merged, expected)
