@@ -9,7 +9,6 @@ busy spell of the machine falls on both. mergekit is run as a user runs it, from
 from __future__ import annotations
 
 import argparse
-import compileall
 import json
 import os
 import shutil
@@ -167,6 +166,14 @@ def run_case(case: Case, contender: str, models: list[Path], work: Path, mergeki
     return measurement
 
 
+def compile_modules(python: Path, folders: Iterable[Path] = ()) -> None:
+    """Have all of an environment compiled, as pip leaves it: `make setup` does not, nor does a process everywhere."""
+    script = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    packages = subprocess.run([str(python), "-c", script], check=True, capture_output=True, text=True).stdout.strip()
+    # Not checked: packages hold files that are no Python, for tests and as templates.
+    subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", packages, *map(str, folders)], check=False)
+
+
 def read_all(files: Iterable[Path]) -> None:
     """Reads files and forgets them, which leaves them in the page cache."""
     subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
@@ -225,8 +232,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     # Not resolved: a virtual environment's python is a link, and its folder is what holds mergekit-yaml.
     mergekit_python: Path = arguments.mergekit_python.absolute()
-    # As pip does with what it installs: a checkout's modules may not have been compiled yet.
-    compileall.compile_dir(str(Path(mergekit_ray.__file__).parent), quiet=1)
+    compile_modules(Path(sys.executable), [Path(mergekit_ray.__file__).parent])
+    compile_modules(mergekit_python)
     models = make_models(work / "models")
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -39,12 +40,15 @@ def divisor(weights: Sequence[float], dtype: torch.dtype, *, normalize: bool) ->
     Raises:
         MergeError: as `coefficients`.
     """
-    if not normalize:
-        return 1.0
+    return _sum_in(tuple(weights), dtype) if normalize else 1.0
+
+
+@functools.lru_cache(maxsize=1024)  # asked for with every chunk
+def _sum_in(weights: tuple[float, ...], dtype: torch.dtype) -> float:
     import torch  # noqa: PLC0415 - declarations are read without torch
 
     coefficients(weights, normalize=True)
-    return float(torch.tensor(list(weights), dtype=dtype).sum())
+    return float(torch.tensor(weights, dtype=dtype).sum())
 
 
 def add_scaled_(total: torch.Tensor, x: torch.Tensor, factor: float) -> None:
