@@ -53,6 +53,11 @@ class GateMode(enum.Enum):
         """Whether router vectors come from prompts."""
         return self not in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
 
+    @property
+    def needs_states(self) -> bool:
+        """Whether the base model's layers are run for them."""
+        return self.needs_prompts and self is not GateMode.CHEAP_EMBED
+
 
 def _parse_gate_mode(value: object) -> GateMode:
     if isinstance(value, GateMode):

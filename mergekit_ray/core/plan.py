@@ -1,6 +1,7 @@
 """A plan: everything a merge will write, decided from headers alone.
 
-Pure data with a JSON round trip and a digest. Two plans with one digest write the same bytes.
+Pure data with a JSON round trip and a digest. Two plans with one digest ask for the same model, and write the same
+bytes but for routers made from prompts, whose last bits depend on the processor that computed them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from functools import cached_property
 from typing import Any
 
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Expression, from_json, loads, spec_from_json, spec_to_json, to_json
+from mergekit_ray.core.expressions import (
+    Expression,
+    from_json,
+    loads,
+    spec_from_json,
+    spec_to_json,
+    to_json,
+    without_values,
+)
 from mergekit_ray.core.tensors import TensorSpec
 
 FORMAT = 1
@@ -227,8 +236,15 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that decides the output's bytes: everything but the warnings."""
+        """SHA-256 (hex) of all that was asked for: everything but the warnings and the values of literals.
+
+        A literal is a router made from prompts, which are in the recipe, by a model, which is among the inputs. A merge
+        that is resumed on another kind of processor finds its own work again.
+        """
         data = self.to_json()
         del data["warnings"]
+        for shard, of_shard in zip(self.shards, data["shards"], strict=True):
+            for tensor, of_tensor in zip(shard.tensors, of_shard["tensors"], strict=True):
+                of_tensor[1] = to_json(without_values(tensor.expression))
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -115,8 +115,12 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], 
         tied=lowering.tied,
         vocab_size=lowering.vocab_size,
     )
+    inputs = inputs_of(models, lowering.expressions.values())
+    if isinstance(recipe, MoeRecipe) and recipe.gate_mode.needs_prompts:
+        # What its routers are made of, whether or not a tensor is made of it too.
+        inputs |= _whole(models[recipe.base_model])
     return Plan(
-        inputs=inputs_of(models, lowering.expressions.values()),
+        inputs=inputs,
         shards=shards,
         config=config,
         side_files=tuple(
@@ -199,6 +203,19 @@ def inputs_of(models: Mapping[ModelReference, Model], expressions: Iterable[Expr
             },
         )
         for key, checkpoint in checkpoints.items()
+    }
+
+
+def _whole(model: Model) -> dict[str, InputModel]:
+    """A model, read from with all its weight files."""
+    return {
+        key: InputModel(
+            key=key,
+            reference=checkpoint.reference,
+            uri=checkpoint.source.uri,
+            files={name: InputFile(name, stat.num_bytes, stat.version) for name, stat in checkpoint.files.items()},
+        )
+        for key, checkpoint in model.weights.inputs.items()
     }
 
 

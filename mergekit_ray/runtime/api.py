@@ -23,8 +23,9 @@ from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.planning.moe_experts import RouterVectors
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
+from mergekit_ray.runtime.cluster import wants_ray
 from mergekit_ray.runtime.destination import inspect
-from mergekit_ray.runtime.device import check_device, computing_on
+from mergekit_ray.runtime.device import CPU, check_device, computing_on, resolve
 from mergekit_ray.runtime.device_report import DeviceReporter
 from mergekit_ray.runtime.reporting import Reporter, SilentReporter
 from mergekit_ray.storage.opening import open_sink, open_source
@@ -103,6 +104,65 @@ def open_models(references: list[ModelReference]) -> dict[ModelReference, Checkp
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge whose models are open.
+
+    Attributes:
+        recipe: with the seed that holds.
+        checkpoints: the opened headers of its models.
+        plan: everything that would be written, from headers alone. Routers that are made from prompts are zero in it.
+    """
+
+    recipe: DenseRecipe | MoeRecipe
+    checkpoints: Mapping[ModelReference, Checkpoint]
+    plan: Plan
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether routers are still to be made, which reads the base model."""
+        return isinstance(self.recipe, MoeRecipe) and (self.recipe.add_to_base or self.recipe.gate_mode.needs_prompts)
+
+    def routed(self, options: MergeOptions) -> Plan:
+        """The plan with its routers, made where the options say.
+
+        Raises:
+            MergekitRayError: see `routing.routers`.
+        """
+        if not isinstance(self.recipe, MoeRecipe) or not self.has_prompts:
+            return self.plan
+        return make_plan(self.recipe, self.checkpoints, partial(make_routers, self.recipe, self.checkpoints, options))
+
+    def routed_for(self, output: str, options: MergeOptions, tell: Reporter) -> Plan:
+        """The plan to carry out at a place. Routers are made only if the place is free and does not hold the result.
+
+        Raises:
+            MergekitRayError: see `inspect` and `routed`.
+        """
+        if not self.has_prompts or inspect(open_sink(output), self.plan, overwrite=options.overwrite).published:
+            return self.plan
+        tell.event("routing", f"making the routers, through the layers of {self.recipe.base_model}")
+        return self.routed(options)
+
+
+def prepare(recipe: RecipeLike, *, seed: int | None = None) -> Prepared:
+    """Open the models of a merge and plan it, from headers alone.
+
+    Args:
+        recipe: a recipe, or whatever `mergekit_ray.load_recipe` takes.
+        seed: overrides the recipe's.
+
+    Raises:
+        MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
+    """
+    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
+    checked = check_plannable(loaded)
+    if seed is not None:
+        checked = _seeded(checked, seed)
+    checkpoints = open_models(referenced_models(checked))
+    return Prepared(checked, checkpoints, make_plan(checked, checkpoints))
+
+
 def plan(recipe: RecipeLike, *, seed: int | None = None, routing: bool = True) -> Plan:
     """Plan a merge: everything that would be written, from headers alone.
 
@@ -115,14 +175,8 @@ def plan(recipe: RecipeLike, *, seed: int | None = None, routing: bool = True) -
     Raises:
         MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
     """
-    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
-    checked = check_plannable(loaded)
-    if seed is not None:
-        checked = _seeded(checked, seed)
-    checkpoints = open_models(referenced_models(checked))
-    if isinstance(checked, MoeRecipe) and routing:
-        return make_plan(checked, checkpoints, partial(_routers, checked, checkpoints))
-    return make_plan(checked, checkpoints)
+    prepared = prepare(recipe, seed=seed)
+    return prepared.routed(MergeOptions(executor="local", device=CPU)) if routing else prepared.plan
 
 
 def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeRecipe:
@@ -132,12 +186,27 @@ def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeReci
     return recipe.model_copy(update=changed)
 
 
-def _routers(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> RouterVectors:
+def make_routers(
+    recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> RouterVectors:
+    """The routers of a recipe: new ones, or rows for those that are there; on Ray or here, on the device asked for.
+
+    Raises:
+        MergekitRayError: see `routing.routers`.
+    """
     # The base model's layers run in transformers, which only recipes with prompts pay for.
     from mergekit_ray.runtime.routing import routers  # noqa: PLC0415
     from mergekit_ray.runtime.routing_growth import grown_routers  # noqa: PLC0415
+    from mergekit_ray.runtime.routing_spread import Here  # noqa: PLC0415
 
-    return (grown_routers if recipe.add_to_base else routers)(recipe, checkpoints)
+    make = grown_routers if recipe.add_to_base else routers
+    if not wants_ray(options.executor, options.address) or not recipe.gate_mode.needs_states:
+        return make(recipe, checkpoints, spread=Here(resolve(options.device)))
+    from mergekit_ray.runtime.ray_cluster import connected  # noqa: PLC0415
+    from mergekit_ray.runtime.ray_routing import OnRay  # noqa: PLC0415
+
+    with connected(options.address):
+        return make(recipe, checkpoints, spread=OnRay.now(options.device, options.num_workers))
 
 
 def merge(
@@ -172,7 +241,7 @@ def merge(
     if device is not None:
         chosen = replace(chosen, device=check_device(device))
     target = target_of(loaded, output)
-    planned = plan(loaded, seed=seed)
+    planned = prepare(loaded, seed=seed).routed_for(target, chosen, reporter or SilentReporter())
     return run_plan(planned, target, chosen, reporter=reporter, stop=stop)
 
 

@@ -14,6 +14,11 @@ def in_ray_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
+def wants_ray(executor: str | None, address: str | None) -> bool:
+    """Whether a merge is to run on Ray: because it is asked for by its name, by an address, or by where we are."""
+    return executor == "ray" if executor is not None else address is not None or in_ray_cluster()
+
+
 def worker_slots(nodes: Sequence[Mapping[str, float]], cpus_per_worker: int) -> tuple[int, int]:
     """How many workers the nodes have room for, and how many of them beside a GPU each.
 

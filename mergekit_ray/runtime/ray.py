@@ -1,4 +1,4 @@
-"""The Ray executor: a worker is an actor. The only module that imports ray.
+"""The Ray executor: a worker is an actor.
 
 Actors are spread over the nodes. A lost actor is restarted by Ray; the shard it had goes back to the driver's queue.
 Weights never pass through Ray: actors read from and write to the stores, only plans and records travel.
@@ -6,14 +6,9 @@ Weights never pass through Ray: actors read from and write to the stores, only p
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import signal
-import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -24,19 +19,15 @@ from ray.util.scheduling_strategies import SchedulingStrategyT
 from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.runtime.cluster import check_ray_device, in_ray_cluster, worker_slots
+from mergekit_ray.runtime.cluster import check_ray_device, worker_slots
 from mergekit_ray.runtime.device import AUTO, CPU, CUDA
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.local import open_sources
+from mergekit_ray.runtime.ray_cluster import MAX_CPUS_PER_WORKER, compute_nodes, connect, disconnect
 from mergekit_ray.runtime.worker import Progress, Worker, single_threaded_torch
 from mergekit_ray.storage.opening import open_sink
 
-MAX_CPUS_PER_WORKER: Final = 4
-"""CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
-
 _SPREAD: Final[SchedulingStrategyT] = "SPREAD"
-_HOST_AND_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+):(?P<port>\d+)")
-_CONNECT_SECONDS: Final = 10.0
 _RESCALE_SECONDS: Final = 5.0
 _NO_WORKER_SECONDS: Final = 300.0
 
@@ -119,9 +110,9 @@ class RayExecutor:
         self._rescaled = 0.0
         self._last_ready = time.monotonic()
         if not ray.is_initialized():
-            _connect(address)
+            connect(address)
             self._started_ray = True
-        cpus = [int(node["Resources"].get("CPU", 0)) for node in _compute_nodes()] or [1]
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in compute_nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
         share = min(cpus) if num_workers is None else sum(cpus) // num_workers
         self.cpus_per_worker = cpus_per_worker or max(1, min(MAX_CPUS_PER_WORKER, share, *cpus))
@@ -212,8 +203,7 @@ class RayExecutor:
             ray.kill(actor.handle)
         self._actors.clear()
         if self._started_ray:
-            with _own_signals():
-                ray.shutdown()
+            disconnect()
 
     def _scale(self) -> None:
         """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""
@@ -224,7 +214,7 @@ class RayExecutor:
         wanted = self._num_wanted
         job = self._job
         assert job is not None  # held by the driver: started first
-        room, gpus = worker_slots([node["Resources"] for node in _compute_nodes()], self.cpus_per_worker)
+        room, gpus = worker_slots([node["Resources"] for node in compute_nodes()], self.cpus_per_worker)
         if wanted is None:
             wanted = max(1, gpus if job.options.device == CUDA else room)
         for i in range(len(self._actors), min(wanted, self._max_actors)):
@@ -268,61 +258,3 @@ class RayExecutor:
         if isinstance(value, ShardRecord):
             return Outcome(shard.file, name, record=value)
         return Outcome(shard.file, name, error=value)
-
-
-def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _check_listening(address or os.environ.get("RAY_ADDRESS", ""))
-    try:
-        with _own_signals():
-            ray.init(
-                address=address or ("auto" if in_ray_cluster() else None),
-                log_to_driver=False,
-                logging_level="error",
-                include_dashboard=False if address is None and not in_ray_cluster() else None,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StorageError(
-            f"cannot connect to Ray: {str(error).splitlines()[0]}",
-            where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
-            remedy="check the address, or use --executor local",
-        ) from error
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep this process's signal handlers: Ray puts its own in their place at its start, and none at its end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if handler is not None:  # one that is not Python's
-                signal.signal(number, handler)
-
-
-def _check_listening(address: str) -> None:
-    """See that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process without a word.
-
-    Raises:
-        StorageError: nobody does.
-    """
-    found = _HOST_AND_PORT.fullmatch(address)
-    if found is None:
-        return
-    try:
-        socket.create_connection((found["host"], int(found["port"])), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise StorageError(
-            f"cannot connect to Ray: {error}",
-            where=address,
-            remedy="check the address and that the cluster is up, or use --executor local",
-        ) from error
-
-
-def _compute_nodes() -> list[dict[str, Any]]:
-    """Live nodes that have CPUs to schedule on."""
-    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
-from mergekit_ray.runtime.api import MergeOptions, open_models, run_plan
+from mergekit_ray.runtime.api import MergeOptions, make_routers, open_models, run_plan
 from mergekit_ray.runtime.destination import MANIFEST_FILE
 from mergekit_ray.runtime.provenance import header_digest
 from mergekit_ray.runtime.reporting import Reporter
@@ -104,7 +105,7 @@ def reproduce(
     """
     try:
         records = [ShardRecord.from_json(record) for record in manifest["shards"]]
-        plan, notes = _plan(manifest, records)
+        plan, notes = _plan(manifest, records, options)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"a manifest that was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
@@ -117,15 +118,13 @@ def reproduce(
     return Reproduction(result.uri, len(records), tuple(problems), remarks)
 
 
-def _plan(manifest: Mapping[str, Any], records: list[ShardRecord]) -> tuple[Plan, list[str]]:
+def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: MergeOptions) -> tuple[Plan, list[str]]:
     recipe = check_plannable(load_recipe(dict(manifest["recipe"])))
     recipe = recipe.model_copy(update={"seed": manifest["seed"]})
     notes = _check_inputs(manifest["inputs"])
     checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"])
     if isinstance(recipe, MoeRecipe):
-        from mergekit_ray.runtime.routing import routers  # noqa: PLC0415 - transformers, which only prompts need
-
-        plan = make_plan(recipe, checkpoints, lambda: routers(recipe, checkpoints))
+        plan = make_plan(recipe, checkpoints, partial(make_routers, recipe, checkpoints, options))
     else:
         plan = make_plan(recipe, checkpoints)
     _check_read(plan, manifest["inputs"])

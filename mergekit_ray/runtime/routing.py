@@ -7,9 +7,8 @@ of the base model's states entering the layer. The base model is read layer by l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 import numpy as np
@@ -19,8 +18,9 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError, PlanError
-from mergekit_ray.runtime.routing_layers import embeddings, prompt_states
+from mergekit_ray.runtime.routing_layers import embeddings
 from mergekit_ray.runtime.routing_prompts import Batch, Tokens, make_batches, tokenize
+from mergekit_ray.runtime.routing_spread import Here, Spread
 from mergekit_ray.runtime.routing_transformers import depends_on_batch_length
 
 LARGEST_CONDITION: Final = 5.0
@@ -32,10 +32,6 @@ _CLOSE_COSINE: Final = (LARGEST_CONDITION**2 - 1) / (LARGEST_CONDITION**2 + 1)
 _MAX_NAMED: Final = 5
 
 _Vectors = dict[int, np.ndarray]
-
-
-MapParts = Callable[[Callable[[Sequence[Batch]], np.ndarray], Iterable[Sequence[Batch]]], Iterable[np.ndarray]]
-"""Something that maps a function over parts of the work as `map` does, here or on other machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +55,7 @@ def routers(
     recipe: MoeRecipe,
     checkpoints: Mapping[ModelReference, Checkpoint],
     *,
-    device: str = "cpu",
-    map_parts: MapParts = map,
-    num_parts: int = 1,
+    spread: Spread | None = None,
 ) -> Routers:
     """Routers of the experts and of the shared expert, in one pass over the base model.
 
@@ -70,9 +64,8 @@ def routers(
             last token, ``hidden_avg`` the mean over its tokens; ``cheap_embed`` takes, for every layer alike, the unit
             vector of the sum of input embeddings of all tokens of all prompts.
         checkpoints: at least the base model.
-        device: where layers compute, in float32.
-        map_parts: maps over the parts that prompts are split into.
-        num_parts: how many. The result does not depend on it.
+        spread: where layers compute, in float32; None for this process's CPU. Into how many parts it splits the prompts
+            changes nothing.
 
     Raises:
         ValueError: the recipe's routers are random.
@@ -85,7 +78,7 @@ def routers(
     shared = [expert for expert in recipe.shared_experts or () if expert.positive_prompts]
     groups = {f"experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
     groups |= {f"shared_experts[{i}]": expert for i, expert in enumerate(shared)}
-    made = _vectors(recipe, groups, checkpoints, device=device, map_parts=map_parts, num_parts=num_parts)
+    made = _vectors(recipe, groups, checkpoints, spread or Here())
     num_experts = len(recipe.experts)
     vectors = {layer: rows[:num_experts] for layer, rows in made.items()}
     return Routers(
@@ -95,24 +88,20 @@ def routers(
     )
 
 
-def router_vectors(
-    recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint], *, device: str = "cpu"
-) -> dict[int, np.ndarray]:
+def router_vectors(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[int, np.ndarray]:
     """By layer, the experts' router: float32 [num_experts, hidden]. See `routers`, also for errors."""
     groups = {f"experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
-    return _vectors(recipe, groups, checkpoints, device=device)
+    return _vectors(recipe, groups, checkpoints, Here())
 
 
-def shared_vectors(
-    recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint], *, device: str = "cpu"
-) -> dict[int, np.ndarray]:
+def shared_vectors(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[int, np.ndarray]:
     """By layer, the shared expert's gate: float32 [1, hidden]; empty without a shared expert. See `routers`.
 
     Raises:
         PlanError: the shared expert has no prompts; else as `routers`.
     """
     groups = {f"shared_experts[{i}]": expert for i, expert in enumerate(recipe.shared_experts or ())}
-    return _vectors(recipe, groups, checkpoints, device=device) if groups else {}
+    return _vectors(recipe, groups, checkpoints, Here()) if groups else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +116,7 @@ def _vectors(
     recipe: MoeRecipe,
     groups: Mapping[str, ExpertRecipe],
     checkpoints: Mapping[ModelReference, Checkpoint],
-    *,
-    device: str,
-    map_parts: MapParts = map,
-    num_parts: int = 1,
+    spread: Spread,
 ) -> _Vectors:
     """By layer, a unit vector for each group of prompts: float32 [num_groups, hidden]."""
     mode = recipe.gate_mode
@@ -163,9 +149,10 @@ def _vectors(
         return _embedded(checkpoint, tokens, wanted)
     batches = make_batches(tokens, equal_lengths=depends_on_batch_length(checkpoint.config))
     # Dealt out like cards: batches are sorted by length, and parts are to be equally long.
-    parts = [part for number in range(num_parts) if (part := batches[number::num_parts])]
-    compute = partial(prompt_states, checkpoint, average=mode is GateMode.HIDDEN_AVG, device=device)
-    return _combine(parts, list(map_parts(compute, parts)), wanted)
+    num_parts = min(spread.num_parts, len(batches))
+    parts = [batches[number::num_parts] for number in range(num_parts)]
+    states = spread.states(checkpoint, parts, average=mode is GateMode.HIDDEN_AVG)
+    return _combine(parts, states, wanted)
 
 
 def _combine(parts: Sequence[Sequence[Batch]], states: Sequence[np.ndarray], wanted: Sequence[_Wanted]) -> _Vectors:

@@ -16,12 +16,15 @@ from mergekit_ray.planning.make import models_of
 from mergekit_ray.planning.moe_growth import Mixture
 from mergekit_ray.runtime.routing import LARGEST_CONDITION, Routers, in_words, routers
 from mergekit_ray.runtime.routing_layers import read_tensors
+from mergekit_ray.runtime.routing_spread import Spread
 
 _CLOSE_COSINE: Final = (LARGEST_CONDITION**2 - 1) / (LARGEST_CONDITION**2 + 1)
 """Two unit vectors have condition number √((1+c)/(1−c)), with c their cosine."""
 
 
-def grown_routers(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> Routers:
+def grown_routers(
+    recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint], *, spread: Spread | None = None
+) -> Routers:
     """What the rows of new experts are made of.
 
     A row that is longer than the others is chosen more often, whatever the token, so new rows get the mean length of
@@ -30,6 +33,7 @@ def grown_routers(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkp
     Args:
         recipe: with ``add_to_base``.
         checkpoints: at least the base model.
+        spread: see `routing.routers`.
 
     Raises:
         ModelError: a router of the base model is not finite; else as `routing.routers`.
@@ -41,7 +45,7 @@ def grown_routers(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkp
     lengths = {layer: float(np.linalg.norm(rows, axis=1).mean()) for layer, rows in present.items()}
     if not recipe.gate_mode.needs_prompts:
         return Routers({}, lengths=lengths)
-    made = routers(recipe, checkpoints)
+    made = routers(recipe, checkpoints, spread=spread)
     vectors = {layer: made.vectors[layer] for layer in present}
     return Routers(vectors, lengths=lengths, warnings=[*made.warnings, *_close_warnings(present, vectors)])
 

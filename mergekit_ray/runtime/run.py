@@ -11,6 +11,7 @@ from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.planning.windows import comfortable_memory
 from mergekit_ray.runtime.api import MergeOptions, local_threads
+from mergekit_ray.runtime.cluster import wants_ray
 from mergekit_ray.runtime.destination import Destination, clear, clear_notes, inspect
 from mergekit_ray.runtime.driver import Executor, Job, pending_shards, run_shards
 from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS
@@ -124,18 +125,10 @@ def _discard_remains(sink: Sink, shards: Sequence[Shard]) -> None:
 
 def _executor(options: MergeOptions) -> tuple[Executor, int]:
     """The executor the options ask for, and the compute threads of each of its workers."""
-    if _wants_ray(options):
+    if wants_ray(options.executor, options.address):
         from mergekit_ray.runtime.ray import RayExecutor  # noqa: PLC0415 - ray costs a second to import
 
         executor = RayExecutor(options.address, options.num_workers)
         return executor, executor.cpus_per_worker
     num_workers = options.num_workers or 1
     return LocalExecutor(num_workers), local_threads(num_workers)
-
-
-def _wants_ray(options: MergeOptions) -> bool:
-    if options.executor is not None:
-        return options.executor == "ray"
-    from mergekit_ray.runtime.cluster import in_ray_cluster  # noqa: PLC0415
-
-    return options.address is not None or in_ray_cluster()

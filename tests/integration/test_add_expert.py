@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import mergekit_ray
 from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
 from mergekit_ray.runtime.api import MergeOptions
+from mergekit_ray.runtime.reporting import SilentReporter
+from mergekit_ray.runtime.reproduce import read_manifest, reproduce
 from support.custom_moe import code_kept_in, load_custom, reference
 from support.merging import run_command
 from support.models import ModelLibrary, config_of, contents, load, logits, tensors_of
@@ -125,6 +128,17 @@ class TestMixtral:
             direction = states[0][layer] - states[1][layer]
             expected = direction / direction.norm().clamp_min(1e-30) * router[:2].norm(dim=1).mean()
             torch.testing.assert_close(router[2], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["hidden", "random"])
+    def test_made_again_from_the_manifest(self, mode: str, llamas: list[Path], mixtral: Path, tmp_path: Path) -> None:
+        prompted = expert(llamas[3], positive_prompts=["the capital of France"])
+        mergekit_ray.merge(addition(mixtral, prompted, gate_mode=mode), tmp_path / "out")
+        manifest = read_manifest(str(tmp_path / "out"))
+        options = MergeOptions(executor="local", device="cpu")
+        found = reproduce(
+            manifest, str(tmp_path / "again"), options, reporter_of=lambda plan: nullcontext(SilentReporter())
+        )
+        assert found.problems == ()
 
     def test_a_row_like_one_that_is_there_is_told(self, llamas: list[Path], mixtral: Path, tmp_path: Path) -> None:
         prompted = expert(llamas[3], positive_prompts=["the capital of France"])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import mergekit_ray
+from mergekit_ray.core.errors import Interrupted, MergeError, PlanError
 from mergekit_ray.runtime.api import MergeOptions
+from mergekit_ray.runtime.routing_layers import prompt_states
 from support.merging import run_command
-from support.models import ModelLibrary, contents, tensors_of
+from support.models import ModelLibrary, contents, load, rewrite, tensors_of
 from support.moe_cases import CASES, MIXTRAL, SHARED_GATE, Case, expert, merge
 from support.ray_cluster import RayCluster
 
@@ -105,3 +110,109 @@ class TestRouters:
         validated = run_command("mergekit-ray", "validate", "--models", file)
         assert validated.returncode == 0, validated.stderr
         assert "a Mixture-of-Experts recipe, valid, and its models fit together" in validated.stdout
+
+
+NUM_PROMPTS = 300
+"""More tokens than go through a layer at once: two batches."""
+
+
+@pytest.fixture
+def prompted(models: ModelLibrary) -> dict[str, Any]:
+    base, other = models.get("llama", 1, with_tokenizer=True), models.get("llama", 2)
+    words = ["the capital of France", "is Paris", "of the France", "is the capital"]
+    many = [f"{words[i % 4]} {words[i // 4 % 4]} {words[i // 16 % 4]}" for i in range(NUM_PROMPTS)]
+    return MIXTRAL.recipe(
+        base,
+        expert(base, positive_prompts=many[::2]),
+        expert(other, positive_prompts=many[1::2], negative_prompts=["France"]),
+        gate_mode="hidden_avg",
+    )
+
+
+class Events:
+    """A reporter that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        self.kinds.append(kind)
+
+    def progress(self, progress: Any, num_done: int, num_shards: int) -> None:
+        pass
+
+
+class TestPromptsOnRay:
+    @pytest.mark.ray
+    def test_workers_compute_the_states(
+        self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mergekit_ray.merge(prompted, tmp_path / "local")
+        with RayCluster(num_nodes=2):
+            monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)  # not in this process
+            mergekit_ray.merge(prompted, tmp_path / "ray", options=MergeOptions(executor="ray"))
+        here, there = tensors_of(tmp_path / "local"), tensors_of(tmp_path / "ray")
+        for name, tensor in here.items():
+            # Workers may have another number of threads, and so another order of sums.
+            tolerance = 1e-6 if name.endswith(MIXTRAL.router) else 0.0
+            assert float((there[name] - tensor).abs().max()) <= tolerance, name
+
+    @pytest.mark.ray
+    def test_errors_arrive_as_they_were_raised(
+        self, prompted: dict[str, Any], models: ModelLibrary, tmp_path: Path
+    ) -> None:
+        base = models.get("llama", 1, with_tokenizer=True)
+        folder = tmp_path / "damaged"
+        shutil.copytree(base, folder)
+        rewrite(folder, {"model.layers.1.mlp.up_proj.weight": torch.full((64, 32), torch.nan)})
+        damaged = {**prompted, "base_model": str(folder)}
+        with RayCluster(num_nodes=1), pytest.raises(MergeError, match="entering layer 2 are not finite"):
+            mergekit_ray.merge(damaged, tmp_path / "out", options=MergeOptions(executor="ray"))
+        assert not (tmp_path / "out").exists()
+
+
+class TestRoutersAreMadeOnce:
+    """They take the base model's layers, and their last bits depend on the processor."""
+
+    def test_not_again_for_what_is_there(
+        self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = Events(), Events()
+        mergekit_ray.merge(prompted, tmp_path / "out", reporter=first)
+        assert first.kinds[0] == "routing"
+        monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)
+        mergekit_ray.merge(prompted, tmp_path / "out", reporter=second)
+        assert second.kinds == ["already_done"]
+
+    def test_not_for_a_place_that_is_taken(
+        self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mergekit_ray.merge(MIXTRAL.recipe(Path(prompted["base_model"]), *prompted["experts"]), tmp_path / "out")
+        monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)
+        with pytest.raises(PlanError, match="there is something else already"):
+            mergekit_ray.merge(prompted, tmp_path / "out")
+
+    def test_a_merge_goes_on_where_another_processor_left_off(
+        self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = {**prompted, "output": {"max_shard_size": 50_000}}
+        stop = threading.Event()
+
+        class StopAfterOne(Events):
+            def event(self, kind: str, message: str, **fields: Any) -> None:
+                super().event(kind, message, **fields)
+                if kind == "shard_done":
+                    stop.set()
+
+        with pytest.raises(Interrupted):
+            mergekit_ray.merge(recipe, tmp_path / "out", reporter=StopAfterOne(), stop=stop)
+
+        def elsewhere(*args: Any, **options: Any) -> np.ndarray:
+            return prompt_states(*args, **options) * np.float32(1 + 2.0**-20)
+
+        monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", elsewhere)
+        second = Events()
+        result = mergekit_ray.merge(recipe, tmp_path / "out", reporter=second)
+        assert "resumed" in second.kinds
+        assert result.num_resumed > 0
+        load(tmp_path / "out")

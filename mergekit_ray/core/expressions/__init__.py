@@ -30,7 +30,7 @@ from mergekit_ray.core.expressions.base import (
     to_json,
 )
 from mergekit_ray.core.expressions.factors import NUM_NORMS, LowRankFactors, SingularValues
-from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise
+from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise, without_values
 from mergekit_ray.core.expressions.load import Load, is_copy, loads
 from mergekit_ray.core.expressions.low_rank import LowRank
 from mergekit_ray.core.expressions.quantised import BlockScaled, Mxfp4
@@ -60,4 +60,5 @@ __all__ = [
     "spec_from_json",
     "spec_to_json",
     "to_json",
+    "without_values",
 ]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Load
 from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.tensors import Location, TensorSpec
 from support.fake_checkpoints import llama, plan_of
 
 RECIPE = """
@@ -124,3 +128,25 @@ def test_record_round_trip() -> None:
     assert ShardRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     without = {key: value for key, value in record.to_json().items() if key != "version"}
     assert ShardRecord.from_json(without) == replace(record, version="")
+
+
+def test_values_of_literals_do_not_change_the_digest(plan: Plan) -> None:
+    """Routers are made of prompts and a base model, which are in it, and their last bits vary between processors."""
+    spec = TensorSpec("router", DType.F32, (1, 2))
+
+    def having(*parts: Expression) -> str:
+        whole = TensorSpec("router", DType.F32, (len(parts), 2))
+        return replaced(plan, Concat(parts, whole) if len(parts) > 1 else parts[0]).digest
+
+    one, other = (Literal.of(spec, struct.pack("<2f", *values)) for values in ((0.5, 0.25), (0.5, 0.75)))
+    nothing, load = Constant(spec, 0.0), Load("m0", spec, Location("model.safetensors", 0, 8))
+    assert having(one) == having(other) == having(nothing)
+    assert having(load, one) == having(load, other) == having(load, nothing)
+    assert len({having(one), having(load, one), having(one, load), having(one, one), having(Constant(spec, 1.0))}) == 5
+
+
+def replaced(plan: Plan, expression: Expression) -> Plan:
+    """The plan with another expression for its first tensor."""
+    first, *rest = plan.shards
+    tensors = (replace(first.tensors[0], expression=expression), *first.tensors[1:])
+    return replace(plan, shards=(replace(first, tensors=tensors), *rest))

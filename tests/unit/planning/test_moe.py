@@ -14,7 +14,7 @@ from mergekit_ray.config import load_recipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, MergekitRayError, ModelError, PlanError
-from mergekit_ray.core.expressions import Cast, Concat, Constant, Expression, Literal, Load, Merge, Noise, Scale
+from mergekit_ray.core.expressions import Cast, Concat, Constant, Expression, Literal, Load, Merge, Noise, Scale, loads
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.make import make_plan
@@ -190,7 +190,14 @@ class TestRouters:
             expected = Literal.of(TensorSpec(name, DType.BF16, (2, HIDDEN)), vectors[layer].astype("<f4").tobytes())
             assert expressions_of(plan)[name] == expected
         assert plan.warnings == ("they are near-identical",)
-        assert Plan.from_json(plan.to_json()).digest == plan.digest
+        assert Plan.from_json(plan.to_json()).digest == plan.digest == plan_of(PROMPTED, A, B, C).digest
+
+    def test_what_they_are_made_of_is_an_input(self) -> None:
+        elsewhere = {"models": [{"model": "/b", "parameters": {"weight": 1}}], "merge_method": "linear"}
+        listed = [{**EXPERT_B, "positive_prompts": ["b"]}, {**EXPERT_C, "positive_prompts": ["c"]}]
+        plan = plan_of(recipe(*listed, gate_mode="hidden", backbone=elsewhere), A, B, C)
+        assert set(plan.inputs["m0"].files) == set(A.files)
+        assert all(load.model != "m0" for x in expressions_of(plan).values() for load in loads(x))
 
     def test_without_routing_they_are_zero_and_that_is_said(self) -> None:
         plan = plan_of(PROMPTED, A, B, C)

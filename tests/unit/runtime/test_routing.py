@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import MergeError, MergekitRayError, ModelError, PlanError
 from mergekit_ray.runtime.routing import overlap_warnings, router_vectors, routers, shared_vectors
 from mergekit_ray.runtime.routing_prompts import make_batches, tokenize
+from mergekit_ray.runtime.routing_spread import Here
 from mergekit_ray.runtime.worker import single_threaded_torch
 from support.models import ModelLibrary, config_of, load, rewrite
 from support.routing_reference import NUM_LAYERS, PROMPTS, opened, recipe_of, route, unit, whole_model_states
@@ -102,13 +103,13 @@ class TestVectors:
         recipe = recipe_of(llama, PROMPTS)
         sizes: list[int] = []
 
-        def spread(function: Callable[[Any], np.ndarray], parts: Iterable[Any]) -> list[np.ndarray]:
-            listed = list(parts)
-            sizes.extend(len(part) for part in listed)
-            return [function(part) for part in listed]
+        class Spread(Here):
+            def states(self, checkpoint: Any, parts: Any, *, average: bool) -> Any:
+                sizes.extend(len(part) for part in parts)
+                return super().states(checkpoint, parts, average=average)
 
         whole = route(recipe).vectors
-        spread_out = route(recipe, map_parts=spread, num_parts=3).vectors
+        spread_out = route(recipe, spread=Spread(num_parts=3)).vectors
         assert sizes == [2, 2, 1]
         for layer, rows in whole.items():
             np.testing.assert_array_equal(spread_out[layer], rows)

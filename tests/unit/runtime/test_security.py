@@ -137,7 +137,7 @@ def test_ray_is_told_no_secret(plan: Plan, planted: dict[str, str], monkeypatch:
     told: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **options: told.update(options))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(executor, "_compute_nodes", list)
+    monkeypatch.setattr(executor, "compute_nodes", list)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     executor.RayExecutor()
     assert told.keys() <= {"address", "log_to_driver", "logging_level", "include_dashboard"}

@@ -1,0 +1,108 @@
+"""A connection to a Ray cluster, and what the cluster consists of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+import ray
+
+from mergekit_ray.core.errors import StorageError
+from mergekit_ray.runtime.cluster import in_ray_cluster
+
+MAX_CPUS_PER_WORKER: Final = 4
+"""CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
+
+_HOST_AND_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+):(?P<port>\d+)")
+_CONNECT_SECONDS: Final = 10.0
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connected to Ray meanwhile, and as before afterwards. See `connect`."""
+    if ray.is_initialized():
+        yield
+        return
+    connect(address)
+    try:
+        yield
+    finally:
+        disconnect()
+
+
+def disconnect() -> None:
+    """Leave the cluster; end it if `connect` started it."""
+    with own_signals():
+        ray.shutdown()
+
+
+def connect(address: str | None) -> None:
+    """Connect this process to a cluster.
+
+    Args:
+        address: of the cluster; None for ``RAY_ADDRESS``, the cluster of the running job, or else a new local one.
+
+    Raises:
+        StorageError: nobody answers there.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_listening(address or os.environ.get("RAY_ADDRESS", ""))
+    try:
+        with own_signals():
+            ray.init(
+                address=address or ("auto" if in_ray_cluster() else None),
+                log_to_driver=False,
+                logging_level="error",
+                include_dashboard=False if address is None and not in_ray_cluster() else None,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StorageError(
+            f"cannot connect to Ray: {str(error).splitlines()[0]}",
+            where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
+            remedy="check the address, or use --executor local",
+        ) from error
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Keep this process's signal handlers: Ray puts its own in their place at its start, and none at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that is not Python's
+                signal.signal(number, handler)
+
+
+def _check_listening(address: str) -> None:
+    """See that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process without a word.
+
+    Raises:
+        StorageError: nobody does.
+    """
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise StorageError(
+            f"cannot connect to Ray: {error}",
+            where=address,
+            remedy="check the address and that the cluster is up, or use --executor local",
+        ) from error
+
+
+def compute_nodes() -> list[dict[str, Any]]:
+    """Live nodes that have CPUs to schedule on."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
