@@ -27,6 +27,7 @@ from mergekit_ray.runtime.cluster import wants_ray
 from mergekit_ray.runtime.destination import inspect
 from mergekit_ray.runtime.device import CPU, check_device, computing_on, resolve
 from mergekit_ray.runtime.device_report import DeviceReporter
+from mergekit_ray.runtime.lease import discard_dead
 from mergekit_ray.runtime.reporting import Reporter, SilentReporter
 from mergekit_ray.storage.opening import open_sink, open_source
 
@@ -278,6 +279,7 @@ def run_plan(
     destination = inspect(open_sink(output), planned, overwrite=options.overwrite)
     uri = destination.sink.uri
     if destination.published:
+        discard_dead(destination.sink)
         tell.event("already_done", f"{uri} already holds the result of this plan", uri=uri)
     else:
         # torch and the rest of the machinery are only paid for once there is something to run.

@@ -261,6 +261,20 @@ def hold(sink: Sink, tell: Reporter, stop: threading.Event, term: Term | None = 
         lease.release()
 
 
+def discard_dead(sink: Sink) -> None:
+    """Remove the lease of a driver that died after it had published all; one that may be alive is left.
+
+    Failures are let pass: it is in nobody's way.
+    """
+    with contextlib.suppress(MergekitRayError):
+        found = _look(sink)
+        holder = None if found is None else found[0]
+        if holder is None or holder.token in _HELD:
+            return
+        if holder.has_ended or time.time() - holder.renewed > holder.term.seconds + holder.term.watch_seconds:
+            sink.delete([LEASE_FILE])
+
+
 def _acquire(sink: Sink, tell: Reporter, stop: threading.Event, term: Term) -> Lease:
     for _ in range(_MAX_ATTEMPTS):
         mine = Holder.of_this_process(term)

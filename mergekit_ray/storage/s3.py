@@ -13,6 +13,7 @@ from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, S
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch, plan_fetches
+from mergekit_ray.storage.s3_checksums import Checksums
 from mergekit_ray.storage.s3_client import make_client
 from mergekit_ray.storage.s3_copy import Copies, Copy, abort_uploads, put_if_match
 from mergekit_ray.storage.s3_faults import code_of, status_of, with_retries
@@ -36,8 +37,8 @@ class S3Store:
     ETag; reads are conditional on it. `put_if_absent` and `replace` are conditional writes (``If-None-Match: *`` and
     ``If-Match``); servers that ignore the conditions (MinIO's gateway mode, rclone) cannot promise a single winner.
 
-    Uploads are signed with their SHA-256, which the server checks, so no further checksum is sent unless
-    ``AWS_REQUEST_CHECKSUM_CALCULATION=when_supported`` asks for one (buckets with Object Lock need it).
+    What is written carries its CRC32, which the server checks (see `s3_checksums`), unless
+    ``AWS_REQUEST_CHECKSUM_CALCULATION=when_required`` says that it cannot.
 
     Args:
         client: a boto3 S3 client; by default one is made at the first use.
@@ -160,9 +161,10 @@ class S3Store:
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`."""
         key = self._key(name)
+        checksum = Checksums(self._client).of_body(data)
         answer = with_retries(
             self._retry,
-            lambda _: self._client.put_object(Bucket=self._bucket, Key=key, Body=data),
+            lambda _: self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **checksum),
             doing="writing",
             where=self._where(name),
         )
@@ -171,10 +173,11 @@ class S3Store:
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`. Racers must write different data: it tells a lost answer from a lost race."""
         key = self._key(name)
+        checksum = Checksums(self._client).of_body(data)
 
         def attempt(number: int) -> bool:
             try:
-                self._client.put_object(Bucket=self._bucket, Key=key, Body=data, IfNoneMatch="*")
+                self._client.put_object(Bucket=self._bucket, Key=key, Body=data, IfNoneMatch="*", **checksum)
             except Exception as error:
                 if status_of(error) != 412:  # precondition failed
                     raise

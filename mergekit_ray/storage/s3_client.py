@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,9 +24,6 @@ def make_client(uri: str, *, num_connections: int) -> Any:
     from botocore.config import Config  # noqa: PLC0415
     from botocore.exceptions import BotoCoreError  # noqa: PLC0415
 
-    asked = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "").lower()
-    checksums: Any = asked or "when_required"
-
     def connect(addressing: Any) -> Any:
         config = Config(
             retries={"total_max_attempts": 1, "mode": "standard"},  # retries are ours, range by range
@@ -36,7 +32,6 @@ def make_client(uri: str, *, num_connections: int) -> Any:
             read_timeout=60,
             tcp_keepalive=True,
             response_checksum_validation="when_required",
-            request_checksum_calculation=checksums,
             s3=None if addressing is None else {"addressing_style": addressing},
         )
         return session.client("s3", config=config)

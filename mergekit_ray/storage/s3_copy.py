@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.storage.protocols import FileStat
+from mergekit_ray.storage.s3_checksums import Checksums
 from mergekit_ray.storage.s3_faults import code_of, status_of, with_retries
 from mergekit_ray.storage.transfers import RetryPolicy
 
@@ -23,8 +24,9 @@ _NOT_AS_EXPECTED: Final = {404, 412}
 
 def put_if_match(client: Any, bucket: str, key: str, data: bytes, etag: str) -> str | None:
     """Write an object if the one that is there has this ETag; gives the new one, None if it has not."""
+    checksum = Checksums(client).of_body(data)
     try:
-        answer = client.put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"')
+        answer = client.put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"', **checksum)
     except Exception as error:
         if status_of(error) not in _NOT_AS_EXPECTED or code_of(error) == "NoSuchBucket":
             raise

@@ -11,6 +11,10 @@ from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, retry
 T = TypeVar("T")
 
 _TRANSIENT_CODES = {
+    # Bodies that were damaged on their way; the XML of our requests is botocore's.
+    "BadDigest",
+    "MalformedXML",
+    "XAmzContentSHA256Mismatch",
     "ConditionalRequestConflict",
     "InternalError",
     "OperationAborted",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.storage.protocols import FileStat
+from mergekit_ray.storage.s3_checksums import Checksums
 from mergekit_ray.storage.s3_faults import code_of, with_retries
 from mergekit_ray.storage.transfers import RetryPolicy
 
@@ -54,6 +55,7 @@ class S3Upload:
         stat: Callable[[str], FileStat | None],
     ) -> None:
         self._client = client
+        self._checksums = Checksums(client)
         self._executor = executor
         self._retry = retry
         self._target = {"Bucket": bucket, "Key": key}
@@ -68,7 +70,7 @@ class S3Upload:
         self._buffer = bytearray(min(self._part_bytes, num_bytes))
         self._free: list[bytearray] = []
         self._in_flight: set[Future[None]] = set()
-        self._etags: dict[int, str] = {}
+        self._parts: dict[int, dict[str, Any]] = {}
         self._upload_id: str | None = None
         self._closed = False
 
@@ -101,7 +103,8 @@ class S3Upload:
         del self._buffer[self._used :]
         if self._upload_id is None:
             body = self._buffer
-            answer = self._call("writing", lambda _: self._client.put_object(**self._target, Body=body))
+            checksum = self._checksums.of_body(body)
+            answer = self._call("writing", lambda _: self._client.put_object(**self._target, Body=body, **checksum))
             version = answer["ETag"].strip('"')
         else:
             self._send()
@@ -137,7 +140,8 @@ class S3Upload:
     def _send(self) -> None:
         """Hand the filled buffer to the executor and take a free one."""
         if self._upload_id is None:
-            answer = self._call("writing", lambda _: self._client.create_multipart_upload(**self._target))
+            begun = {**self._target, **self._checksums.of_upload}
+            answer = self._call("writing", lambda _: self._client.create_multipart_upload(**begun))
             self._upload_id = answer["UploadId"]
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._collect(everything=False)
@@ -147,11 +151,10 @@ class S3Upload:
         self._used = 0
 
     def _send_part(self, upload_id: str, number: int, buffer: bytearray) -> None:
-        answer = self._call(
-            f"writing part {number}",
-            lambda _: self._client.upload_part(**self._target, UploadId=upload_id, PartNumber=number, Body=buffer),
-        )
-        self._etags[number] = answer["ETag"]
+        checksum = self._checksums.of_body(buffer)
+        part = {**self._target, "UploadId": upload_id, "PartNumber": number, **checksum}
+        answer = self._call(f"writing part {number}", lambda _: self._client.upload_part(**part, Body=buffer))
+        self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **checksum}
         self._free.append(buffer)
 
     def _collect(self, *, everything: bool) -> None:
@@ -162,7 +165,7 @@ class S3Upload:
             part.result()
 
     def _complete(self, upload_id: str) -> str:
-        parts = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(self._etags.items())]
+        parts = [part for _, part in sorted(self._parts.items())]
 
         def attempt(number: int) -> str:
             try:

@@ -66,21 +66,13 @@ def invoke(*args: str | Path) -> Any:
 
 
 class TestMergeCommand:
-    def test_help_is_quick_and_names_the_options(self) -> None:
+    def test_help_names_the_options(self) -> None:
         done = run_command("merge", "--help")
-        times = []
-        for _ in range(3):
-            before = os.times()
-            run_command("merge", "--help")
-            after = os.times()
-            times.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.returncode == 0
         assert done.stderr == ""
         for option in ("--executor", "--workers", "--memory", "--overwrite", "--seed", "--quiet", "--debug"):
             assert option in done.stdout
         assert "RECIPE" in done.stdout
-        # Processor time: the machine may be busy with other things.
-        assert min(times) < 0.5
 
     def test_piped_it_writes_timed_lines_and_the_place(self, recipe: Path, published: Path, tmp_path: Path) -> None:
         done = run_command("merge", recipe, tmp_path / "out")

@@ -16,7 +16,7 @@ import mergekit_ray
 from mergekit_ray.core.errors import Interrupted, MergeError, PlanError
 from mergekit_ray.runtime.api import MergeOptions
 from mergekit_ray.runtime.routing_layers import prompt_states
-from support.merging import run_command
+from support.merging import Events, run_command
 from support.models import ModelLibrary, contents, load, rewrite, tensors_of
 from support.moe_cases import CASES, MIXTRAL, SHARED_GATE, Case, expert, merge
 from support.ray_cluster import RayCluster
@@ -129,19 +129,6 @@ def prompted(models: ModelLibrary) -> dict[str, Any]:
     )
 
 
-class Events:
-    """A reporter that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        self.kinds.append(kind)
-
-    def progress(self, progress: Any, num_done: int, num_shards: int) -> None:
-        pass
-
-
 class TestPromptsOnRay:
     @pytest.mark.ray
     def test_workers_compute_the_states(
@@ -179,10 +166,10 @@ class TestRoutersAreMadeOnce:
     ) -> None:
         first, second = Events(), Events()
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=first)
-        assert first.kinds[0] == "routing"
+        assert first.all[0][0] == "routing"
         monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=second)
-        assert second.kinds == ["already_done"]
+        assert [kind for kind, _ in second.all] == ["already_done"]
 
     def test_not_for_a_place_that_is_taken(
         self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,14 +185,12 @@ class TestRoutersAreMadeOnce:
         recipe = {**prompted, "output": {"max_shard_size": 50_000}}
         stop = threading.Event()
 
-        class StopAfterOne(Events):
-            def event(self, kind: str, message: str, **fields: Any) -> None:
-                super().event(kind, message, **fields)
-                if kind == "shard_done":
-                    stop.set()
+        def stop_after_one(kind: str) -> None:
+            if kind == "shard_done":
+                stop.set()
 
         with pytest.raises(Interrupted):
-            mergekit_ray.merge(recipe, tmp_path / "out", reporter=StopAfterOne(), stop=stop)
+            mergekit_ray.merge(recipe, tmp_path / "out", reporter=Events(stop_after_one), stop=stop)
 
         def elsewhere(*args: Any, **options: Any) -> np.ndarray:
             return prompt_states(*args, **options) * np.float32(1 + 2.0**-20)
@@ -213,6 +198,6 @@ class TestRoutersAreMadeOnce:
         monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", elsewhere)
         second = Events()
         result = mergekit_ray.merge(recipe, tmp_path / "out", reporter=second)
-        assert "resumed" in second.kinds
+        assert second.of("resumed")
         assert result.num_resumed > 0
         load(tmp_path / "out")

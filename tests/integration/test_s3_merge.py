@@ -19,6 +19,7 @@ import mergekit_ray
 from mergekit_ray.runtime.api import MergeOptions
 from support.merging import COMMANDS, command_environment, recipe_of, run_command, wait_until
 from support.models import ModelLibrary, contents, load, logits, rewrite, tensors_of
+from support.s3_bucket import Bucket
 from support.s3_server import SECRET_KEY, S3Server
 
 pytestmark = pytest.mark.s3
@@ -26,39 +27,6 @@ pytestmark = pytest.mark.s3
 WRONG_SECRET = "not-the-secret-42"
 # More than two parts of 16 MiB: what is smaller goes up as one object.
 LARGE: dict[str, Any] = {"vocab_size": 150_000, "hidden_size": 64, "num_layers": 1, "tied": True}
-
-
-class Bucket:
-    """A prefix of the server's bucket, seen from outside the product."""
-
-    def __init__(self, server: S3Server, prefix: str) -> None:
-        self.uri = prefix
-        self._client = server.client()
-        self._bucket, _, self._prefix = prefix.removeprefix("s3://").partition("/")
-
-    def upload(self, folder: Path, name: str) -> str:
-        """Copy a folder there; gives its URI."""
-        for file in folder.iterdir():
-            self._client.upload_file(str(file), self._bucket, f"{self._prefix}/{name}/{file.name}")
-        return f"{self.uri}/{name}"
-
-    def keys(self, name: str) -> list[str]:
-        """Names of the objects below a folder."""
-        prefix = f"{self._prefix}/{name}/"
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
-        return [found["Key"].removeprefix(prefix) for page in pages for found in page.get("Contents", [])]
-
-    def download(self, name: str, folder: Path) -> Path:
-        """Copy a folder from there."""
-        for key in self.keys(name):
-            (folder / key).parent.mkdir(parents=True, exist_ok=True)
-            self._client.download_file(self._bucket, f"{self._prefix}/{name}/{key}", str(folder / key))
-        return folder
-
-    def unfinished(self) -> list[str]:
-        """Multipart uploads below the prefix that were neither completed nor aborted."""
-        found = self._client.list_multipart_uploads(Bucket=self._bucket).get("Uploads", [])
-        return [upload["Key"] for upload in found if upload["Key"].startswith(f"{self._prefix}/")]
 
 
 class Home:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +204,9 @@ def test_a_large_header_takes_a_second_request(tmp_path: Path, monkeypatch: pyte
     assert [spec for spec, _ in whole[0].tensors.values()] == specs
 
 
-def test_thousands_of_tensors_are_read_quickly() -> None:
-    specs = [TensorSpec(f"model.layers.{i}.mlp.gate_proj.weight", DType.BF16, (4096, 4096)) for i in range(1200)]
+def test_a_hundred_thousand_tensors_are_read() -> None:
+    """Which what is not linear in their number would take hours for."""
+    specs = [TensorSpec(f"model.layers.{i}.mlp.gate_proj.weight", DType.BF16, (4096, 4096)) for i in range(100_000)]
     data = encode_header(specs)
     num_bytes = len(data) + sum(spec.num_bytes for spec in specs)
-    began = time.process_time()
-    for _ in range(10):
-        assert len(parse_header(data, num_bytes, "m.safetensors").tensors) == 1200
-    # About 6 ms each; the bound only has to catch what is not linear.
-    assert time.process_time() - began < 1.0
+    assert len(parse_header(data, num_bytes, "m.safetensors").tensors) == 100_000

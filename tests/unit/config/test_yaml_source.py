@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import pytest
@@ -128,10 +127,8 @@ def test_an_empty_text_says_what_to_write(text: str) -> None:
     ],
     ids=["lists", "mappings", "merge keys"],
 )
-def test_alias_bombs_are_refused_quickly(text: str) -> None:
-    started = time.process_time()
+def test_alias_bombs_are_refused_before_they_grow(text: str) -> None:
     assert "once its aliases are expanded" in failure(text).problems[0].what
-    assert time.process_time() - started < 10
 
 
 def test_depth_is_bounded_before_and_after_aliases() -> None:

@@ -20,7 +20,7 @@ import pytest
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.runtime import lease as lease_module
 from mergekit_ray.runtime.destination import LEASE_FILE
-from mergekit_ray.runtime.lease import LONG_TERM, Holder, Lease, Term, hold
+from mergekit_ray.runtime.lease import LONG_TERM, Holder, Lease, Term, discard_dead, hold
 from mergekit_ray.runtime.reporting import SilentReporter
 from mergekit_ray.storage.local import LocalStore
 from mergekit_ray.storage.protocols import ConditionalSink
@@ -297,6 +297,38 @@ class TestHeld:
             lease._confirmed -= SLOW.seconds + 1
             with pytest.raises(StorageError, match=r"taken over by .* far-away"):
                 lease.check()
+
+
+class TestLeftBeside:
+    """What a finished output says of who made it."""
+
+    @pytest.mark.parametrize(
+        ("holder", "stays"),
+        [
+            (elsewhere(renewed=time.time()), True),
+            (elsewhere(renewed=time.time() - 2 * SLOW.seconds), False),
+            (replace(Holder.of_this_process(SLOW), pid=os.getppid(), started=1), False),
+        ],
+        ids=["renewed", "expired", "of a process that has ended"],
+    )
+    def test_one_of_a_dead_driver_is_removed(self, sink: LocalStore, holder: Holder, stays: bool) -> None:
+        sink.put(LEASE_FILE, holder.to_bytes())
+        discard_dead(sink)
+        assert [stat.name for stat in sink.list()] == [LEASE_FILE] * stays
+
+    def test_ones_own_stays(self, sink: LocalStore) -> None:
+        with taken(sink):
+            discard_dead(sink)
+            assert written(sink).pid == os.getpid()
+
+    def test_it_is_in_nobodys_way(self, sink: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(names: object) -> None:
+            raise StorageError("not today")
+
+        sink.put(LEASE_FILE, elsewhere(renewed=0.0).to_bytes())
+        monkeypatch.setattr(sink, "delete", fail)
+        discard_dead(sink)
+        assert written(sink).host == "far-away"
 
 
 def test_where_each_renewal_is_a_commit_there_are_few(tmp_path: Path) -> None:

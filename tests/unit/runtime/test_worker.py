@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -332,10 +331,8 @@ def test_a_store_that_fails_while_writing_ends_the_shard(
 
     monkeypatch.setattr(LocalUpload, "write", failing)
     worker = make_worker(pair[0], tmp_path / "out", memory_bytes=BUDGETS["tiny"])
-    began = time.monotonic()
     with pytest.raises(StorageError, match="the disk is gone"):
         worker.run(pair[1])
-    assert time.monotonic() - began < 10
     worker.close()
     assert files_below(tmp_path / "out") == set()
 

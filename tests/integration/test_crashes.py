@@ -1,0 +1,194 @@
+"""kill -9 at every boundary of a merge; the same command then makes the same bytes, and nothing else is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mergekit_ray
+from mergekit_ray.runtime.api import MergeOptions
+from support.merging import recipe_of
+from support.models import ModelLibrary, contents
+from support.s3_bucket import Bucket
+from support.s3_server import S3Server
+
+LOCAL = MergeOptions(executor="local", num_workers=2)
+NUM_SHARDS = 8
+PART_BYTES = 5 << 20
+"""Of multipart uploads here: the least that S3 takes. Every shard of a large model goes up in three."""
+
+# Children are forked from a process that has imported everything and started no thread.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mergekit_ray.runtime.run", "mergekit_ray.storage.s3", "boto3", "support.models"])
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the process dies.
+
+    Attributes:
+        place: dotted name of a function; methods as ``module:Class.method``.
+        after: once the call is over instead of before it.
+        name: only calls with this first argument count.
+        number: which of those calls it is.
+        done: how many shards at least are found to be done afterwards.
+    """
+
+    place: str
+    after: bool = False
+    name: str | None = None
+    number: int = 1
+    done: int = 0
+
+
+BOUNDARIES: Mapping[str, Boundary] = {
+    "planned": Boundary("mergekit_ray.runtime.run:hold"),
+    "leased": Boundary("mergekit_ray.runtime.run:clear"),
+    "reading": Boundary("mergekit_ray.runtime.worker:read_into", number=2),
+    "computed": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", number=5),
+    "written in part": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", after=True, number=5),
+    "about to be committed": Boundary("{upload}.commit", number=2),
+    "committed, not recorded": Boundary("{upload}.commit", after=True, number=2),
+    "recorded": Boundary("{sink}.put", after=True, name=".safetensors.json", number=2, done=2),
+    "checked": Boundary("mergekit_ray.runtime.run:check_records", after=True, done=NUM_SHARDS),
+    "config": Boundary("{sink}.put", after=True, name="config.json", done=NUM_SHARDS),
+    "card": Boundary("{sink}.put", after=True, name="README.md", done=NUM_SHARDS),
+    "manifest": Boundary("{sink}.put", after=True, name="mergekit-ray.json", done=NUM_SHARDS),
+    "index not yet": Boundary("{sink}.put", name="model.safetensors.index.json", done=NUM_SHARDS),
+    "index": Boundary("{sink}.put", after=True, name="model.safetensors.index.json", done=NUM_SHARDS),
+    "notes gone": Boundary("mergekit_ray.runtime.publish:clear_notes", after=True, done=NUM_SHARDS),
+}
+
+ON_S3: Mapping[str, Boundary] = {
+    **BOUNDARIES,
+    "upload begun": Boundary("mergekit_ray.storage.s3_upload:S3Upload._send_part", number=3),
+    "part sent": Boundary("mergekit_ray.storage.s3_upload:S3Upload._send_part", after=True, number=4),
+    "all parts sent": Boundary("mergekit_ray.storage.s3_upload:S3Upload._complete", number=2),
+}
+
+CLASSES = {
+    "local": {
+        "upload": "mergekit_ray.storage.local_upload:LocalUpload",
+        "sink": "mergekit_ray.storage.local:LocalStore",
+    },
+    "s3": {"upload": "mergekit_ray.storage.s3_upload:S3Upload", "sink": "mergekit_ray.storage.s3:S3Store"},
+}
+
+
+def fault(boundary: Boundary, store: str) -> None:
+    """Have this process die there."""
+    import importlib
+
+    module, _, path = boundary.place.format(**CLASSES[store]).partition(":")
+    *owners, leaf = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original: Callable[..., Any] = getattr(owner, leaf)
+    seen = 0
+
+    def dying(*args: Any, **options: Any) -> Any:
+        nonlocal seen
+        named = args[1] if len(args) > 1 and isinstance(args[1], str) else None
+        counts = boundary.name is None or (named is not None and named.endswith(boundary.name))
+        seen += counts
+        last = counts and seen == boundary.number
+        if last and not boundary.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **options)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, leaf, dying)
+
+
+def merge_and_die(
+    recipe: Mapping[str, Any], out: str, boundary: Boundary, store: str, environment: Mapping[str, str]
+) -> None:
+    """What the child does."""
+    os.environ.update(environment)
+    small_parts()
+    fault(boundary, store)
+    mergekit_ray.merge(recipe, out, options=LOCAL)
+
+
+def small_parts() -> None:
+    import mergekit_ray.storage.s3_upload as uploads
+
+    uploads.part_bytes_for = lambda num_bytes: PART_BYTES  # type: ignore[assignment]
+
+
+def die_and_resume(
+    recipe: Mapping[str, Any], out: str, boundary: Boundary, store: str, environment: Mapping[str, str]
+) -> None:
+    """Run it until it dies, then again."""
+    child = FORKS.Process(target=merge_and_die, args=(recipe, out, boundary, store, dict(environment)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    result = mergekit_ray.merge(recipe, out, options=LOCAL)
+    assert len(result.plan.shards) == NUM_SHARDS
+    assert result.num_resumed >= boundary.done
+
+
+@pytest.fixture(scope="module")
+def large(models: ModelLibrary) -> dict[str, Any]:
+    """Shards of 12 MB, a layer each."""
+    base, tuned = (models.get("llama", variant, num_layers=8, hidden_size=1024, tied=True) for variant in range(2))
+    return recipe_of("linear", base, [tuned], output={"max_shard_size": 14_000_000})
+
+
+@pytest.fixture(scope="module")
+def expected_large(large: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """All files of an undisturbed merge."""
+    out = tmp_path_factory.mktemp("expected") / "large"
+    mergekit_ray.merge(large, out, options=LOCAL)
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def recipe(models: ModelLibrary) -> dict[str, Any]:
+    base, *tuned = (models.get("llama", variant, num_layers=6) for variant in range(3))
+    return recipe_of("ties", base, tuned, output={"max_shard_size": 45_000})
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """All files of an undisturbed merge."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    result = mergekit_ray.merge(recipe, out, options=LOCAL)
+    assert len(result.plan.shards) == NUM_SHARDS
+    return contents(out)
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_on_a_disk(name: str, recipe: dict[str, Any], expected: dict[str, bytes], tmp_path: Path) -> None:
+    die_and_resume(recipe, str(tmp_path / "out"), BOUNDARIES[name], "local", {})
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", ON_S3)
+def test_on_s3(
+    name: str,
+    large: dict[str, Any],
+    expected_large: dict[str, bytes],
+    s3_environment: S3Server,
+    s3_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("mergekit_ray.storage.s3_upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    bucket = Bucket(s3_environment, s3_prefix)
+    die_and_resume(large, f"{s3_prefix}/out", ON_S3[name], "s3", s3_environment.environment)
+    assert bucket.unfinished() == []
+    bucket.download("out", tmp_path / "out")
+    assert contents(tmp_path / "out") == expected_large
