@@ -37,8 +37,8 @@ class S3Store:
     ETag; reads are conditional on it. `put_if_absent` and `replace` are conditional writes (``If-None-Match: *`` and
     ``If-Match``); servers that ignore the conditions (MinIO's gateway mode, rclone) cannot promise a single winner.
 
-    What is written carries its CRC32, which the server checks (see `s3_checksums`), unless
-    ``AWS_REQUEST_CHECKSUM_CALCULATION=when_required`` says that it cannot.
+    What is written carries its CRC32, which the server checks (see `s3_checksums`), and over HTTPS no signature of the
+    body beside it. For a server that cannot check it, ``AWS_REQUEST_CHECKSUM_CALCULATION=when_required`` leaves it out.
 
     Args:
         client: a boto3 S3 client; by default one is made at the first use.
