@@ -43,7 +43,7 @@ demo-moe: $(READY)  ## four fine-tunes of a real model as the experts of a Mixtr
 	@PYTHONPATH=tests $(BIN)/python -m demo.moe
 
 test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 check: $(READY)  ## style, types and layering
 	$(BIN)/ruff check

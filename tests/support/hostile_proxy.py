@@ -62,8 +62,7 @@ class HostileProxy:
         class Handler(_Handler):
             owner = proxy
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     @property
@@ -105,6 +104,15 @@ class HostileProxy:
         """A number of the schedule, from 0 to ``below - 1``."""
         with self._lock:
             return self._random.randrange(max(1, below))
+
+
+class _Server(ThreadingHTTPServer):
+    """Clients that go away are not news."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing."""
 
 
 class _Handler(BaseHTTPRequestHandler):
