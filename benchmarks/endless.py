@@ -151,7 +151,7 @@ class NoiseSource:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`."""
         del version
         noise, header = _noise(self._seed), len(self._headers[name])
@@ -160,6 +160,7 @@ class NoiseSource:
                 high = min(low + _PERIOD_BYTES, end)
                 place = (low - header) % _PERIOD_BYTES
                 buffer[low - start : high - start] = noise[place : place + high - low].data
+        return sum(end - start for start, end in ranges)
 
 
 class DiscardUpload:
@@ -230,12 +231,13 @@ class DiscardSink:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`."""
         del version
         data = self.read(name, max_bytes=1 << 40)
         for (start, end), buffer in zip(ranges, buffers, strict=True):
             buffer[:] = data[start:end]
+        return sum(end - start for start, end in ranges)
 
     def open(self, name: str, num_bytes: int) -> DiscardUpload:
         """See `Sink.open`."""

@@ -35,12 +35,15 @@ class ByteRange:
     buffer: WritableBuffer
 
 
-def read_into(sources: Mapping[str, Source], requests: Sequence[ByteRange]) -> None:
+def read_into(sources: Mapping[str, Source], requests: Sequence[ByteRange]) -> int:
     """Fill all buffers. Ranges of one file go to its store together; files are read concurrently.
 
     Args:
         sources: by model key.
         requests: in any order. Nothing is written into their buffers after this has returned, even by raising.
+
+    Returns:
+        How many bytes were asked of the stores.
 
     Raises:
         CheckpointError: a file is gone, cut short, or no longer at its version.
@@ -52,19 +55,17 @@ def read_into(sources: Mapping[str, Source], requests: Sequence[ByteRange]) -> N
     groups = list(by_file.values())
     tasks = [_pool().submit(_read_file, sources, group) for group in groups[1:]]
     try:
-        if groups:
-            _read_file(sources, groups[0])
-        for task in tasks:
-            task.result()
+        num_bytes = _read_file(sources, groups[0]) if groups else 0
+        return num_bytes + sum(task.result() for task in tasks)
     finally:
         for task in tasks:
             task.cancel()
         wait(tasks)
 
 
-def _read_file(sources: Mapping[str, Source], group: Sequence[ByteRange]) -> None:
+def _read_file(sources: Mapping[str, Source], group: Sequence[ByteRange]) -> int:
     first = group[0]
-    sources[first.model].read_ranges(
+    return sources[first.model].read_ranges(
         first.file,
         [(request.start, request.stop) for request in group],
         [request.buffer for request in group],

@@ -40,7 +40,7 @@ Executor = Annotated[
     typer.Option("--executor", help="Threads of this process, or Ray (the default inside a Ray job)."),
 ]
 Address = Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Shards in work at a time.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Shards in work at a time; else what suits.")]
 Memory = Annotated[
     str | None, typer.Option("--memory", help="Budget of each worker, e.g. 4GB; else what the plan needs.")
 ]

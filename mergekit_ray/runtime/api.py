@@ -19,6 +19,7 @@ from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.expressions import is_copy
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.planning.moe_experts import RouterVectors
@@ -43,7 +44,7 @@ class MergeOptions:
     Attributes:
         executor: ``local`` threads, ``ray`` actors, or None: Ray inside a Ray job or when an address is given.
         address: of the Ray cluster.
-        num_workers: shards in work at a time; None for 1 locally, and as many as the CPUs allow on Ray.
+        num_workers: shards in work at a time; None for `local_workers`, and as many as the CPUs allow on Ray.
         memory_bytes: budget of each worker; None for what the plan needs to overlap its work.
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.
@@ -295,6 +296,17 @@ def run_plan(
 def available_cpus() -> int:
     """CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def local_workers(plan: Plan) -> int:
+    """Local workers for a plan: one, whose threads compute together; two where most of the output is copied.
+
+    A copy is bound by what each worker does with one thread, hashing and writing.
+    """
+    num_copied = sum(
+        tensor.spec.num_bytes for shard in plan.shards for tensor in shard.tensors if is_copy(tensor.expression)
+    )
+    return 2 if num_copied > plan.num_bytes / 2 and available_cpus() > 1 else 1
 
 
 def local_threads(num_workers: int) -> int:

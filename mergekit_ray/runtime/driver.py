@@ -19,6 +19,7 @@ from typing import Final, Protocol
 from mergekit_ray.core.errors import Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.plan import InputModel, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.runtime.reporting import Reporter
 from mergekit_ray.runtime.signals import GRACE_SECONDS, RESUME
 from mergekit_ray.runtime.worker import Progress, WorkerOptions
@@ -193,12 +194,22 @@ def run_shards(
                 else:
                     _put_back_or_raise(waiting, shard, outcome, reporter)
             reporter.progress(executor.progress(), len(records), len(shards))
+        _tell_fetched(shards, executor.progress(), reporter)
     except BaseException:
         _abandon(executor, running)
         raise
     finally:
         executor.close()
     return records
+
+
+def _tell_fetched(shards: Sequence[Shard], progress: Progress, reporter: Reporter) -> None:
+    """What stores were asked for beside what was needed: gaps and repeated reads are more. Mapped files ask nobody."""
+    needed = sum(shard.read_bytes for shard in shards)
+    if progress.fetched_bytes and needed:
+        text = f"{format_bytes(progress.fetched_bytes)} fetched for {format_bytes(needed)} of inputs"
+        text += f" ({progress.fetched_bytes / needed:.2f})"
+        reporter.event("fetched", text, fetched_bytes=progress.fetched_bytes, needed_bytes=needed)
 
 
 def _put_back_or_raise(waiting: ShardQueue, shard: Shard, outcome: Outcome, reporter: Reporter) -> None:

@@ -115,6 +115,7 @@ class JsonReporter:
             {
                 "event": "progress",
                 "read_bytes": progress.read_bytes,
+                "fetched_bytes": progress.fetched_bytes,
                 "written_bytes": progress.written_bytes,
                 "num_tensors": progress.num_tensors,
                 "shards_done": num_done,

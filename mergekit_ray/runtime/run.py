@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.planning.windows import comfortable_memory
-from mergekit_ray.runtime.api import MergeOptions, local_threads
+from mergekit_ray.runtime.api import MergeOptions, local_threads, local_workers
 from mergekit_ray.runtime.cluster import wants_ray
 from mergekit_ray.runtime.destination import Destination, clear, clear_notes, inspect
 from mergekit_ray.runtime.driver import Executor, Job, pending_shards, run_shards
@@ -93,7 +93,7 @@ def _make(run: _Run, destination: Destination, uri: str) -> None:
     _discard_remains(sink, shards)
     records = dict(destination.done)
     if shards:
-        executor, num_threads = _executor(run.options)
+        executor, num_threads = _executor(run.options, plan)
         job = Job(
             inputs=plan.inputs,
             output=sink.uri,
@@ -123,12 +123,12 @@ def _discard_remains(sink: Sink, shards: Sequence[Shard]) -> None:
         sink.discard_remains([shard.file for shard in shards])
 
 
-def _executor(options: MergeOptions) -> tuple[Executor, int]:
+def _executor(options: MergeOptions, plan: Plan) -> tuple[Executor, int]:
     """The executor the options ask for, and the compute threads of each of its workers."""
     if wants_ray(options.executor, options.address):
         from mergekit_ray.runtime.ray import RayExecutor  # noqa: PLC0415 - ray costs a second to import
 
         executor = RayExecutor(options.address, options.num_workers)
         return executor, executor.cpus_per_worker
-    num_workers = options.num_workers or 1
+    num_workers = options.num_workers or local_workers(plan)
     return LocalExecutor(num_workers), local_threads(num_workers)

@@ -29,6 +29,18 @@ Made from the methods' declarations by `mergekit-ray methods --markdown`; `merge
 parameter `lambda`. Parameters *per model* are looked up for each model, those *per tensor* once per output tensor;
 both may be numbers, gradients over the layers, and lists of filters.
 
+At the edges every method does the same (`tests/unit/methods/test_edge_cases.py` holds all of them to it):
+
+- Models that are equal give the model, and zeros give zeros. Opposite models, a base of zeros, tensors without
+  elements, of one element, and scalars give finite results.
+- Norms, products and sums are taken in float32 or float64 and scaled where they must be: float16 tensors whose squares
+  overflow, float32 ones up to 1e30, denormals, and values whose squares vanish are merged like any others
+  (but by `wudi`, whose steps have a size of their own).
+- A result that is too large for the dtype that is stored, and a NaN or an infinity in an input, end the merge with an
+  error that names tensor and model; `--allow-non-finite` lets them pass.
+- Weights that sum to zero and are to be normalised are an error. Without `normalize` they are weights like any others.
+- `density: 0` gives the base (with `epsilon: 0`, where there is one); `density: 1` and `gamma: 0` drop nothing.
+
 | method | base model | models | what it does |
 |---|---|---|---|
 """

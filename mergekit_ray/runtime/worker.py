@@ -65,10 +65,12 @@ class Progress:
     """What a worker has done so far; counters only grow.
 
     ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
-    counts again, though it is read once. ``num_on_cpu`` are tensors that needed more memory than the device has.
+    counts again, though it is read once. ``fetched_bytes`` are those that were asked of stores, without what is
+    mapped from a disk. ``num_on_cpu`` are tensors that needed more memory than the device has.
     """
 
     read_bytes: int = 0
+    fetched_bytes: int = 0
     written_bytes: int = 0
     num_tensors: int = 0
     num_on_cpu: int = 0
@@ -276,7 +278,7 @@ class _ShardRun:
             began = time.perf_counter()
             for window in windows:
                 batch.inputs.append(self._inputs.prepare(window, requests))
-            read_into(self._sources, requests)
+            self._progress.fetched_bytes += read_into(self._sources, requests)
             self._progress.read_seconds += time.perf_counter() - began
             self._progress.read_bytes += sum(window.read_bytes for window in windows)
             self._read.put(batch)

@@ -122,7 +122,7 @@ class HubSource:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`.
 
         Ranges up to 1 MiB apart are one request, requests have up to 16 MiB, up to 16 run at once. A request that
@@ -131,10 +131,10 @@ class HubSource:
         check_name(name, self.uri)
         cache = self._cached(name, version)
         if cache is not None:
-            cache.read_ranges(name, ranges, buffers, version=version)
-            return
+            return cache.read_ranges(name, ranges, buffers, version=version)
         fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
         fetch_all(fetches, lambda fetch: self._remote.fetch(name, fetch, version), self._readers)
+        return sum(fetch.end - fetch.start for fetch in fetches)
 
     def _cached(self, name: str, version: str | None = None) -> HubCache | None:
         """The cache, if it holds the file as it is wanted (as it is listed, if a version is not given)."""

@@ -90,7 +90,7 @@ class HubStore:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`. One request for the run of bytes that holds all: what is read here is small."""
         stat, data, head = self._find(name)
         if version is not None and stat.version != version:
@@ -101,7 +101,7 @@ class HubStore:
             )
         wanted = sorted_ranges(ranges, buffers)
         if not wanted:
-            return
+            return 0
         first, last = wanted[0][0], max(end for _, end, _ in wanted)
         if last > stat.num_bytes:
             raise CheckpointError(
@@ -110,6 +110,7 @@ class HubStore:
         run = data[first:last] if head is None else self._branch.read(head, name, first, last)
         for start, end, buffer in wanted:
             buffer[:] = run[start - first : end - first]
+        return last - first
 
     def open(self, name: str, num_bytes: int) -> HubUpload:
         """See `Sink.open`. Nothing is sent before it is committed."""

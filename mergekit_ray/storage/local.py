@@ -111,7 +111,7 @@ class LocalSource:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`. Ranges that touch are read by one call; the version is checked before and after."""
         wanted = sorted_ranges(ranges, buffers)
         file, before = self._open(name)
@@ -129,6 +129,7 @@ class LocalSource:
             raise local_fault(error, self._path(name)) from error
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise self._changed(name)
+        return sum(end - start for start, end, _ in wanted)
 
     def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
         """See `MappableSource.map_range`."""

@@ -75,7 +75,7 @@ class Source(Protocol):
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """Read byte ranges straight into the caller's buffers, each exactly as long as its range.
 
         Ranges that lie close are fetched as one request; requests run concurrently; only what failed is retried.
@@ -85,6 +85,9 @@ class Source(Protocol):
             ranges: ``(start, end)`` in bytes.
             buffers: one for each range.
             version: if given, what `FileStat.version` was when the plan was made.
+
+        Returns:
+            How many bytes were asked of the store: those of the ranges and of the gaps between them.
 
         Raises:
             CheckpointError: the file is not there, is shorter than a range, or is no longer at ``version``.

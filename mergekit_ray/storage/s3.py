@@ -136,7 +136,7 @@ class S3Store:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`.
 
         Ranges up to 1 MiB apart are one request, requests have up to 16 MiB, up to 16 run at once. A request that
@@ -144,6 +144,7 @@ class S3Store:
         """
         fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
         fetch_all(fetches, lambda fetch: self._fetch(name, fetch, version), lambda: self._readers)
+        return sum(fetch.end - fetch.start for fetch in fetches)
 
     def open(self, name: str, num_bytes: int) -> S3Upload:
         """See `Sink.open`. Nothing is sent until a part is full."""

@@ -16,8 +16,10 @@ import torch
 import yaml
 
 import mergekit_ray
+from mergekit_ray.checkpoint.header import HEAD_BYTES
 from mergekit_ray.runtime.api import MergeOptions
-from support.merging import COMMANDS, command_environment, recipe_of, run_command, wait_until
+from support.hostile_proxy import HostileProxy, Schedule
+from support.merging import COMMANDS, Events, command_environment, recipe_of, run_command, wait_until
 from support.models import ModelLibrary, contents, load, logits, rewrite, tensors_of
 from support.s3_bucket import Bucket
 from support.s3_server import SECRET_KEY, S3Server
@@ -118,6 +120,24 @@ def test_from_s3_to_s3_without_local_disk(
 def large_recipe(bucket: Bucket, models: ModelLibrary) -> dict[str, Any]:
     """One shard of 38 MB."""
     return recipe_on(bucket, [models.get("llama", variant, **LARGE) for variant in range(2)], "linear")
+
+
+def test_every_byte_is_fetched_once(bucket: Bucket, s3_environment: S3Server, models: ModelLibrary) -> None:
+    """As the merge tells, and as the server sees it."""
+    sources = [bucket.upload(models.get("llama", variant, **LARGE), f"in{variant}") for variant in range(2)]
+    listed = [{"model": uri, "parameters": {"weight": 0.5}} for uri in sources]
+    recipe = {"merge_method": "linear", "models": listed, "output": {"max_shard_size": 10_000_000}}
+    events = Events()
+    with HostileProxy(s3_environment.endpoint_url, Schedule(0, {})) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        options = MergeOptions(executor="local", num_workers=2)
+        result = mergekit_ray.merge(recipe, f"{bucket.uri}/out", options=options, reporter=events)
+    [told] = events.of("fetched")
+    assert told["needed_bytes"] == result.plan.read_bytes
+    assert 1.0 <= told["fetched_bytes"] / told["needed_bytes"] <= 1.02
+    weights = {path: num for path, num in proxy.sent_bytes.items() if "/in" in path and path.endswith(".safetensors")}
+    assert len(weights) == len(sources)
+    assert sum(weights.values()) <= told["fetched_bytes"] + len(weights) * HEAD_BYTES
 
 
 def test_large_shards_go_up_in_parts(

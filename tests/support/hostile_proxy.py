@@ -45,7 +45,12 @@ class Schedule:
 
 
 class HostileProxy:
-    """Listens on a free port of the loopback device, for the server at ``upstream`` (an ``http://`` URL)."""
+    """Listens on a free port of the loopback device, for the server at ``upstream`` (an ``http://`` URL).
+
+    Attributes:
+        counts: faults that were made, by name.
+        sent_bytes: of the bodies of answers to GET, by path.
+    """
 
     def __init__(self, upstream: str, schedule: Schedule) -> None:
         split = urlsplit(upstream)
@@ -53,6 +58,7 @@ class HostileProxy:
         self.upstream = (split.hostname, split.port or 80)
         self.schedule = schedule
         self.counts: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
         self._random = random.Random(schedule.seed)
         self._in_a_row: Counter[str] = Counter()
         self._num_requests = 0
@@ -167,6 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
             if length is not None:
                 self.send_header("Content-Length", length)
             self.end_headers()
+            if self.command == "GET":
+                with self.owner._lock:
+                    self.owner.sent_bytes[urlsplit(self.path).path] += len(data)
             half = len(data) // 2
             self.wfile.write(data[:half])
             if pause:

@@ -48,11 +48,12 @@ class MemorySource:
         buffers: Sequence[WritableBuffer],
         *,
         version: str | None = None,
-    ) -> None:
+    ) -> int:
         """See `Source.read_ranges`."""
         assert version in (None, self._stat(name).version)
         for (start, end), buffer in zip(ranges, buffers, strict=True):
             buffer[:] = self._files[name][start:end]
+        return sum(end - start for start, end in ranges)
 
     def _stat(self, name: str) -> FileStat:
         return FileStat(name, len(self._files[name]), f"{len(self._files[name])}-1")

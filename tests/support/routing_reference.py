@@ -39,9 +39,9 @@ class WatchedSource:
         self.whole.append(name)
         return self._inner.read(name, max_bytes=max_bytes)
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]], buffers: Any, **options: Any) -> None:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]], buffers: Any, **options: Any) -> int:
         self.reads.append(list(ranges))
-        self._inner.read_ranges(name, ranges, buffers, **options)
+        return self._inner.read_ranges(name, ranges, buffers, **options)
 
 
 def opened(folder: Path) -> Checkpoint:

@@ -26,7 +26,8 @@ def store_bytes(sink: Sink, name: str, data: bytes) -> FileStat:
 def fetch(source: Source, name: str, ranges: list[tuple[int, int]], version: str | None = None) -> list[bytes]:
     """Read ranges into fresh buffers."""
     buffers = [bytearray(end - start) for start, end in ranges]
-    source.read_ranges(name, ranges, [memoryview(buffer) for buffer in buffers], version=version)
+    asked = source.read_ranges(name, ranges, [memoryview(buffer) for buffer in buffers], version=version)
+    assert asked >= len({byte for start, end in ranges for byte in range(start, end)})
     return [bytes(buffer) for buffer in buffers]
 
 

@@ -48,9 +48,9 @@ class CountingSource:
     def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
         return self._inner.read_head(name, num_bytes)
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]], buffers: Any, **more: Any) -> None:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]], buffers: Any, **more: Any) -> int:
         self.read_bytes += sum(end - start for start, end in ranges)
-        self._inner.read_ranges(name, ranges, buffers, **more)
+        return self._inner.read_ranges(name, ranges, buffers, **more)
 
 
 @pytest.fixture

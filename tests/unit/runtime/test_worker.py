@@ -286,10 +286,10 @@ class SlowSource(LocalSource):
         super().__init__(root)
         self.go, self.reading = go, reading
 
-    def read_ranges(self, *args: Any, **kwargs: Any) -> None:
+    def read_ranges(self, *args: Any, **kwargs: Any) -> int:
         self.reading.set()
         self.go.wait(10)
-        super().read_ranges(*args, **kwargs)
+        return super().read_ranges(*args, **kwargs)
 
 
 def test_a_stop_interrupts_and_leaves_no_file(pair: tuple[dict[str, InputModel], Shard], tmp_path: Path) -> None:
