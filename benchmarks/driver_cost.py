@@ -130,8 +130,8 @@ PLANS: Mapping[str, Callable[[], Plan]] = {"405b": plan_405, "671b": plan_671}
 class IdleWorker:
     """Answers as `runtime.ray.RayWorker` does, and does nothing."""
 
-    def __init__(self, job: Job) -> None:
-        del job
+    def __init__(self, version: str, jobs: list[Any]) -> None:
+        del version, jobs
 
     def run(self, shard: dict[str, Any]) -> ShardRecord:
         """A record as long as a real one."""

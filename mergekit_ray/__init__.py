@@ -15,11 +15,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_recipe", "merge", "plan"]
 
 if TYPE_CHECKING:
-    from mergekit_ray.config import load_recipe
     from mergekit_ray.runtime.api import merge, plan
+    from mergekit_ray.runtime.recipes import load_recipe
 
 _HOMES = {
-    "load_recipe": "mergekit_ray.config",
+    "load_recipe": "mergekit_ray.runtime.recipes",
     "merge": "mergekit_ray.runtime.api",
     "plan": "mergekit_ray.runtime.api",
 }

@@ -30,7 +30,9 @@ class LogFormat(StrEnum):
     json = "json"
 
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe (a path).")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path, or s3://bucket/recipe.yml.")
+]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown keys in the recipe are warnings, not errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all randomness; overrides the recipe's.")]

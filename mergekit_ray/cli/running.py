@@ -81,15 +81,16 @@ def say(line: str) -> None:
 
 
 def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
-    """The recipe in a file; what ``lenient`` lets pass is told unless ``quiet``.
+    """The recipe in a file, or in a store; what ``lenient`` lets pass is told unless ``quiet``.
 
     Raises:
         ConfigError: there is no such file, or the recipe is wrong.
+        StorageError: the store that should have it failed.
     """
-    from mergekit_ray.config import load_recipe
+    from mergekit_ray.runtime.recipes import is_uri, load_recipe
 
-    path = Path(recipe)
-    if not path.is_file():
+    source = recipe if is_uri(recipe) else Path(recipe)
+    if isinstance(source, Path) and not source.is_file():
         raise ConfigError(
             "no such file", where=recipe, remedy="give the path of a YAML recipe; see configs/ for examples"
         )
@@ -98,7 +99,7 @@ def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
         if not quiet:
             typer.echo(f"warning: {message}", err=True)
 
-    return load_recipe(path, lenient=lenient, on_warning=warn)
+    return load_recipe(source, lenient=lenient, on_warning=warn)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,9 @@ class RecipeWarning(UserWarning):
 
 
 def load_recipe(
-    source: Path | str | Mapping[str, Any] | Recipe,
+    source: Path | str | bytes | Mapping[str, Any] | Recipe,
     *,
+    name: str = "<text>",
     lenient: bool = False,
     on_warning: Callable[[Problem], None] | None = None,
     methods: Methods = METHODS,
@@ -45,8 +46,9 @@ def load_recipe(
 
     Args:
         source: a path; a string, which is a path if it ends in ``.yml`` or ``.yaml`` or names a file, and YAML text if
-            it has a line break or ``": "``; a mapping such as ``yaml.safe_load`` gives; or a recipe built in Python,
-            which is checked against its merge method.
+            it has a line break or ``": "``; the content of a file, as bytes; a mapping such as ``yaml.safe_load``
+            gives; or a recipe built in Python, which is checked against its merge method.
+        name: what to call a text, or the content of a file, in messages.
         lenient: turn unknown keys and parameters into warnings: mergekit ignored them.
         on_warning: called with each thing that has no effect; `warnings.warn` with a `RecipeWarning` if None.
         methods: where merge methods are found.
@@ -59,7 +61,7 @@ def load_recipe(
     """
     if isinstance(source, RecipeModel):
         return _tell(Collected(source), Document(None), _semantic(source, methods), on_warning)
-    document = _document(source)
+    document = _document(source, name)
     data = document.data
     kind = _kind(data)
     if isinstance(kind, Finding):
@@ -172,22 +174,24 @@ def _ignored_keys(data: object, path: YamlPath = ()) -> list[Finding]:
     return findings
 
 
-def _document(source: object) -> Document:
+def _document(source: object, name: str) -> Document:
     if isinstance(source, Mapping):
         return Document(plain(source))
     if isinstance(source, Path):
         return _read_file(source)
+    if isinstance(source, bytes):
+        return _decoded(source, name)
     if not isinstance(source, str):
         raise ConfigError(
             f"a recipe is a path, YAML text or a mapping, found {type(source).__name__}",
             remedy="pass a pathlib.Path, a str or a dict",
         )
     if "\n" in source:
-        return read_yaml(source)
+        return read_yaml(source, name)
     if source.lower().endswith(_SUFFIXES) or _is_file(source):
         return _read_file(Path(source))
     if ": " in source:
-        return read_yaml(source)
+        return read_yaml(source, name)
     raise ConfigError(
         f"no file is called {found(source)}, and it is not YAML text either",
         remedy="name a recipe's file, such as merge.yml; text is taken for YAML if it has a line break or ': '",
@@ -213,6 +217,10 @@ def _read_file(path: Path) -> Document:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~` without a home
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"the recipe cannot be read: {reason}", where=name[:200]) from None
+    return _decoded(content, name)
+
+
+def _decoded(content: bytes, name: str) -> Document:
     if len(content) > MAX_TEXT_BYTES:
         raise too_large(name)
     try:

@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 
 from mergekit_ray.checkpoint.adapter import Adapter, adapted, open_adapter
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
-from mergekit_ray.config import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
@@ -29,6 +28,7 @@ from mergekit_ray.runtime.destination import inspect
 from mergekit_ray.runtime.device import CPU, check_device, computing_on, resolve
 from mergekit_ray.runtime.device_report import DeviceReporter
 from mergekit_ray.runtime.lease import discard_dead
+from mergekit_ray.runtime.recipes import load_recipe
 from mergekit_ray.runtime.reporting import Reporter, SilentReporter
 from mergekit_ray.storage.opening import open_sink, open_source
 

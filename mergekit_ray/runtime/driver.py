@@ -93,8 +93,8 @@ class Executor(Protocol):
         """What has ended, waiting at most ``seconds`` for the first."""
         ...
 
-    def progress(self) -> Progress:
-        """Sum over all workers that are or were there, finished or not."""
+    def progress(self, *, settled: bool = False) -> Progress:
+        """Sum over all workers that are or were there; ``settled`` waits until all have said theirs."""
         ...
 
     def stop(self) -> None:
@@ -194,7 +194,7 @@ def run_shards(
                 else:
                     _put_back_or_raise(waiting, shard, outcome, reporter)
             reporter.progress(executor.progress(), len(records), len(shards))
-        _tell_fetched(shards, executor.progress(), reporter)
+        _tell_fetched(shards, executor.progress(settled=True), reporter)
     except BaseException:
         _abandon(executor, running)
         raise

@@ -80,8 +80,9 @@ class LocalExecutor:
         self._num_running -= len(outcomes)
         return outcomes
 
-    def progress(self) -> Progress:
-        """Sum over the threads."""
+    def progress(self, *, settled: bool = False) -> Progress:
+        """Sum over the threads; always as it is."""
+        del settled
         return Progress.total([worker.progress for worker in self._workers])
 
     def stop(self) -> None:

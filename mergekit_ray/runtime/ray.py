@@ -6,6 +6,7 @@ Weights never pass through Ray: actors read from and write to the stores, only p
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
+from mergekit_ray import __version__
 from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.core.record import ShardRecord
@@ -23,20 +25,31 @@ from mergekit_ray.runtime.cluster import check_ray_device, worker_slots
 from mergekit_ray.runtime.device import AUTO, CPU, CUDA
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.local import open_sources
-from mergekit_ray.runtime.ray_cluster import MAX_CPUS_PER_WORKER, compute_nodes, connect, disconnect
+from mergekit_ray.runtime.ray_cluster import MAX_CPUS_PER_WORKER, check_version, compute_nodes, connect, disconnect
 from mergekit_ray.runtime.worker import Progress, Worker, single_threaded_torch
 from mergekit_ray.storage.opening import open_sink
 
 _SPREAD: Final[SchedulingStrategyT] = "SPREAD"
 _RESCALE_SECONDS: Final = 5.0
 _NO_WORKER_SECONDS: Final = 300.0
+_SETTLE_SECONDS: Final = 5.0
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"control": 2})
 class RayWorker:
-    """A `Worker` with an address. ``run`` calls are one at a time; control calls get through meanwhile."""
+    """A `Worker` with an address. ``run`` calls are one at a time; control calls get through meanwhile.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        version: of mergekit-ray, where the driver runs.
+        jobs: a reference to a `Job`, in a list, so that another version's is not even looked at.
+
+    Raises:
+        StorageError: this node has another version.
+    """
+
+    def __init__(self, version: str, jobs: list[Any]) -> None:
+        check_version(version, str(ray.util.get_node_ip_address()))
+        job: Job = ray.get(jobs[0])
         self._stop = threading.Event()
         self._threads = single_threaded_torch()
         self._threads.__enter__()
@@ -105,6 +118,7 @@ class RayExecutor:
         self._started_ray = False
         self._actors: list[_Actor] = []
         self._job: Job | None = None
+        self._jobs: dict[str, Any] = {}
         self._max_actors = self._num_on_gpu = 0
         self._is_stopping = False
         self._rescaled = 0.0
@@ -174,10 +188,14 @@ class RayExecutor:
             )
         return outcomes
 
-    def progress(self) -> Progress:
-        """Sum over all actors, as of their last answers."""
+    def progress(self, *, settled: bool = False) -> Progress:
+        """Sum over all actors, as of their last answers; ``settled`` waits for new ones of those that have no shard."""
         for actor in self._actors:
             if actor.ready is not None:
+                continue
+            if settled and actor.shard is None:
+                with contextlib.suppress(RayError):
+                    actor.progress = ray.get(actor.handle.progress.remote(), timeout=_SETTLE_SECONDS)
                 continue
             if actor.progress_call is None:
                 actor.progress_call = actor.handle.progress.remote()
@@ -220,13 +238,22 @@ class RayExecutor:
         for i in range(len(self._actors), min(wanted, self._max_actors)):
             on_gpu = job.options.device == CUDA or (job.options.device == AUTO and self._num_on_gpu < gpus)
             self._num_on_gpu += on_gpu
+            its_job = self._job_on(job.options.device if on_gpu else CPU)
             handle = RayWorker.options(  # type: ignore[attr-defined] # added by the decorator, untyped
                 num_cpus=self.cpus_per_worker,
                 num_gpus=int(on_gpu),
                 memory=self._memory_bytes,
                 scheduling_strategy=_SPREAD,
-            ).remote(replace(job, options=replace(job.options, device=job.options.device if on_gpu else CPU)))
+            ).remote(__version__, [its_job])
             self._actors.append(_Actor(f"worker-{i}", handle, handle.node.remote()))
+
+    def _job_on(self, device: str) -> Any:
+        """A reference to the job as a worker with this device has it."""
+        if device not in self._jobs:
+            job = self._job
+            assert job is not None
+            self._jobs[device] = ray.put(replace(job, options=replace(job.options, device=device)))
+        return self._jobs[device]
 
     def _note_ready(self, actor: _Actor) -> None:
         try:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import ray
 
+from mergekit_ray import __version__
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.runtime.cluster import in_ray_cluster
 
@@ -63,10 +64,35 @@ def connect(address: str | None) -> None:
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StorageError(
-            f"cannot connect to Ray: {str(error).splitlines()[0]}",
+            f"cannot connect to Ray: {_said(error)}",
             where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
             remedy="check the address, or use --executor local",
         ) from error
+
+
+def check_version(wanted: str, node: str) -> None:
+    """Refuse to work for a driver of another version: shards of one model must come from one code.
+
+    Args:
+        wanted: the driver's version of mergekit-ray.
+        node: this one, for the message.
+
+    Raises:
+        StorageError: naming both versions.
+    """
+    if wanted != __version__:
+        raise StorageError(
+            f"the driver runs mergekit-ray {wanted}, and this node has {__version__}",
+            where=f"node {node}",
+            remedy="install the same version on all nodes and where the driver runs, or ship it with the job "
+            "(--runtime-env)",
+        )
+
+
+def _said(error: Exception) -> str:
+    """What Ray says, in a line; of versions that differ it says both, in several."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) if "version mismatch" in str(error).lower() else lines[0] if lines else repr(error)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mergekit_ray
-from mergekit_ray.core.errors import Interrupted, MergeError, PlanError
+from mergekit_ray.core.errors import Interrupted, MergeError, PlanError, StorageError
 from mergekit_ray.planning.windows import memory_needed
 from mergekit_ray.runtime.api import MergeOptions
 from support.merging import Background, Events, recipe_of, wait_until
@@ -318,6 +318,14 @@ class TestLostWorkers:
             cluster.remove_node(doomed)
         running.result()
         assert_same(contents(tmp_path / "out"), many_expected)
+
+    def test_workers_of_another_version_are_refused(
+        self, cluster: RayCluster, many: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mergekit_ray.runtime.ray.__version__", "9.8.7")
+        with pytest.raises(StorageError, match=r"the driver runs mergekit-ray 9\.8\.7, and this node has "):
+            mergekit_ray.merge(many, tmp_path / "out", options=MergeOptions(executor="ray"))
+        assert written(tmp_path / "out") == []
 
     def test_added_node_joins_in(
         self, cluster: RayCluster, many: dict[str, Any], many_expected: dict[str, bytes], tmp_path: Path

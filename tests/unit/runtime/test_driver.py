@@ -76,7 +76,7 @@ class ScriptedExecutor:
         self.running = [file for file in self.running if file not in ready]
         return [self._end(file) for file in ready]
 
-    def progress(self) -> Progress:
+    def progress(self, *, settled: bool = False) -> Progress:
         return Progress(num_tensors=len(self.submitted))
 
     def stop(self) -> None:
