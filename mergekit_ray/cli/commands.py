@@ -106,20 +106,29 @@ def plan_command(
     *,
     seed: Seed = None,
     lenient: Lenient = False,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Also how long it takes there: nodes=8,link=25Gbit[,store=200Gbit].")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show what a merge would read, write and need, without reading a weight."""
     with told_errors(debug):
+        from mergekit_ray.planning.estimate import Cluster, estimate
         from mergekit_ray.runtime.api import plan
 
+        shape = None if cluster is None else Cluster.parse(cluster)
         planned = plan(load(recipe, lenient=lenient), seed=seed, routing=False)
+        expected = None if shape is None else estimate(planned, shape)
         if as_json:
-            typer.echo(json.dumps({**figures(planned), "plan": planned.to_json()}))
+            more = {} if expected is None else {"estimate": asdict(expected)}
+            typer.echo(json.dumps({**figures(planned), **more, "plan": planned.to_json()}))
             return
-        from mergekit_ray.runtime.tables import print_plan
+        from mergekit_ray.runtime.tables import print_estimate, print_plan
 
         print_plan(planned)
+        if shape is not None and expected is not None:
+            print_estimate(shape, expected)
 
 
 @app.command()

@@ -194,7 +194,8 @@ def run_shards(
                 else:
                     _put_back_or_raise(waiting, shard, outcome, reporter)
             reporter.progress(executor.progress(), len(records), len(shards))
-        _tell_fetched(shards, executor.progress(settled=True), reporter)
+        if any("://" in model.uri for model in job.inputs.values()):
+            _tell_fetched(shards, executor.progress(settled=True), reporter)
     except BaseException:
         _abandon(executor, running)
         raise
@@ -204,9 +205,9 @@ def run_shards(
 
 
 def _tell_fetched(shards: Sequence[Shard], progress: Progress, reporter: Reporter) -> None:
-    """What stores were asked for beside what was needed: gaps and repeated reads are more. Mapped files ask nobody."""
+    """What stores were asked for beside what was needed: gaps and repeated reads are more, mapped files ask nobody."""
     needed = sum(shard.read_bytes for shard in shards)
-    if progress.fetched_bytes and needed:
+    if needed:
         text = f"{format_bytes(progress.fetched_bytes)} fetched for {format_bytes(needed)} of inputs"
         text += f" ({progress.fetched_bytes / needed:.2f})"
         reporter.event("fetched", text, fetched_bytes=progress.fetched_bytes, needed_bytes=needed)

@@ -82,7 +82,7 @@ class LineReporter:
         if time.monotonic() - self._last < _LINE_SECONDS:
             return
         self._last = time.monotonic()
-        left = "" if remaining is None else f", {_duration(remaining)} to go"
+        left = "" if remaining is None else f", {duration(remaining)} to go"
         self._line(
             f"{format_bytes(progress.written_bytes)} of {format_bytes(self._total)} written, "
             f"{num_done} of {num_shards} shards, {format_bytes(rate)}/s{left}"
@@ -167,7 +167,7 @@ class LiveReporter:
         fields: dict[str, Any] = {
             "written": f"{format_bytes(progress.written_bytes)} of {format_bytes(self._plan.num_bytes)}",
             "rate": f"{format_bytes(rate)}/s",
-            "eta": "" if remaining is None else f"{_duration(remaining)} to go",
+            "eta": "" if remaining is None else f"{duration(remaining)} to go",
         }
         if self._task is None:
             self._task = self._bar.add_task("merge", total=self._num_tensors, **fields)
@@ -179,7 +179,8 @@ class LiveReporter:
         self._bar.stop()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)

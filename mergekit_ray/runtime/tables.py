@@ -15,7 +15,9 @@ from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.planning.estimate import Cluster, Estimate
 from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, memory_needed
+from mergekit_ray.runtime.reporting import duration
 
 _PIPED_WIDTH = 140
 _MAX_ROWS = 40
@@ -95,6 +97,19 @@ def print_plan(plan: Plan) -> None:
                 console.print(f"{title}: ... and {len(named) - i} more (all with --json)")
                 break
             console.print(f"{title}: {name} ({reason})", highlight=False, markup=False)
+
+
+def print_estimate(cluster: Cluster, expected: Estimate) -> None:
+    """How long it takes there, and what is the limit."""
+    store = "" if cluster.store_bytes is None else f", a store of {format_bytes(cluster.store_bytes)}/s"
+    idle = cluster.num_nodes - expected.num_busy
+    fewer = f"; {idle} of them have nothing to do: there are fewer shards" if idle else ""
+    text = (
+        f"On {cluster.num_nodes} nodes with links of {format_bytes(cluster.link_bytes)}/s{store}: at least "
+        f"{duration(expected.seconds)} ({expected.bound}; work spread to {100 * expected.balance:.0f} %{fewer}). "
+        "Start-up and arithmetic are not in it."
+    )
+    _console().print(text, highlight=False, markup=False)
 
 
 def describe_methods(name: str | None = None) -> list[dict[str, Any]]:

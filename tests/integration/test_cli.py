@@ -229,6 +229,14 @@ class TestOtherCommands:
             assert shard.file in done.stdout
         assert f"{planned.num_parameters:,}" in done.stdout
 
+    def test_plan_says_how_long_it_takes_on_a_cluster(self, recipe: Path) -> None:
+        done = invoke("plan", recipe, "--cluster", "nodes=2,link=1Mbit")
+        assert done.exit_code == 0
+        assert "On 2 nodes with links of 125 kB/s: at least" in " ".join(done.output.split())
+        told = json.loads(invoke("plan", recipe, "--cluster", "nodes=2,link=1Mbit", "--json").output)
+        assert told["estimate"]["seconds"] >= told["read_bytes"] / 125_000 / 2
+        assert invoke("plan", recipe, "--cluster", "nodes=2").exit_code == 2
+
     def test_plan_as_json(self, recipe: Path) -> None:
         planned = mergekit_ray.plan(recipe)
         found = json.loads(invoke("plan", recipe, "--json").stdout)

@@ -14,7 +14,7 @@ from rich.console import Console
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.runtime import reporting, tables
-from mergekit_ray.runtime.reporting import JsonReporter, LineReporter, LiveReporter, Meter, _duration
+from mergekit_ray.runtime.reporting import JsonReporter, LineReporter, LiveReporter, Meter, duration
 from mergekit_ray.runtime.worker import Progress
 
 
@@ -87,6 +87,7 @@ def test_json_lines(plan: Plan, clock: Clock) -> None:
         "seconds": 2.0,
         "event": "progress",
         "read_bytes": 300,
+        "fetched_bytes": 0,
         "written_bytes": 100,
         "num_tensors": 5,
         "shards_done": 1,
@@ -137,7 +138,7 @@ def test_the_live_bar_counts_tensors(plan: Plan, clock: Clock) -> None:
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_the_table_of_a_plan(plan: Plan, models: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
