@@ -195,6 +195,22 @@ def verify(
             raise typer.Exit(3)
 
 
+@app.command()
+def attest(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A published model: folder or s3://bucket/prefix.")],
+    *,
+    name: Annotated[str | None, typer.Option("--name", help="Of the model; else the last part of OUT.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print what OpenSSF's model signing signs: the SHA-256 of every file. No weight is read again."""
+    with told_errors(debug):
+        from mergekit_ray.runtime.attest import statement
+        from mergekit_ray.storage.opening import open_source
+
+        source = open_source(out)
+        typer.echo(json.dumps(statement(source, name or source.uri.rstrip("/").rpartition("/")[2]), indent=2))
+
+
 @app.command("reproduce")
 def reproduce_command(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="mergekit-ray.json, or the model it lies in.")],

@@ -87,7 +87,7 @@ class _Verifier:
         self._specs: dict[str, TensorSpec] = {}
 
     def run(self) -> Verification:
-        records = _records(self._source)
+        records = manifest_records(self._source)
         self._check_index(records)
         self._check_strays({record.file for record in records})
         chosen = self._choose(records)
@@ -227,7 +227,12 @@ class _Verifier:
             yield part
 
 
-def _records(source: Source) -> list[ShardRecord]:
+def manifest_records(source: Source) -> list[ShardRecord]:
+    """The shards of a published model, as its manifest lists them.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is not one.
+    """
     manifest = _read_json(source, MANIFEST_FILE)
     if manifest is None:
         raise CheckpointError(
