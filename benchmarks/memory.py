@@ -42,12 +42,13 @@ def recipe(method: str, shape: str) -> str:
     return "\n".join([*lines, *([f"parameters: {{{general}}}"] if general else [])])
 
 
-def run_one(file: Path, device: str) -> None:
+def run_one(file: Path, device: str, memory: str | None = None) -> None:
     """Merge into nothing, in this process."""
     register()
     from mergekit_ray.cli import merge_main  # noqa: PLC0415 - as the command line does, in the measured process only
 
-    sys.argv = ["merge", str(file), "discard://out", "--quiet", "--device", device]
+    budget = [] if memory is None else ["--memory", memory]
+    sys.argv = ["merge", str(file), "discard://out", "--quiet", "--device", device, *budget]
     merge_main()
 
 
@@ -57,10 +58,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["1.1b", "8b"])
     parser.add_argument("--methods", nargs="*", choices=sorted(RECIPES), default=list(RECIPES))
     parser.add_argument("--device", default="cpu", help="what to compute on, as for merge")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        run_one(arguments.run, arguments.device)
+        run_one(arguments.run, arguments.device, arguments.memory)
         return
     print(f"{describe_machine(Path(tempfile.gettempdir()))}")
     print("| method | " + " | ".join(f"{shape}: anonymous GB, s" for shape in arguments.shapes) + " |")
