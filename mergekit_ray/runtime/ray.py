@@ -42,20 +42,23 @@ class RayWorker:
     Args:
         version: of mergekit-ray, where the driver runs.
         jobs: a reference to a `Job`, in a list, so that another version's is not even looked at.
-
-    Raises:
-        StorageError: this node has another version.
     """
 
     def __init__(self, version: str, jobs: list[Any]) -> None:
-        check_version(version, str(ray.util.get_node_ip_address()))
-        job: Job = ray.get(jobs[0])
         self._stop = threading.Event()
+        self._address = str(ray.util.get_node_ip_address())
         self._threads = single_threaded_torch()
         self._threads.__enter__()
-        self._worker = Worker(
-            job.inputs, open_sources(job.inputs), open_sink(job.output), job.record_folder, job.options
-        )
+        # Ray tells of an actor whose constructor raises that it died, and not of what: `node` says it instead.
+        self._failure: MergekitRayError | None = None
+        try:
+            check_version(version, self._address)
+            job: Job = ray.get(jobs[0])
+            self._worker = Worker(
+                job.inputs, open_sources(job.inputs), open_sink(job.output), job.record_folder, job.options
+            )
+        except MergekitRayError as error:
+            self._failure = error
 
     def run(self, shard: dict[str, Any]) -> ShardRecord | MergekitRayError:
         """Write one shard. Errors come back as values, so that they arrive as they were raised."""
@@ -67,9 +70,9 @@ class RayWorker:
             return InternalError.wrap(error)
 
     @ray.method(concurrency_group="control")
-    def node(self) -> str:
-        """Where this worker runs; answers once it is ready."""
-        return str(ray.util.get_node_ip_address())
+    def node(self) -> str | MergekitRayError:
+        """Where this worker runs, or why it cannot; answers once that is known."""
+        return self._failure or self._address
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
@@ -257,15 +260,15 @@ class RayExecutor:
 
     def _note_ready(self, actor: _Actor) -> None:
         try:
-            actor.node = ray.get(actor.ready)
-            actor.ready = None
-        except RayActorError as error:
-            # Died while starting. Ray restarts it unless the constructor itself raised: that would only repeat.
-            cause = getattr(error, "cause", None) or error.__cause__
-            if isinstance(cause, MergekitRayError):
-                raise cause from None
+            found = ray.get(actor.ready)
+        except RayActorError:
+            # Died while starting: Ray restarts it.
             actor.ready = actor.handle.node.remote()
             time.sleep(0.1)
+            return
+        if isinstance(found, MergekitRayError):
+            raise found
+        actor.node, actor.ready = found, None
 
     def _outcome(self, actor: _Actor) -> Outcome:
         shard, actor.shard = actor.shard, None
