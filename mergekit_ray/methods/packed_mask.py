@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,6 +60,40 @@ class PackedMask:
             start: flat index of its first element.
         """
         return trim_(values, self.unpack(start, values.numel()))
+
+
+class MaskBuilder:
+    """A mask that is filled run by run, from any thread.
+
+    Into one buffer: a tensor for each run, made while larger ones come and go, would keep the heap from taking up again
+    what those leave, which has cost more memory than the inputs.
+
+    Args:
+        num_elements: of the tensor.
+    """
+
+    def __init__(self, num_elements: int) -> None:
+        self._num_bytes = -(-num_elements // ALIGNMENT)
+        self._bits: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def put(self, kept: torch.Tensor, start: int) -> None:
+        """Take up a run.
+
+        Args:
+            kept: zeros and ones of uint8, on the device where the mask is to be.
+            start: flat index of its first element, a multiple of 8.
+        """
+        bits = pack(kept)
+        with self._lock:
+            if self._bits is None:
+                self._bits = bits.new_zeros(self._num_bytes)
+        first = start // ALIGNMENT
+        self._bits[first : first + bits.numel()] = bits
+
+    def mask(self) -> PackedMask | None:
+        """The mask, once all runs are there; None if there was none."""
+        return None if self._bits is None else PackedMask(self._bits)
 
 
 def trim_(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

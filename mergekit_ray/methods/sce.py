@@ -13,7 +13,7 @@ from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import divide_
 from mergekit_ray.methods.compiled import is_compiled_for
-from mergekit_ray.methods.packed_mask import PackedMask, pack, trim_
+from mergekit_ray.methods.packed_mask import MaskBuilder, PackedMask, trim_
 from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.selection import Selection, select_largest
 from mergekit_ray.methods.sums import partial_sums, total
@@ -82,16 +82,19 @@ class Sce(ReduceMethod):
             count = math.floor(operands.parameters.select_topk * num_varying)
             selection = select_largest(operands, [count], lambda chunk, _: variances(chunk))[0]
 
-        def measure(chunk: Chunk) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        builder = MaskBuilder(operands.num_elements)
+
+        def measure(chunk: Chunk) -> list[torch.Tensor]:
             kept = _selected(chunk, selection)
-            return energies(chunk, kept), None if selection is None else pack(kept)
+            if selection is not None:
+                builder.put(kept, chunk.start)
+            return energies(chunk, kept)
 
         blocks = operands.map_blocks(measure)
-        sums = [total(block[0][index] for block in blocks) for index in range(operands.num_inputs)]
+        sums = [total(block[index] for block in blocks) for index in range(operands.num_inputs)]
         whole = math.fsum(sums)
         weights = [energy / whole if whole else 0.0 for energy in sums]
-        masks = [mask for _, mask in blocks if mask is not None]
-        return SceStatistics(weights, PackedMask.join(masks) if masks else None)
+        return SceStatistics(weights, builder.mask())
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`; ``statistics`` are the `SceStatistics`."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mergekit_ray.methods import packed_mask
-from mergekit_ray.methods.packed_mask import PackedMask, pack, pack_by_torch, trim_, unpack_by_torch
+from mergekit_ray.methods.packed_mask import MaskBuilder, PackedMask, pack, pack_by_torch, trim_, unpack_by_torch
 
 
 def flags(size: int) -> torch.Tensor:
@@ -47,3 +47,15 @@ def test_trimming_by_torch_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) 
     compiled = trim_(values.clone(), kept)
     monkeypatch.setattr(packed_mask, "is_compiled_for", lambda _: False)
     assert torch.equal(trim_(values.clone(), kept), compiled)
+
+
+@pytest.mark.parametrize("num_elements", [1, 8, 4096, 10_001])
+def test_runs_that_come_in_any_order_make_the_mask(num_elements: int) -> None:
+    kept = torch.randint(0, 2, (num_elements,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    builder = MaskBuilder(num_elements)
+    assert builder.mask() is None
+    for start in reversed(range(0, num_elements, 1024)):
+        builder.put(kept[start : start + 1024], start)
+    mask = builder.mask()
+    assert mask is not None
+    assert torch.equal(mask.unpack(0, num_elements), kept)
