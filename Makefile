@@ -22,7 +22,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format docs parity gpu container bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format docs parity gpu memory container bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -70,6 +70,9 @@ parity: $(READY) $(MERGEKIT_READY)  ## compare our results with mergekit's, tens
 
 gpu: $(READY)  ## tests on a CUDA device, which must be there (install a torch with CUDA)
 	MERGEKIT_RAY_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+memory: $(READY)  ## what workers hold beside what plans say, on a machine that is idle (5 minutes, 8 GB)
+	$(BIN)/python -m pytest -m memory tests/integration/test_memory_budget.py $(PYTEST_ARGS)
 
 container: $(READY)  ## build the container image with podman and try it (minutes, 6 GB of disk)
 	$(BIN)/python -m pytest -m container tests/container $(PYTEST_ARGS)

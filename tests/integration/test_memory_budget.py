@@ -14,6 +14,8 @@ from benchmarks.measure import measure
 from benchmarks.memory import RECIPES, recipe
 from mergekit_ray.planning.windows import comfortable_memory, memory_needed
 
+pytestmark = pytest.mark.memory
+
 TOLERANCE = 1.25
 NOTHING = "import numba, numpy, torch, mergekit_ray.runtime.run"
 
