@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import mergekit_ray
 from mergekit_ray.runtime.api import MergeOptions
-from support.merging import recipe_of
+from support.merging import recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.s3_bucket import Bucket
 from support.s3_server import S3Server
@@ -121,9 +122,8 @@ def merge_and_die(
 
 
 def small_parts() -> None:
-    import mergekit_ray.storage.s3_upload as uploads
-
-    uploads.part_bytes_for = lambda num_bytes: PART_BYTES  # type: ignore[assignment]
+    """For the rest of this process."""
+    mock.patch("mergekit_ray.storage.s3_upload.part_bytes_for", return_value=PART_BYTES).start()
 
 
 def die_and_resume(
@@ -148,10 +148,7 @@ def large(models: ModelLibrary) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected_large(large: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """All files of an undisturbed merge."""
-    out = tmp_path_factory.mktemp("expected") / "large"
-    mergekit_ray.merge(large, out, options=LOCAL)
-    return contents(out)
+    return undisturbed(large, tmp_path_factory.mktemp("expected") / "large")
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +159,7 @@ def recipe(models: ModelLibrary) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """All files of an undisturbed merge."""
-    out = tmp_path_factory.mktemp("expected") / "out"
-    result = mergekit_ray.merge(recipe, out, options=LOCAL)
-    assert len(result.plan.shards) == NUM_SHARDS
-    return contents(out)
+    return undisturbed(recipe, tmp_path_factory.mktemp("expected") / "out")
 
 
 @pytest.mark.parametrize("name", BOUNDARIES)

@@ -16,7 +16,7 @@ import mergekit_ray
 from mergekit_ray.core.errors import Interrupted, MergeError, PlanError, StorageError
 from mergekit_ray.planning.windows import memory_needed
 from mergekit_ray.runtime.api import MergeOptions
-from support.merging import Background, Events, recipe_of, wait_until
+from support.merging import Background, Events, recipe_of, undisturbed, wait_until
 from support.models import ModelLibrary, contents, rewrite, tensors_of
 from support.ray_cluster import RayCluster, freeze
 
@@ -93,10 +93,7 @@ def many(models: ModelLibrary) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def many_expected(many: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """All files of it."""
-    out = tmp_path_factory.mktemp("many") / "out"
-    mergekit_ray.merge(many, out, options=MergeOptions(executor="local", num_workers=2))
-    return contents(out)
+    return undisturbed(many, tmp_path_factory.mktemp("many") / "out")
 
 
 class TestSameBytes:

@@ -21,7 +21,7 @@ from support.soak import QUICK, Soak, recipe_of_five_shards, schedule_of
 pytestmark = pytest.mark.s3
 
 NUM_SCHEDULES = 8
-"""Of a thousand that ``benchmarks.soak`` runs."""
+"""The first ones of those that ``benchmarks.soak`` runs, as many as it is told to."""
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import mergekit_ray
 from mergekit_ray.runtime.api import MergeOptions, MergeResult
 from mergekit_ray.runtime.worker import Progress
+from support.models import contents
 
 COMMANDS = Path(sys.executable).parent
 """Where ``merge`` and ``mergekit-ray`` are installed."""
@@ -125,3 +126,9 @@ def recipe_of(method: str, base: Path, tuned: Sequence[Path], **more: Any) -> di
         return {"merge_method": method, "base_model": str(base), "models": listed, "parameters": parameters, **more}
     listed = [{"model": str(m), "parameters": {"weight": 0.5, "density": 0.5}} for m in tuned]
     return {"merge_method": method, "base_model": str(base), "models": listed, **more}
+
+
+def undisturbed(recipe: Mapping[str, Any], out: Path) -> dict[str, bytes]:
+    """All files of a merge by two local workers with which nothing interferes."""
+    mergekit_ray.merge(recipe, out, options=MergeOptions(executor="local", num_workers=2))
+    return contents(out)
