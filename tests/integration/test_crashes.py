@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -93,18 +94,16 @@ def fault(boundary: Boundary, store: str) -> None:
     for part in owners:
         owner = getattr(owner, part)
     original: Callable[..., Any] = getattr(owner, leaf)
-    seen = 0
+    reached = itertools.count(1)
 
     def dying(*args: Any, **options: Any) -> Any:
-        nonlocal seen
         named = args[1] if len(args) > 1 and isinstance(args[1], str) else None
         counts = boundary.name is None or (named is not None and named.endswith(boundary.name))
-        seen += counts
-        last = counts and seen == boundary.number
-        if last and not boundary.after:
+        if counts and not boundary.after and next(reached) == boundary.number:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **options)
-        if last:
+        # Calls that are over are counted, not calls begun: the other worker's may still be under way.
+        if counts and boundary.after and next(reached) == boundary.number:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
