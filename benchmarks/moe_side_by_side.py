@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mergekit_ray
 from benchmarks.llama_1b import is_whole, weight_files
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_machine, describe_versions, touch_memory
 from benchmarks.measure import CommandError, Measurement, measure
 from benchmarks.side_by_side import COPY_BYTES, GB, MERGEKIT, OURS, read_all
 
@@ -270,6 +270,7 @@ def main() -> None:
     # As pip does with what it installs: a checkout's modules may not have been compiled yet.
     compileall.compile_dir(str(Path(mergekit_ray.__file__).parent), quiet=1)
     called = {"mergekit": MERGEKIT, "ours": OURS}
+    touch_memory()
     results = measure_all(arguments, [called[name] for name in arguments.contenders], mergekit_python)
 
     machine, versions = describe_machine(arguments.work.resolve()), describe_versions(mergekit_python)

@@ -23,7 +23,7 @@ from string import Template
 
 import mergekit_ray
 from benchmarks.llama_1b import is_whole, make_models, weight_files
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_machine, describe_versions, touch_memory
 from benchmarks.measure import CommandError, Measurement, measure
 
 GB = 1e9
@@ -235,6 +235,7 @@ def main() -> None:
     compile_modules(Path(sys.executable), [Path(mergekit_ray.__file__).parent])
     compile_modules(mergekit_python)
     models = make_models(work / "models")
+    touch_memory()
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
 
     results = Results()

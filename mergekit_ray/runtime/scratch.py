@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 
+import numpy as np
 import torch
 
 from mergekit_ray.core.dtypes import DType
@@ -105,7 +106,8 @@ class BufferPool:
             while self._idle and self._total_bytes + size > self._limit_bytes:
                 self._total_bytes -= self._idle.pop(0).numel()
             self._total_bytes += size
-        return torch.empty(size, dtype=torch.uint8)
+        # numpy asks for huge pages (a 512th of the page faults); torch does so only if its environment says.
+        return torch.from_numpy(np.empty(size, dtype=np.uint8))
 
     def give(self, buffer: torch.Tensor) -> None:
         """Return a buffer; its content may be overwritten from now on."""

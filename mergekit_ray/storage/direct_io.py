@@ -2,8 +2,8 @@
 
 A merge's output is not read again soon. Written the ordinary way it is copied into the page cache, pushes the inputs
 out of it, and stalls the writer when the kernel decides to catch up. With ``O_DIRECT`` (Linux) the disk takes it
-straight from a small aligned buffer, for a fraction of the CPU time. File systems without it (tmpfs, some network ones)
-are written the ordinary way.
+straight from a small aligned buffer, for a fraction of the CPU time. File systems without it (some network ones) and
+those in memory are written the ordinary way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import errno
 import fcntl
 import mmap
 import os
+from typing import Any
+
+import numpy as np
+
+from mergekit_ray.storage.file_system import is_in_memory
 
 _STAGE_BYTES = 8 << 20
 _ALIGN_BYTES = 4096
@@ -37,10 +42,10 @@ class AppendingFile:
         self._fd = fd
         self._offset = 0
         self._num_flushed = 0
-        self._stage: mmap.mmap | None = None
+        self._stage: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         self._num_staged = 0
-        if num_bytes >= MIN_DIRECT_BYTES and self._set_direct(on=True):
-            self._stage = mmap.mmap(-1, _STAGE_BYTES)
+        if num_bytes >= MIN_DIRECT_BYTES and not is_in_memory(fd) and self._set_direct(on=True):
+            self._stage = np.frombuffer(mmap.mmap(-1, _STAGE_BYTES), dtype=np.uint8)
 
     def write(self, data: memoryview) -> None:
         """Append all of ``data``."""
@@ -49,7 +54,8 @@ class AppendingFile:
                 self._write_through(data)
                 return
             count = min(len(data), _STAGE_BYTES - self._num_staged)
-            self._stage[self._num_staged : self._num_staged + count] = data[:count]
+            # By numpy, which lets other threads run meanwhile.
+            np.copyto(self._stage[self._num_staged : self._num_staged + count], np.frombuffer(data[:count], np.uint8))
             self._num_staged += count
             data = data[count:]
             if self._num_staged == _STAGE_BYTES:
@@ -61,21 +67,20 @@ class AppendingFile:
             length = self._offset + self._num_staged
             self._flush()
             os.ftruncate(self._fd, length)
-            if self._stage is not None:
-                self._stage.close()
+            self._stage = None
 
     def _flush(self) -> None:
         if self._stage is None or not self._num_staged:
             return
         padded = -(-self._num_staged // _ALIGN_BYTES) * _ALIGN_BYTES
-        with memoryview(self._stage) as view:
-            done = 0
-            while done < padded:
-                try:
-                    done += os.pwrite(self._fd, view[done:padded], self._offset + done)
-                except OSError as error:
-                    if error.errno not in _UNSUPPORTED or not self._set_direct(on=False):
-                        raise
+        view = memoryview(self._stage)
+        done = 0
+        while done < padded:
+            try:
+                done += os.pwrite(self._fd, view[done:padded], self._offset + done)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED or not self._set_direct(on=False):
+                    raise
         self._offset += self._num_staged
         self._num_staged = 0
 

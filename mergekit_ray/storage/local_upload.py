@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.storage.direct_io import AppendingFile
+from mergekit_ray.storage.file_system import free_bytes, is_in_memory
 from mergekit_ray.storage.protocols import FileStat
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -173,6 +174,11 @@ class LocalUpload:
 
     def _reserve(self) -> None:
         if self._fd is None or not self._num_bytes or not hasattr(os, "posix_fallocate"):
+            return
+        if is_in_memory(self._fd):
+            # There nothing is scattered over a disk, and to reserve takes as long as to write.
+            if free_bytes(self._fd) < self._num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return
         try:
             os.posix_fallocate(self._fd, 0, self._num_bytes)

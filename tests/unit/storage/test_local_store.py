@@ -11,7 +11,7 @@ import pytest
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
 from mergekit_ray.storage import local as local_module
-from mergekit_ray.storage import open_sink, open_source
+from mergekit_ray.storage import local_upload, open_sink, open_source
 from mergekit_ray.storage.local import LocalStore
 from mergekit_ray.storage.protocols import Sink
 from support.store_conformance import StoreConformance, fetch
@@ -98,10 +98,22 @@ def test_a_full_disk_is_told_with_what_is_needed(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(local_upload, "is_in_memory", lambda fd: False)
     with pytest.raises(StorageError, match=r"no space left: 1000 bytes are needed, \d+ are free") as caught:
         store.open("a", 1000)
     assert "free some space" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_memory_is_told_before_anything_is_written(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_upload, "is_in_memory", lambda fd: True)
+    monkeypatch.setattr(local_upload, "free_bytes", lambda fd: 999)
+    with pytest.raises(StorageError, match=r"no space left: 1000 bytes are needed, \d+ are free"):
+        store.open("a", 1000)
+    assert list(tmp_path.iterdir()) == []
+    assert store.put("b", b"12").num_bytes == 2
 
 
 def test_a_file_system_that_cannot_reserve_space(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +121,7 @@ def test_a_file_system_that_cannot_reserve_space(store: LocalStore, monkeypatch:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(local_upload, "is_in_memory", lambda fd: False)
     assert store.put("a", b"12").num_bytes == 2
 
 
