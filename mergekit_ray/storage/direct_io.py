@@ -73,7 +73,7 @@ class AppendingFile:
         if self._stage is None or not self._num_staged:
             return
         padded = -(-self._num_staged // _ALIGN_BYTES) * _ALIGN_BYTES
-        view = memoryview(self._stage)
+        view = self._stage.data
         done = 0
         while done < padded:
             try:
