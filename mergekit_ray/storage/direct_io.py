@@ -2,8 +2,8 @@
 
 A merge's output is not read again soon. Written the ordinary way it is copied into the page cache, pushes the inputs
 out of it, and stalls the writer when the kernel decides to catch up. With ``O_DIRECT`` (Linux) the disk takes it
-straight from a small aligned buffer, for a fraction of the CPU time. File systems without it (some network ones) and
-those in memory are written the ordinary way.
+straight from a small aligned buffer, for a fraction of the CPU time; of two such buffers one is filled while the other
+is written. File systems without it (some network ones) and those in memory are written the ordinary way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import errno
 import fcntl
 import mmap
 import os
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -35,54 +35,35 @@ class AppendingFile:
         fd: of the file, open for reading and writing. The caller keeps it.
         num_bytes: what will be written, at least about.
 
-    `finish` must be called before the file is complete. All methods raise OSError as the system gives it.
+    `finish` must be called before the file is complete, and `finish` or `discard` before ``fd`` is closed. All methods
+    raise OSError as the system gives it, for bytes of an earlier call as well.
     """
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self._fd = fd
+        self._stages: _Stages | None = None
         self._offset = 0
         self._num_flushed = 0
-        self._stage: np.ndarray[Any, np.dtype[np.uint8]] | None = None
-        self._num_staged = 0
-        if num_bytes >= MIN_DIRECT_BYTES and not is_in_memory(fd) and self._set_direct(on=True):
-            self._stage = np.frombuffer(mmap.mmap(-1, _STAGE_BYTES), dtype=np.uint8)
+        if num_bytes >= MIN_DIRECT_BYTES and not is_in_memory(fd) and _set_direct(fd, on=True):
+            self._stages = _Stages(fd)
 
     def write(self, data: memoryview) -> None:
-        """Append all of ``data``."""
-        while data:
-            if self._stage is None:
-                self._write_through(data)
-                return
-            count = min(len(data), _STAGE_BYTES - self._num_staged)
-            # By numpy, which lets other threads run meanwhile.
-            np.copyto(self._stage[self._num_staged : self._num_staged + count], np.frombuffer(data[:count], np.uint8))
-            self._num_staged += count
-            data = data[count:]
-            if self._num_staged == _STAGE_BYTES:
-                self._flush()
+        """Append all of ``data``, which may be overwritten afterwards."""
+        if self._stages is not None:
+            self._stages.write(data)
+        else:
+            self._write_through(data)
 
     def finish(self) -> None:
-        """Write what is still in the buffer and give the file its exact length."""
-        if self._stage is not None:
-            length = self._offset + self._num_staged
-            self._flush()
+        """Write what is still in a buffer and give the file its exact length."""
+        if self._stages is not None:
+            length = self._stages.finish()
             os.ftruncate(self._fd, length)
-            self._stage = None
 
-    def _flush(self) -> None:
-        if self._stage is None or not self._num_staged:
-            return
-        padded = -(-self._num_staged // _ALIGN_BYTES) * _ALIGN_BYTES
-        view = self._stage.data
-        done = 0
-        while done < padded:
-            try:
-                done += os.pwrite(self._fd, view[done:padded], self._offset + done)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED or not self._set_direct(on=False):
-                    raise
-        self._offset += self._num_staged
-        self._num_staged = 0
+    def discard(self) -> None:
+        """Let go of what has not been written yet; afterwards nothing touches the file any more."""
+        if self._stages is not None:
+            self._stages.discard()
 
     def _write_through(self, data: memoryview) -> None:
         while data:
@@ -95,15 +76,77 @@ class AppendingFile:
             os.posix_fadvise(self._fd, self._num_flushed, self._offset - self._num_flushed, os.POSIX_FADV_DONTNEED)
             self._num_flushed = self._offset
 
-    def _set_direct(self, *, on: bool) -> bool:
-        """Whether the file now is (or is no longer) written around the page cache; False if it cannot be changed."""
-        flag = getattr(os, "O_DIRECT", 0)
-        if not flag:
-            return False
-        with contextlib.suppress(OSError):
-            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-            if bool(flags & flag) == on:
-                return on
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
-            return True
+
+class _Stages:
+    """Two aligned buffers, one being filled while a thread writes the other."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._filling, self._spare = (np.frombuffer(mmap.mmap(-1, _STAGE_BYTES), dtype=np.uint8) for _ in range(2))
+        self._num_staged = 0
+        self._offset = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="direct")
+        self._writing: Future[None] | None = None
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            count = min(len(data), _STAGE_BYTES - self._num_staged)
+            # By numpy, which lets other threads run meanwhile.
+            np.copyto(self._filling[self._num_staged : self._num_staged + count], np.frombuffer(data[:count], np.uint8))
+            self._num_staged += count
+            data = data[count:]
+            if self._num_staged == _STAGE_BYTES:
+                self._flush()
+
+    def finish(self) -> int:
+        """The length of the file."""
+        length = self._offset + self._num_staged
+        try:
+            self._flush()
+            self._settle()
+        finally:
+            self._thread.shutdown()
+        return length
+
+    def discard(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _flush(self) -> None:
+        """Have what is staged written, once the other buffer has been."""
+        if not self._num_staged:
+            return
+        self._settle()
+        padded = -(-self._num_staged // _ALIGN_BYTES) * _ALIGN_BYTES
+        self._writing = self._thread.submit(_write_direct, self._fd, self._filling[:padded].data, self._offset)
+        self._offset += self._num_staged
+        self._num_staged = 0
+        self._filling, self._spare = self._spare, self._filling
+
+    def _settle(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+def _write_direct(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED or not _set_direct(fd, on=False):
+                raise
+
+
+def _set_direct(fd: int, *, on: bool) -> bool:
+    """Whether the file now is (or is no longer) written around the page cache; False if it cannot be changed."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
         return False
+    with contextlib.suppress(OSError):
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if bool(flags & flag) == on:
+            return on
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
+        return True
+    return False

@@ -131,6 +131,8 @@ class LocalUpload:
 
     def abort(self) -> None:
         """See `Upload.abort`."""
+        if self._file is not None:
+            self._file.discard()
         if self._temporary is not None:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()

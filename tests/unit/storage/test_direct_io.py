@@ -6,6 +6,7 @@ import errno
 import fcntl
 import itertools
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from mergekit_ray.storage.direct_io import MIN_DIRECT_BYTES, AppendingFile
 
 def write(path: Path, pieces: list[bytes], announced: int) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    file = AppendingFile(fd, announced)
     try:
-        file = AppendingFile(fd, announced)
         for piece in pieces:
             file.write(memoryview(piece))
         file.finish()
     finally:
+        file.discard()
         os.close(fd)
 
 
@@ -76,3 +78,43 @@ def test_a_full_disk_is_an_error(tmp_path: Path, pieces: list[bytes], monkeypatc
     monkeypatch.setattr(direct_io.os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "x", pieces, MIN_DIRECT_BYTES)
+
+
+def test_nothing_is_written_once_it_was_discarded(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    file = AppendingFile(fd, MIN_DIRECT_BYTES)
+    file.write(memoryview(os.urandom(MIN_DIRECT_BYTES - 5)))
+    file.discard()
+    file.discard()
+    before = os.fstat(fd)
+    os.close(fd)
+    after = (tmp_path / "x").stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("direct")]
+
+
+def test_a_failed_write_is_told_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last buffer's failure must not be lost either: `finish` tells it."""
+    real = os.pwrite
+    stages = itertools.count(1)
+
+    def last_fails(fd: int, data: memoryview, offset: int) -> int:
+        if next(stages) == 4:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(direct_io.os, "pwrite", last_fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "x", [os.urandom(MIN_DIRECT_BYTES)], MIN_DIRECT_BYTES)
+
+
+def test_data_may_be_overwritten_once_write_has_returned(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    file = AppendingFile(fd, MIN_DIRECT_BYTES)
+    buffer = bytearray(MIN_DIRECT_BYTES // 8)
+    for number in range(8):
+        buffer[:] = bytes([number]) * len(buffer)
+        file.write(memoryview(buffer))
+    file.finish()
+    os.close(fd)
+    assert (tmp_path / "x").read_bytes() == b"".join(bytes([number]) * len(buffer) for number in range(8))
