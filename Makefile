@@ -22,7 +22,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format docs parity gpu memory container bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format docs site parity gpu memory container bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -57,6 +57,9 @@ format: $(READY)  ## put the code into the form that `check` wants
 
 docs: $(READY)  ## write docs/methods.md from the methods' declarations
 	$(BIN)/mergekit-ray methods --markdown > docs/methods.md
+
+site: $(READY)  ## build the documentation as a site, in site/
+	$(BIN)/python -m mkdocs build --strict
 
 # mergekit is LGPL and pins much: it lives apart, is only ever run as a program, and its environment is made only for this.
 $(MERGEKIT_READY): tests/parity/requirements.txt

@@ -194,8 +194,10 @@ def run_shards(
                 else:
                     _put_back_or_raise(waiting, shard, outcome, reporter)
             reporter.progress(executor.progress(), len(records), len(shards))
+        total = executor.progress(settled=True)
+        reporter.progress(total, len(records), len(shards))
         if any("://" in model.uri for model in job.inputs.values()):
-            _tell_fetched(shards, executor.progress(settled=True), reporter)
+            _tell_fetched(shards, total, reporter)
     except BaseException:
         _abandon(executor, running)
         raise

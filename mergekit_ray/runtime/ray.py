@@ -25,7 +25,17 @@ from mergekit_ray.runtime.cluster import check_ray_device, worker_slots
 from mergekit_ray.runtime.device import AUTO, CPU, CUDA
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.local import open_sources
-from mergekit_ray.runtime.ray_cluster import MAX_CPUS_PER_WORKER, check_version, compute_nodes, connect, disconnect
+from mergekit_ray.runtime.ray_cluster import (
+    MAX_CPUS_PER_WORKER,
+    check_version,
+    compute_nodes,
+    connect,
+    disconnect,
+    head_address,
+    is_listening,
+)
+from mergekit_ray.runtime.ray_metrics import RayMetrics
+from mergekit_ray.runtime.signals import RESUME
 from mergekit_ray.runtime.worker import Progress, Worker, single_threaded_torch
 from mergekit_ray.storage.opening import open_sink
 
@@ -33,6 +43,9 @@ _SPREAD: Final[SchedulingStrategyT] = "SPREAD"
 _RESCALE_SECONDS: Final = 5.0
 _NO_WORKER_SECONDS: Final = 300.0
 _SETTLE_SECONDS: Final = 5.0
+_NO_HEAD_SECONDS: Final = 40.0
+"""Without the head node until the merge ends. After 60 s Ray ends this process, whatever it is doing."""
+_HEAD_CHECK_SECONDS: Final = 2.0
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"control": 2})
@@ -122,13 +135,15 @@ class RayExecutor:
         self._actors: list[_Actor] = []
         self._job: Job | None = None
         self._jobs: dict[str, Any] = {}
+        self._metrics: RayMetrics | None = None
         self._max_actors = self._num_on_gpu = 0
         self._is_stopping = False
         self._rescaled = 0.0
-        self._last_ready = time.monotonic()
+        self._last_ready = self._head_seen = self._head_asked = time.monotonic()
         if not ray.is_initialized():
             connect(address)
             self._started_ray = True
+        self._head = head_address()
         cpus = [int(node["Resources"].get("CPU", 0)) for node in compute_nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
         share = min(cpus) if num_workers is None else sum(cpus) // num_workers
@@ -149,6 +164,7 @@ class RayExecutor:
         self._job = job
         self._memory_bytes = job.options.memory_bytes
         self._max_actors = max(1, num_shards)
+        self._metrics = RayMetrics(job.output, num_shards, job.options.memory_bytes)
         self._scale()
 
     def idle(self) -> int:
@@ -165,9 +181,10 @@ class RayExecutor:
         """What has ended; notices actors that came up or were lost.
 
         Raises:
-            StorageError: no worker has been there for minutes.
+            StorageError: no worker has been there for minutes, or the head node has gone.
         """
-        self._scale()
+        if self._has_head():
+            self._scale()
         refs = [ref for actor in self._actors for ref in (actor.ready, actor.result) if ref is not None]
         if not refs:
             time.sleep(seconds)
@@ -180,6 +197,9 @@ class RayExecutor:
                 self._note_ready(actor)
             elif actor.result in finished:
                 outcomes.append(self._outcome(actor))
+        for outcome in outcomes:
+            if self._metrics is not None:
+                self._metrics.ended(outcome)
         if self.num_workers:
             self._last_ready = time.monotonic()
         elif time.monotonic() - self._last_ready > _NO_WORKER_SECONDS:
@@ -209,7 +229,10 @@ class RayExecutor:
                     actor.base = Progress.total([actor.base, actor.progress])
                     actor.progress = Progress()
                 actor.progress_call = None
-        return Progress.total([part for actor in self._actors for part in (actor.base, actor.progress)])
+        total = Progress.total([part for actor in self._actors for part in (actor.base, actor.progress)])
+        if self._metrics is not None:
+            self._metrics.update(total, self.num_workers, sum(actor.shard is not None for actor in self._actors))
+        return total
 
     def stop(self) -> None:
         """Ask all actors to abandon their shards."""
@@ -220,11 +243,31 @@ class RayExecutor:
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
-        for actor in self._actors:
-            ray.kill(actor.handle)
+        if self._head_seen == self._head_asked:  # there is somebody to tell
+            for actor in self._actors:
+                ray.kill(actor.handle)
         self._actors.clear()
         if self._started_ray:
             disconnect()
+
+    def _has_head(self) -> bool:
+        """Whether the head node answers. Nothing that asks it for something may be called while it does not.
+
+        Raises:
+            StorageError: it has not answered for too long.
+        """
+        now = time.monotonic()
+        if now - self._head_asked >= _HEAD_CHECK_SECONDS:
+            self._head_asked = now
+            if is_listening(self._head):
+                self._head_seen = now
+        if now - self._head_seen > _NO_HEAD_SECONDS:
+            raise StorageError(
+                f"the Ray cluster's head node has not answered for {_NO_HEAD_SECONDS:.0f} s",
+                where=self._head,
+                remedy=f"bring the cluster up again, and {RESUME}",
+            )
+        return self._head_seen == self._head_asked
 
     def _scale(self) -> None:
         """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""

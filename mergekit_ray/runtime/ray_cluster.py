@@ -116,17 +116,34 @@ def _check_listening(address: str) -> None:
     Raises:
         StorageError: nobody does.
     """
-    found = _HOST_AND_PORT.fullmatch(address)
-    if found is None:
-        return
     try:
-        socket.create_connection((found["host"], int(found["port"])), timeout=_CONNECT_SECONDS).close()
+        _reach(address)
     except (OSError, OverflowError) as error:
         raise StorageError(
             f"cannot connect to Ray: {error}",
             where=address,
             remedy="check the address and that the cluster is up, or use --executor local",
         ) from error
+
+
+def head_address() -> str:
+    """``host:port`` of the head node; empty if the connection is by way of Ray Client, which knows none."""
+    return "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
+
+
+def is_listening(address: str) -> bool:
+    """Whether somebody listens at a ``host:port``; True for other addresses, of which this cannot be told."""
+    try:
+        _reach(address)
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _reach(address: str) -> None:
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found is not None:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_CONNECT_SECONDS).close()
 
 
 def compute_nodes() -> list[dict[str, Any]]:

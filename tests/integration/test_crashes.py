@@ -6,7 +6,8 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from unittest import mock
 import pytest
 
 import mergekit_ray
+from mergekit_ray.core.errors import MergekitRayError, StorageError
 from mergekit_ray.runtime.api import MergeOptions
 from support.merging import recipe_of, undisturbed
 from support.models import ModelLibrary, contents
@@ -84,8 +86,8 @@ CLASSES = {
 }
 
 
-def fault(boundary: Boundary, store: str) -> None:
-    """Have this process die there."""
+def fault(boundary: Boundary, store: str, strike: Callable[[], None]) -> None:
+    """Have something happen there."""
     import importlib
 
     module, _, path = boundary.place.format(**CLASSES[store]).partition(":")
@@ -100,11 +102,11 @@ def fault(boundary: Boundary, store: str) -> None:
         named = args[1] if len(args) > 1 and isinstance(args[1], str) else None
         counts = boundary.name is None or (named is not None and named.endswith(boundary.name))
         if counts and not boundary.after and next(reached) == boundary.number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike()
         result = original(*args, **options)
         # Calls that are over are counted, not calls begun: the other worker's may still be under way.
         if counts and boundary.after and next(reached) == boundary.number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike()
         return result
 
     setattr(owner, leaf, dying)
@@ -116,8 +118,21 @@ def merge_and_die(
     """What the child does."""
     os.environ.update(environment)
     small_parts()
-    fault(boundary, store)
+    fault(boundary, store, lambda: os.kill(os.getpid(), signal.SIGKILL))
     mergekit_ray.merge(recipe, out, options=LOCAL)
+
+
+def merge_while_the_store_dies(
+    recipe: Mapping[str, Any], out: str, boundary: Boundary, environment: Mapping[str, str], server: int
+) -> None:
+    """What another child does; ``server`` is the process group that dies. The exit code is the command line's."""
+    os.environ.update(environment)
+    small_parts()
+    fault(boundary, "s3", lambda: os.killpg(server, signal.SIGKILL))
+    try:
+        mergekit_ray.merge(recipe, out, options=LOCAL)
+    except MergekitRayError as error:
+        sys.exit(error.exit_code)
 
 
 def small_parts() -> None:
@@ -181,6 +196,51 @@ def test_on_s3(
     monkeypatch.setattr("mergekit_ray.storage.s3_upload.part_bytes_for", lambda num_bytes: PART_BYTES)
     bucket = Bucket(s3_environment, s3_prefix)
     die_and_resume(large, f"{s3_prefix}/out", ON_S3[name], "s3", s3_environment.environment)
+    assert bucket.unfinished() == []
+    bucket.download("out", tmp_path / "out")
+    assert contents(tmp_path / "out") == expected_large
+
+
+STORE_BOUNDARIES = ("reading", "part sent", "committed, not recorded", "index")
+"""A few of them: this server takes fifteen seconds to come back."""
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[S3Server]:
+    """A server of our own to kill."""
+    with S3Server() as server:
+        server.create_bucket("merges")
+        yield server
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", STORE_BOUNDARIES)
+def test_the_store_itself_is_killed(
+    name: str,
+    large: dict[str, Any],
+    expected_large: dict[str, bytes],
+    mortal: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """It comes back after seconds: the merge goes on, or ends with exit code 4 and is then resumed."""
+    for variable, value in mortal.environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("mergekit_ray.storage.s3_upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    prefix = f"s3://merges/{name.replace(' ', '-').replace(',', '')}"
+    bucket, environment = Bucket(mortal, prefix), dict(mortal.environment)
+    child = FORKS.Process(
+        target=merge_while_the_store_dies,
+        args=(large, f"{prefix}/out", ON_S3[name], environment, mortal.process_group),
+    )
+    child.start()
+    mortal.wait_for_death(60)
+    mortal.restart()
+    child.join(120)
+    assert child.exitcode in (0, StorageError.exit_code)
+    if child.exitcode != 0:
+        assert "model.safetensors.index.json" not in bucket.keys("out") or name == "index"
+    mergekit_ray.merge(large, f"{prefix}/out", options=LOCAL)
     assert bucket.unfinished() == []
     bucket.download("out", tmp_path / "out")
     assert contents(tmp_path / "out") == expected_large

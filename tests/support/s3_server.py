@@ -43,6 +43,7 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
         self._port = 0
+        self._ports: list[int] = []
 
     @property
     def endpoint_url(self) -> str:
@@ -80,12 +81,39 @@ class S3Server:
                 self._wait_until_ready()
             except RuntimeError:
                 self._kill()
+                self._ports = []
                 if attempt == 2:
                     self.stop()
                     raise
             else:
                 return self
         raise AssertionError("unreachable")
+
+    @property
+    def process_group(self) -> int:
+        """What to kill for the server to be gone at once."""
+        if self._process is None:
+            raise RuntimeError("the S3 server is not running")
+        return self._process.pid
+
+    def wait_for_death(self, seconds: float) -> None:
+        """Return once somebody has killed the server.
+
+        Raises:
+            subprocess.TimeoutExpired: nobody has.
+        """
+        if self._process is not None:
+            self._process.wait(seconds)
+
+    def restart(self) -> None:
+        """Start a server that was killed again: same address, same objects.
+
+        Raises:
+            RuntimeError: it did not start; carries the end of its log.
+        """
+        self._kill()
+        self._spawn()
+        self._wait_until_ready()
 
     def stop(self) -> None:
         """Kill the server and remove its temporary folder."""
@@ -140,7 +168,8 @@ class S3Server:
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         config = self._folder / "s3.json"
         config.write_text(json.dumps({"identities": [{"name": "t", "credentials": credentials, "actions": actions}]}))
-        master, volume, filer, s3 = _free_ports(4)
+        self._ports = self._ports or _free_ports(5)
+        master, volume, filer, s3, plain = self._ports
         self._port = s3
         command = [
             _weed(),
@@ -165,7 +194,7 @@ class S3Server:
         if self._https:
             cert, key = self._folder / "cert.pem", self._folder / "key.pem"
             command += [
-                f"-s3.port={_free_ports(1)[0]}",
+                f"-s3.port={plain}",
                 f"-s3.port.https={s3}",
                 f"-s3.cert.file={cert}",
                 f"-s3.key.file={key}",

@@ -1,14 +1,148 @@
-"""What is generated is up to date."""
+"""The documents are right: generated pages are up to date, recipes load, commands parse, links lead somewhere."""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jsonschema  # type: ignore[import-untyped] # its stubs are a package of their own
+import pytest
+import typer.main
+import yaml
+
+import mergekit_ray
+from mergekit_ray.cli import app
 from mergekit_ray.runtime.tables import methods_markdown
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = page.read_text()
+        for match in _FENCE.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            yield Block(page.name, line, match["language"], match["text"])
+
+
+BLOCKS = list(blocks())
+YAML = [block for block in BLOCKS if block.language == "yaml"]
+COMMANDS = [
+    (str(block), line)
+    for block in BLOCKS
+    if not block.language
+    for line in block.text.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith((" ", "#"))
+]
 
 
 def test_reference_page_of_the_methods() -> None:
     page = (ROOT / "docs/methods.md").read_text()
     assert page == methods_markdown(), "run `make docs`"
+
+
+@pytest.mark.parametrize("block", YAML, ids=str)
+def test_yaml_is_accepted(block: Block) -> None:
+    """Recipes by our loader, values by the chart's schema, runtime environments by what Ray knows."""
+    data = yaml.safe_load(block.text)
+    if {"models", "slices", "modules", "experts"} & data.keys():
+        mergekit_ray.load_recipe(block.text)
+    elif data.keys() <= {"pip", "env_vars", "working_dir"}:
+        assert all(isinstance(line, str) for line in data["pip"])
+    else:
+        schema = json.loads((ROOT / "helm/mergekit-ray/values.schema.json").read_text())
+        values = yaml.safe_load((ROOT / "helm/mergekit-ray/values.yaml").read_text())
+        jsonschema.validate(_laid_over(values, data), schema)
+
+
+@pytest.mark.parametrize(("place", "line"), COMMANDS, ids=[f"{place}-{i}" for i, (place, _) in enumerate(COMMANDS)])
+def test_commands_exist(place: str, line: str) -> None:
+    """Ours are parsed with all their options; of others, what belongs to this project is there."""
+    del place
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"\w+=.*", words[0]):
+        words.pop(0)
+    if "--" in words:
+        _check_ours(words[words.index("--") + 1 :])
+        words = words[: words.index("--")]
+    if not words or words[0] not in OTHERS:
+        _check_ours(words)
+        return
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word} <= targets
+    for word in words:
+        if word.startswith(("./docker/", "docker/", "helm/", "./helm/", "configs/")):
+            assert (ROOT / word).exists(), word
+
+
+OTHERS = (
+    "make",
+    "pip",
+    "ray",
+    "helm",
+    "kubectl",
+    "podman",
+    "docker",
+    "docker/build.sh",
+    "python",
+    "git",
+    "cosign",
+    "model_signing",
+    "huggingface-cli",
+    "hf",
+    "aws",
+)
+"""Programs that are not ours."""
+
+
+def _check_ours(words: list[str]) -> None:
+    program, *arguments = words
+    group: Any = typer.main.get_command(app)
+    if program == "merge":
+        command: Any = group.commands["merge"]
+    else:
+        assert program == "mergekit-ray", f"{program!r} is neither ours nor known"
+        command = group.commands[arguments.pop(0)]
+    # Raises for options that are not there, values of the wrong kind, and arguments that are missing.
+    command.make_context(program, arguments)
+
+
+def _laid_over(values: Any, changes: Any) -> Any:
+    """As Helm does it: mappings are merged, and what is null is taken away."""
+    if not isinstance(values, dict) or not isinstance(changes, dict):
+        return changes
+    merged = {**values, **{key: _laid_over(values.get(key), value) for key, value in changes.items()}}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """All pages are in it, and all links and anchors lead somewhere."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        built = tmp_path / "site" / page.with_suffix(".html").name
+        assert "<h1" in built.read_text(), page.name
