@@ -3,12 +3,14 @@
 #   PYTHON        the Python 3.11 or newer that environments are made with
 #   TORCH_INDEX   another place to take torch from; the CPU build is a tenth of the size:
 #                 make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   FUZZ_SECONDS  for each target of `make fuzz`
 #   CONSTRAINTS   the versions to install; empty for the newest that pyproject.toml allows
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 CONSTRAINTS ?= constraints-dev.txt
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 300
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format docs site parity gpu memory container bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format docs site parity gpu memory fuzz container bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -76,6 +78,12 @@ gpu: $(READY)  ## tests on a CUDA device, which must be there (install a torch w
 
 memory: $(READY)  ## what workers hold beside what plans say, on a machine that is idle (5 minutes, 8 GB)
 	$(BIN)/python -m pytest -m memory tests/integration/test_memory_budget.py $(PYTEST_ARGS)
+
+fuzz: $(READY)  ## five minutes of coverage-guided fuzzing of each reader of files (atheris; Linux)
+	@$(BIN)/python $(PIP_INSTALL) atheris
+	for target in header index adapter recipe; do \
+		PYTHONPATH=tests $(BIN)/python -m fuzz.readers $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 container: $(READY)  ## build the container image with podman and try it (minutes, 6 GB of disk)
 	$(BIN)/python -m pytest -m container tests/container $(PYTEST_ARGS)

@@ -24,13 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.llama_1b import make_models
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, touch_memory
 from benchmarks.measure import Measurement, measure
 from support.s3_bucket import Bucket
 from support.s3_server import S3Server
 
 BUCKET = "throughput"
 PREFIX = f"s3://{BUCKET}/b"
+OUT_BUCKET = "throughput-out"
+OUT = f"s3://{OUT_BUCKET}/b/out"
+"""In a bucket of its own, which is deleted between runs: the server gives a bucket's space back, and no object's."""
 MB, GB = 1e6, 1e9
 IN_MEMORY = Path("/dev/shm")  # noqa: S108 - where memory is a file system
 NUM_FILES_AT_ONCE = 3
@@ -75,8 +78,7 @@ def copy_model(way: str, files: list[str]) -> None:
     """In the measured process: all of a model."""
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder, ThreadPoolExecutor(NUM_FILES_AT_ONCE) as pool:
         tasks = [
-            pool.submit(copy_file, way, f"{PREFIX}/tune-a/{file}", f"{PREFIX}/out/{file}", Path(folder))
-            for file in files
+            pool.submit(copy_file, way, f"{PREFIX}/tune-a/{file}", f"{OUT}/{file}", Path(folder)) for file in files
         ]
         for task in tasks:
             task.result()
@@ -88,7 +90,7 @@ def command_of(contender: str, folder: Path, files: list[str]) -> list[str]:
         return [sys.executable, "-m", "benchmarks.s3_throughput", "--copy", contender, *files]
     recipe = folder / f"{contender}.yml"
     recipe.write_text(RECIPES[contender].format(a=f"{PREFIX}/tune-a", b=f"{PREFIX}/tune-b"))
-    return [program("merge"), str(recipe), f"{PREFIX}/out", "--executor", "local", "--quiet"]
+    return [program("merge"), str(recipe), OUT, "--executor", "local", "--quiet"]
 
 
 def disk_bytes(folder: Path) -> int:
@@ -109,6 +111,7 @@ def main() -> None:
     program("s5cmd")
     arguments.work.mkdir(parents=True, exist_ok=True)
     make_models(arguments.work)
+    touch_memory()
     print(describe_machine(Path.cwd()), flush=True)
     with (
         tempfile.TemporaryDirectory() as home,
@@ -151,12 +154,14 @@ def _measured(server: S3Server, work: Path, home: Path, repeats: int) -> Mapping
     for number in range(repeats):
         for contender in CONTENDERS:
             command = command_of(contender, recipes, files)
+            server.create_bucket(OUT_BUCKET)
             run = measure(command, log=home / "log", environment=environment)
             found[contender].append(run)
             print(f"{number + 1} {contender}: {run.wall_seconds:.1f} s", file=sys.stderr, flush=True)
             if contender in RECIPES and (on_disk := disk_bytes(written)):
                 print(f"{contender} left {on_disk} bytes in its home and temporary folders", flush=True)
-            bucket.delete("out")
+            Bucket(server, f"s3://{OUT_BUCKET}/b").delete("out")
+            server.client().delete_bucket(Bucket=OUT_BUCKET)
     return found
 
 

@@ -22,6 +22,9 @@ WINDOW_BYTES = 32 << 20
 BATCH_BYTES = 32 << 20
 """Aim for the inputs and outputs of one batch."""
 
+READS_AHEAD = 8
+"""Batches that are being read from a store at once: a store far away takes its time to answer, but answers many."""
+
 FIXED_BYTES = 256 << 20
 """Allowance of a worker beside its windows: scratch of up to eight compute threads (about 20 MiB each) and parts being
 uploaded (80 MiB for shards up to 150 GB)."""
@@ -138,8 +141,9 @@ def memory_needed(plan: Plan) -> int:
 
 
 def comfortable_memory(plan: Plan) -> int:
-    """A budget, in bytes, in which reading, computing and writing overlap."""
-    return memory_needed(plan) + 4 * BATCH_BYTES
+    """A budget, in bytes, in which reading, computing and writing overlap; with room to read ahead from stores."""
+    reads_ahead = READS_AHEAD if any("://" in model.uri for model in plan.inputs.values()) else 1
+    return memory_needed(plan) + (3 + reads_ahead) * BATCH_BYTES
 
 
 def check_memory(plan: Plan, memory_bytes: int) -> None:

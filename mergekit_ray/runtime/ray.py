@@ -136,6 +136,7 @@ class RayExecutor:
         self._job: Job | None = None
         self._jobs: dict[str, Any] = {}
         self._metrics: RayMetrics | None = None
+        self._head = ""
         self._max_actors = self._num_on_gpu = 0
         self._is_stopping = False
         self._rescaled = 0.0
@@ -143,7 +144,6 @@ class RayExecutor:
         if not ray.is_initialized():
             connect(address)
             self._started_ray = True
-        self._head = head_address()
         cpus = [int(node["Resources"].get("CPU", 0)) for node in compute_nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
         share = min(cpus) if num_workers is None else sum(cpus) // num_workers
@@ -162,6 +162,7 @@ class RayExecutor:
         """
         check_ray_device(job.options.device)
         self._job = job
+        self._head = head_address()
         self._memory_bytes = job.options.memory_bytes
         self._max_actors = max(1, num_shards)
         self._metrics = RayMetrics(job.output, num_shards, job.options.memory_bytes)

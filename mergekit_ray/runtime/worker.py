@@ -1,6 +1,6 @@
 """A worker runs shards: read, compute and write overlap under a byte budget.
 
-    reader thread     batches of byte ranges -> input buffers
+    reader thread     batches of byte ranges -> input buffers; from stores, several batches at once
     stager thread     input buffers -> device, where there is one
     calling thread    windows: expression over input buffers -> output buffer (arithmetic on the compute pool)
     writer thread     output buffers -> shard file, hashed on the way
@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.expressions import Load, is_copy
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.planning.windows import FIXED_BYTES, Window, batches
+from mergekit_ray.planning.windows import FIXED_BYTES, READS_AHEAD, Window, batches
 from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.device import CPU, chosen_device, open_device, resolve
 from mergekit_ray.runtime.device_evaluate import DeviceEvaluation, DeviceSession, Staged
@@ -88,10 +89,27 @@ class Progress:
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a batch was read.
+
+    Attributes:
+        num_bytes: asked of stores.
+        began, ended: on the clock of `time.perf_counter`.
+    """
+
+    num_bytes: int
+    began: float
+    ended: float
+
+
 @dataclass(slots=True)
 class _Batch:
+    """Windows that are read together; their inputs are there once ``reading`` has a result."""
+
     windows: list[Window]
     inputs: list[WindowInputs] = field(default_factory=list)
+    reading: Future[_Reading] = field(default_factory=Future)
 
 
 @dataclass(slots=True)
@@ -218,6 +236,9 @@ class _ShardRun:
         # A device is not opened to copy bytes.
         self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
         self._read: queue.Queue[_Batch | None] = queue.Queue()
+        self._read_until = 0.0
+        is_far = any("://" in model.uri for model in worker.inputs.values())
+        self._readers = ThreadPoolExecutor(READS_AHEAD if is_far else 1, thread_name_prefix="batch")
         self._staged: queue.Queue[_Ready | None] = queue.Queue()
         self._written: queue.Queue[_Output | None] = queue.Queue()
 
@@ -243,6 +264,8 @@ class _ShardRun:
             self._written.put(None)
             for thread in threads:
                 thread.join()
+            # Nothing may be read into buffers that others are given.
+            self._readers.shutdown(cancel_futures=True)
         if self._errors:
             raise self._errors[0]
         self._inputs.check_unchanged()
@@ -275,17 +298,24 @@ class _ShardRun:
             if not self._check():
                 return
             requests: list[ByteRange] = []
-            began = time.perf_counter()
-            for window in windows:
-                batch.inputs.append(self._inputs.prepare(window, requests))
-            self._progress.fetched_bytes += read_into(self._sources, requests)
-            self._progress.read_seconds += time.perf_counter() - began
-            self._progress.read_bytes += sum(window.read_bytes for window in windows)
+            batch.inputs = [self._inputs.prepare(window, requests) for window in windows]
+            batch.reading = self._readers.submit(self._read_batch, requests)
             self._read.put(batch)
+
+    def _read_batch(self, requests: list[ByteRange]) -> _Reading:
+        began = time.perf_counter()
+        num_bytes = read_into(self._sources, requests)
+        return _Reading(num_bytes, began, time.perf_counter())
 
     def _windows(self) -> Iterator[_Ready]:
         """What has been read, in order."""
         for batch in iter(self._read.get, None):
+            reading = batch.reading.result()
+            self._progress.fetched_bytes += reading.num_bytes
+            self._progress.read_bytes += sum(window.read_bytes for window in batch.windows)
+            # Batches that are read at the same time take their time once.
+            self._progress.read_seconds += max(0.0, reading.ended - max(reading.began, self._read_until))
+            self._read_until = max(self._read_until, reading.ended)
             for window, held in zip(batch.windows, batch.inputs, strict=True):
                 starts = window.needs
                 pieces = {
