@@ -3,6 +3,7 @@
 #   PYTHON        the Python 3.11 or newer that environments are made with
 #   TORCH_INDEX   another place to take torch from; the CPU build is a tenth of the size:
 #                 make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   RAY           the version that `make ray` tests with
 #   FUZZ_SECONDS  for each target of `make fuzz`
 #   CONSTRAINTS   the versions to install; empty for the newest that pyproject.toml allows
 
@@ -11,6 +12,7 @@ TORCH_INDEX ?=
 CONSTRAINTS ?= constraints-dev.txt
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 300
+RAY ?= 2.40.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format docs site parity gpu memory fuzz container bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format docs site parity gpu memory ray fuzz container bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -78,6 +80,15 @@ gpu: $(READY)  ## tests on a CUDA device, which must be there (install a torch w
 
 memory: $(READY)  ## what workers hold beside what plans say, on a machine that is idle (5 minutes, 8 GB)
 	$(BIN)/python -m pytest -m memory tests/integration/test_memory_budget.py $(PYTEST_ARGS)
+
+ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's: the oldest, or RAY=2.50.0
+	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	@# Everything else is that of .venv.
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > .venv-ray/packages
+	@cp .venv-ray/packages "$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/others.pth"
+	@.venv-ray/bin/python $(PIP_INSTALL) --no-deps "ray==$(RAY)" --editable .
+	PATH=$(CURDIR)/.venv-ray/bin:$(CURDIR)/$(BIN):$$PATH .venv-ray/bin/python -m pytest -m ray \
+		tests/integration/test_executors.py tests/integration/test_ray_job.py $(PYTEST_ARGS)
 
 fuzz: $(READY)  ## five minutes of coverage-guided fuzzing of each reader of files (atheris; Linux)
 	@$(BIN)/python $(PIP_INSTALL) atheris

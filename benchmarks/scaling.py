@@ -1,11 +1,11 @@
 """One merge on 1, 2, 4 and 8 hosts whose links are the limit: S3 to S3, real Ray, hosts as network namespaces.
 
-    PYTHONPATH=tests python -m benchmarks.scaling [--workers 1 2 4 8] [--mbit 100] [--plot FILE.svg]
+    PYTHONPATH=tests python -m benchmarks.scaling [--workers 1 2 4 8] [--mbit 200] [--plot FILE.svg]
 
 Needs Linux, root, and iproute2's ``ip`` and ``tc``. Each worker is a Ray node in namespaces of its own (network,
 mounts, processes, host name, shared memory) behind a link that ``tc`` holds to so many Mbit/s each way. The store
 (SeaweedFS), Ray's head, which computes nothing, and the driver are at the other end of all links, unlimited. The merge
-is ``linear`` of two models of 32 equal layers: a worker receives two bytes for each that it sends, so the bound is the
+is ``linear`` of two models of 64 equal layers: a worker receives two bytes for each that it sends, so the bound is the
 link's inward rate.
 
 Reported: seconds from all workers' being up (here they start on the same few cores) to the published model, and those
@@ -37,8 +37,11 @@ from support.s3_bucket import Bucket
 from support.s3_server import S3Server
 
 MB, MBIT = 1e6, 1e6 / 8
-NUM_LAYERS, WIDTH = 32, 4096
+NUM_LAYERS, WIDTH = 64, 4096
 BUCKET, PREFIX = "scaling", "s3://scaling/s"
+OUT_BUCKET = "scaling-out"
+OUT = f"s3://{OUT_BUCKET}/s"
+"""In a bucket of its own, which is deleted between runs: the server gives a bucket's space back, and no object's."""
 HUB, HUB_ADDRESS = "mkrhub", "10.77.0.1"
 RAY_PORT = 6399
 _INSIDE = "--inside"
@@ -104,7 +107,7 @@ class Node:
 
 
 def make_models(folder: Path) -> list[Path]:
-    """Two models of equal layers of 34 MB, in eight files each."""
+    """Two models of equal layers of 34 MB, in sixteen files each."""
     found = []
     for seed, name in enumerate(("a", "b")):
         model = folder / name
@@ -112,7 +115,7 @@ def make_models(folder: Path) -> list[Path]:
         generator = torch.Generator().manual_seed(seed)
         weight_map: dict[str, str] = {}
         for start in range(0, NUM_LAYERS, 4):
-            file = f"model-{start // 4 + 1:05d}-of-00008.safetensors"
+            file = f"model-{start // 4 + 1:05d}-of-00016.safetensors"
             tensors = {
                 f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(WIDTH, WIDTH, generator=generator).bfloat16()
                 for layer in range(start, start + 4)
@@ -148,7 +151,7 @@ def merge_in_job(recipe: Path, address: str, num_workers: int) -> None:
 
     setattr(ray_runtime, "RayExecutor", WhenAllAreUp)  # noqa: B010 - another class in its place
     options = MergeOptions(executor="ray", address=address, num_workers=num_workers)
-    mergekit_ray.merge(recipe, f"{PREFIX}/out", options=options)
+    mergekit_ray.merge(recipe, f"{OUT}/out", options=options)
     ended = time.perf_counter()
     print(json.dumps({"merge": ended - ready, "all": ended - began}))
 
@@ -189,7 +192,7 @@ def inside(arguments: argparse.Namespace) -> None:
             bucket.upload(model, model.name)
             shutil.rmtree(model)
         listed = [{"model": f"{PREFIX}/{name}", "parameters": {"weight": 0.5}} for name in ("a", "b")]
-        recipe = {"merge_method": "linear", "models": listed, "output": {"max_shard_size": "40MB"}}
+        recipe = {"merge_method": "linear", "models": listed, "output": {"max_shard_size": "140MB"}}
         (folder / "recipe.yml").write_text(json.dumps(recipe))
         received = 2 * NUM_LAYERS * WIDTH * WIDTH * 2
         print(
@@ -199,6 +202,7 @@ def inside(arguments: argparse.Namespace) -> None:
         print("|---|---|---|---|---|---|", flush=True)
         rates: dict[int, float] = {}
         for num_workers in arguments.workers:
+            server.create_bucket(OUT_BUCKET)
             seconds = measured(num_workers, server, folder)
             rate = rates[num_workers] = received / seconds["merge"]
             first = min(rates)
@@ -209,7 +213,8 @@ def inside(arguments: argparse.Namespace) -> None:
                 f"| {seconds['all']:.1f} |",
                 flush=True,
             )
-            bucket.delete("out")
+            Bucket(server, OUT).delete("out")
+            server.client().delete_bucket(Bucket=OUT_BUCKET)
         if arguments.plot:
             arguments.plot.write_text(plot(rates, arguments.mbit))
 
@@ -255,7 +260,7 @@ def main() -> None:
     """Makes the hosts, and runs itself again within the hub."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", nargs="*", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--mbit", type=int, default=100)
+    parser.add_argument("--mbit", type=int, default=200)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--merge", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)

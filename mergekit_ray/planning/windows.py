@@ -22,8 +22,12 @@ WINDOW_BYTES = 32 << 20
 BATCH_BYTES = 32 << 20
 """Aim for the inputs and outputs of one batch."""
 
-READS_AHEAD = 8
-"""Batches that are being read from a store at once: a store far away takes its time to answer, but answers many."""
+READS_AHEAD = 2
+"""Batches that are being read from a store at once: a store far away takes its time to answer, but answers many. With
+more, those that are wanted first come no sooner than the rest, and nothing is computed and written meanwhile."""
+
+_BATCHES_IN_WORK = 4
+"""Batches beside those being read, where inputs are far: computed, or on their way to the store."""
 
 FIXED_BYTES = 256 << 20
 """Allowance of a worker beside its windows: scratch of up to eight compute threads (about 20 MiB each) and parts being
@@ -142,8 +146,8 @@ def memory_needed(plan: Plan) -> int:
 
 def comfortable_memory(plan: Plan) -> int:
     """A budget, in bytes, in which reading, computing and writing overlap; with room to read ahead from stores."""
-    reads_ahead = READS_AHEAD if any("://" in model.uri for model in plan.inputs.values()) else 1
-    return memory_needed(plan) + (3 + reads_ahead) * BATCH_BYTES
+    is_far = any("://" in model.uri for model in plan.inputs.values())
+    return memory_needed(plan) + (READS_AHEAD + _BATCHES_IN_WORK if is_far else 4) * BATCH_BYTES
 
 
 def check_memory(plan: Plan, memory_bytes: int) -> None:
