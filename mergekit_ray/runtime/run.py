@@ -107,6 +107,8 @@ def _make(run: _Run, destination: Destination, uri: str) -> None:
         )
         with single_threaded_torch():
             records |= run_shards(shards, job, executor, tell, run.stop, run.lease.check)
+        # Attempts that failed with their worker, or while the store was away, could not clean up behind themselves.
+        _discard_remains(sink, shards)
     tell.event("checking", "checking what was written")
     check_records(plan, destination, records)
     run.confirm()
@@ -118,7 +120,7 @@ def _make(run: _Run, destination: Destination, uri: str) -> None:
 
 
 def _discard_remains(sink: Sink, shards: Sequence[Shard]) -> None:
-    """Remove what a killed run left of shards that were being written; the lease says that nobody writes them now."""
+    """Remove what is left of attempts at these shards; the lease says that nobody writes them now."""
     if isinstance(sink, RemainsSink):
         sink.discard_remains([shard.file for shard in shards])
 

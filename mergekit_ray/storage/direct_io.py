@@ -15,8 +15,6 @@ import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-
 from mergekit_ray.storage.file_system import is_in_memory
 
 _STAGE_BYTES = 8 << 20
@@ -81,6 +79,8 @@ class _Stages:
     """Two aligned buffers, one being filled while a thread writes the other."""
 
     def __init__(self, fd: int) -> None:
+        import numpy as np  # noqa: PLC0415 - plans are made without it
+
         self._fd = fd
         self._filling, self._spare = (np.frombuffer(mmap.mmap(-1, _STAGE_BYTES), dtype=np.uint8) for _ in range(2))
         self._num_staged = 0
@@ -89,6 +89,8 @@ class _Stages:
         self._writing: Future[None] | None = None
 
     def write(self, data: memoryview) -> None:
+        import numpy as np  # noqa: PLC0415
+
         while data:
             count = min(len(data), _STAGE_BYTES - self._num_staged)
             # By numpy, which lets other threads run meanwhile.

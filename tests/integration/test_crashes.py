@@ -18,7 +18,8 @@ import pytest
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError, StorageError
 from mergekit_ray.runtime.api import MergeOptions
-from support.merging import recipe_of, undisturbed
+from mergekit_ray.storage.s3_upload import S3Upload
+from support.merging import Events, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.s3_bucket import Bucket
 from support.s3_server import S3Server
@@ -244,3 +245,29 @@ def test_the_store_itself_is_killed(
     assert bucket.unfinished() == []
     bucket.download("out", tmp_path / "out")
     assert contents(tmp_path / "out") == expected_large
+
+
+@pytest.mark.s3
+def test_what_a_failed_attempt_could_not_clean_up_is_gone_in_the_end(
+    large: dict[str, Any], s3_environment: S3Server, s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part fails, and so does the abort of its upload, as while a store is away; the shard is tried again."""
+    monkeypatch.setattr("mergekit_ray.storage.s3_upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    send, abort = S3Upload._send_part, S3Upload.abort
+    parts, aborts = itertools.count(1), itertools.count(1)
+
+    def send_part(upload: S3Upload, *args: Any) -> Any:
+        if next(parts) == 4:
+            raise StorageError("the connection was reset", where=s3_prefix, retryable=True)
+        return send(upload, *args)
+
+    def sometimes(upload: S3Upload) -> None:
+        if next(aborts) > 1:
+            abort(upload)
+
+    monkeypatch.setattr(S3Upload, "_send_part", send_part)
+    monkeypatch.setattr(S3Upload, "abort", sometimes)
+    events = Events()
+    mergekit_ray.merge(large, f"{s3_prefix}/out", options=LOCAL, reporter=events)
+    assert len(events.of("shard_retried")) == 1
+    assert Bucket(s3_environment, s3_prefix).unfinished() == []

@@ -102,10 +102,9 @@ def test_interrupting_the_submitter_does_not_stop_the_job(
     head: RayHead, working_dir: Path, many: dict[str, Any], tmp_path: Path
 ) -> None:
     job = Submitted(head, working_dir, "interrupted", tmp_path / "out")
+    assert job.status == "RUNNING"
     job.process.send_signal(signal.SIGINT)
     job.process.communicate(timeout=30)
-    assert job.process.returncode != 0
-    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     wait_until(lambda: job.status != "RUNNING", seconds=120, every=0.5)
     assert job.status == "SUCCEEDED"
     assert contents(tmp_path / "out") == undisturbed(many, tmp_path / "expected")
