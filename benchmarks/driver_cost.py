@@ -34,8 +34,9 @@ from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.planning.make import make_plan, referenced_models
 from mergekit_ray.runtime import ray as ray_runtime
 from mergekit_ray.runtime.driver import Job, run_shards
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.reporting import SilentReporter
-from mergekit_ray.runtime.worker import Progress, WorkerOptions
+from mergekit_ray.runtime.worker import WorkerOptions
 from mergekit_ray.storage.local import LocalSource
 from mergekit_ray.storage.protocols import FileStat
 

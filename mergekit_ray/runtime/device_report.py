@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_ray.runtime.reporting import Reporter
 
 if TYPE_CHECKING:
-    from mergekit_ray.runtime.worker import Progress
+    from mergekit_ray.runtime.progress import Progress
 
 
 class DeviceReporter:

@@ -20,9 +20,10 @@ from mergekit_ray.core.errors import Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.plan import InputModel, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.reporting import Reporter
 from mergekit_ray.runtime.signals import GRACE_SECONDS, RESUME
-from mergekit_ray.runtime.worker import Progress, WorkerOptions
+from mergekit_ray.runtime.worker import WorkerOptions
 
 MAX_ATTEMPTS: Final = 3
 """Times a shard is tried when it fails by an error that may pass."""

@@ -11,7 +11,8 @@ from mergekit_ray.core.errors import InternalError, MergekitRayError
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.runtime.device import resolve
 from mergekit_ray.runtime.driver import Job, Outcome
-from mergekit_ray.runtime.worker import Progress, Worker
+from mergekit_ray.runtime.progress import Progress
+from mergekit_ray.runtime.worker import Worker
 from mergekit_ray.storage.opening import open_sink, open_source
 from mergekit_ray.storage.protocols import Source
 

@@ -25,6 +25,7 @@ from mergekit_ray.runtime.cluster import check_ray_device, worker_slots
 from mergekit_ray.runtime.device import AUTO, CPU, CUDA
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.local import open_sources
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.ray_cluster import (
     MAX_CPUS_PER_WORKER,
     check_version,
@@ -36,7 +37,7 @@ from mergekit_ray.runtime.ray_cluster import (
 )
 from mergekit_ray.runtime.ray_metrics import RayMetrics
 from mergekit_ray.runtime.signals import RESUME
-from mergekit_ray.runtime.worker import Progress, Worker, single_threaded_torch
+from mergekit_ray.runtime.worker import Worker, single_threaded_torch
 from mergekit_ray.storage.opening import open_sink
 
 _SPREAD: Final[SchedulingStrategyT] = "SPREAD"

@@ -11,7 +11,7 @@ from typing import Final, Literal
 from ray.util.metrics import Counter, Gauge
 
 from mergekit_ray.runtime.driver import Outcome
-from mergekit_ray.runtime.worker import Progress
+from mergekit_ray.runtime.progress import Progress
 
 OUTPUT: Final = "output"
 """The one tag: path or URI of the model that is being made."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Any, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -13,9 +13,7 @@ from rich.text import Text
 
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
-
-if TYPE_CHECKING:
-    from mergekit_ray.runtime import worker  # only named here: a bar must not wait for torch
+from mergekit_ray.runtime.progress import Progress as WorkerProgress
 
 _LINE_SECONDS: Final = 10.0
 
@@ -27,7 +25,7 @@ class Reporter(Protocol):
         """Something worth a line: ``planned``, ``resumed``, ``shard_done``, ``shard_retried``, ``worker_lost``, ..."""
         ...
 
-    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+    def progress(self, progress: WorkerProgress, num_done: int, num_shards: int) -> None:
         """Called a few times a second while shards run."""
         ...
 
@@ -38,7 +36,7 @@ class SilentReporter:
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Ignored."""
 
-    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+    def progress(self, progress: WorkerProgress, num_done: int, num_shards: int) -> None:
         """Ignored."""
 
 
@@ -49,7 +47,7 @@ class Meter:
         self._total_bytes = total_bytes
         self._samples: list[tuple[float, int]] = []
 
-    def update(self, progress: worker.Progress) -> tuple[float, float | None]:
+    def update(self, progress: WorkerProgress) -> tuple[float, float | None]:
         """Bytes per second read and written together, and seconds to go (None while unknown)."""
         now, done = time.monotonic(), progress.read_bytes + progress.written_bytes
         self._samples.append((now, done))
@@ -76,7 +74,7 @@ class LineReporter:
         del kind, fields
         self._line(message)
 
-    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+    def progress(self, progress: WorkerProgress, num_done: int, num_shards: int) -> None:
         """A line every ten seconds."""
         rate, remaining = self._meter.update(progress)
         if time.monotonic() - self._last < _LINE_SECONDS:
@@ -105,7 +103,7 @@ class JsonReporter:
         """``{"event": kind, "seconds": ..., "message": ..., ...}``."""
         self._emit({"event": kind, "message": message, **fields})
 
-    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+    def progress(self, progress: WorkerProgress, num_done: int, num_shards: int) -> None:
         """A ``progress`` event once a second."""
         rate, remaining = self._meter.update(progress)
         if time.monotonic() - self._last < 1.0:
@@ -160,7 +158,7 @@ class LiveReporter:
         if kind not in ("shard_done", "checking", "publishing"):
             self._console.print(Text(message))
 
-    def progress(self, progress: worker.Progress, num_done: int, num_shards: int) -> None:
+    def progress(self, progress: WorkerProgress, num_done: int, num_shards: int) -> None:
         """Move the bar."""
         del num_done, num_shards
         rate, remaining = self._meter.update(progress)

@@ -18,9 +18,9 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from mergekit_ray.runtime.device import CPU, chosen_device, open_device, resolve
 from mergekit_ray.runtime.device_evaluate import DeviceEvaluation, DeviceSession, Staged
 from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, Evaluation, Piece, check_copy_finite
 from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, BufferPool
 from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs, bytes_of
 from mergekit_ray.storage.protocols import Sink, Source
@@ -59,34 +60,6 @@ class WorkerOptions:
     chunk_elements: int = CHUNK_ELEMENTS
     allow_non_finite: bool = False
     device: str = field(default_factory=chosen_device)
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a worker has done so far; counters only grow.
-
-    ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
-    counts again, though it is read once. ``fetched_bytes`` are those that were asked of stores, without what is
-    mapped from a disk. ``num_on_cpu`` are tensors that needed more memory than the device has.
-    """
-
-    read_bytes: int = 0
-    fetched_bytes: int = 0
-    written_bytes: int = 0
-    num_tensors: int = 0
-    num_on_cpu: int = 0
-    read_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    write_seconds: float = 0.0
-
-    @classmethod
-    def total(cls, parts: Iterable[Progress]) -> Progress:
-        """The sum of several workers' counters."""
-        result = cls()
-        for part in parts:
-            for counter in fields(cls):
-                setattr(result, counter.name, getattr(result, counter.name) + getattr(part, counter.name))
-        return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,14 @@ def shards(bucket: Bucket) -> list[str]:
     return [key for key in bucket.keys("out") if key.endswith(".safetensors")]
 
 
+def said_by_the_end(cluster: Cluster, status: str) -> str:
+    """What the job printed, once it has ended in this way."""
+    wait_until(lambda: cluster.status not in ("", "PENDING", "RUNNING"), seconds=400, every=0.5)
+    said = cluster.said
+    assert cluster.status == status, said
+    return said
+
+
 def assert_published(bucket: Bucket, recipe: dict[str, Any], folder: Path) -> None:
     """The whole model is there, and it is the one that threads of this process make."""
     mergekit_ray.merge(recipe, folder / "expected", options=MergeOptions(executor="local"))
@@ -115,9 +123,7 @@ def test_a_worker_is_lost_on_the_way(
         wait_until(lambda: len(shards(bucket)) > 10, seconds=180, every=0.2)
         cluster.kill("worker", 1)
         cluster.start_worker(1, "-again")  # as KubeRay does
-        wait_until(lambda: cluster.status not in ("", "PENDING", "RUNNING"), seconds=300, every=0.5)
-        said = cluster.said
-        assert cluster.status == "SUCCEEDED", said
+        said = said_by_the_end(cluster, "SUCCEEDED")
         assert "written" in said
         assert f"{bucket.uri}/out is complete" in said
         wait_until(lambda: "is complete" in cluster.log("submitter", SUBMITTER), seconds=60)
@@ -138,9 +144,7 @@ def test_the_head_is_lost_and_the_retry_resumes(
     assert num_before > 0
     with Cluster(manifests, pods, hosts, 2) as cluster:
         cluster.submit()
-        wait_until(lambda: cluster.status not in ("", "PENDING", "RUNNING"), seconds=400, every=0.5)
-        said = cluster.said
-        assert cluster.status == "SUCCEEDED", said
+        said = said_by_the_end(cluster, "SUCCEEDED")
         assert "shards are there already" in said
     assert_published(bucket, recipe, tmp_path)
 
@@ -153,8 +157,7 @@ def test_a_wrong_recipe_fails_the_job(
             each["data"]["recipe.yml"] = each["data"]["recipe.yml"].replace("linear", "liner")
     with Cluster(manifests, pods, hosts, 1) as cluster:
         cluster.submit()
-        wait_until(lambda: cluster.status not in ("", "PENDING", "RUNNING"), seconds=120, every=0.5)
-        assert cluster.status == "FAILED"
-        assert "recipe.yml:" in cluster.said
-        assert "linear" in cluster.said
+        said = said_by_the_end(cluster, "FAILED")
+        assert "recipe.yml:" in said
+        assert "linear" in said
     assert shards(bucket) == []

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from helm.charts import CHART
-from support.merging import COMMANDS, command_environment, run_command
+from support.merging import run_command
+from support.ray_head import RayHead
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,23 +34,8 @@ time.sleep(100)
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
     """Of the submitter, for a cluster of one node with a token."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # sockets lie in it, and their paths may have 107 characters
-    ports = free_ports(6)
-    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-             "dashboard-agent-grpc-port", "metrics-export-port")  # fmt: skip
-    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    options += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=1", f"--temp-dir={folder}"]
-    path = f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"
-    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "PATH": path}
-    of_cluster = command_environment(**settings)
-    command = [str(COMMANDS / "ray"), "start", "--head", "--block", f"--object-store-memory={80 << 20}", *options]
-    with Path(folder, "start.log").open("wb") as log:
-        process = subprocess.Popen(command, env=of_cluster, stdout=log, stderr=log, cwd=folder)
-    try:
-        yield {**of_cluster, "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-    finally:
-        end(process)
-        shutil.rmtree(folder, ignore_errors=True)
+    with RayHead(1, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, is_awaited=False) as head:
+        yield {**head.environment, "RAY_DASHBOARD_ADDRESS": head.dashboard}
 
 
 @dataclass(frozen=True)
@@ -127,26 +107,3 @@ def make_models(folder: Path) -> None:
     spec.loader.exec_module(module)
     for seed, name in enumerate(("first", "second")):
         module.make_model(folder / name, seed)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End what was started, by its own process ids."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-        for each in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(started, timeout=10)
-    process.kill()
-    process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

@@ -13,7 +13,7 @@ from typing import Any
 
 import mergekit_ray
 from mergekit_ray.runtime.api import MergeOptions, MergeResult
-from mergekit_ray.runtime.worker import Progress
+from mergekit_ray.runtime.progress import Progress
 from support.models import contents
 
 COMMANDS = Path(sys.executable).parent

@@ -25,12 +25,16 @@ class RayHead:
     Args:
         num_cpus: that it computes with.
         environment: variables of its processes beside those of all tests, so of the jobs that it runs.
+        is_awaited: until it answers; not for one that wants a token, or whose clients are to wait themselves.
     """
 
-    def __init__(self, num_cpus: int = 2, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, num_cpus: int = 2, environment: Mapping[str, str] | None = None, *, is_awaited: bool = True
+    ) -> None:
+        self._is_awaited = is_awaited
         self._num_cpus = num_cpus
         path = f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"
-        self.environment = command_environment(**ENVIRONMENT, PATH=path, **(environment or {}))
+        self.environment = command_environment(**{**ENVIRONMENT, "PATH": path, **(environment or {})})
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = ""
 
@@ -57,6 +61,8 @@ class RayHead:
                 return bool(self.get(f"{self.dashboard}/api/jobs/"))
             return False
 
+        if not self._is_awaited:
+            return self
         try:
             wait_until(answers, seconds=90, every=0.5)
         except BaseException:

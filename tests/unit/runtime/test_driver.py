@@ -17,8 +17,9 @@ from mergekit_ray.core.plan import OutputTensor, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.runtime.driver import MAX_ATTEMPTS, MAX_LOSSES, Job, Outcome, run_shards
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.signals import GRACE_SECONDS
-from mergekit_ray.runtime.worker import Progress, WorkerOptions
+from mergekit_ray.runtime.worker import WorkerOptions
 
 JOB = Job({}, "/nowhere", ".records", WorkerOptions(memory_bytes=1 << 30))
 LOST = "lost"

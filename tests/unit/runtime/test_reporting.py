@@ -14,8 +14,8 @@ from rich.console import Console
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.runtime import reporting, tables
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.reporting import JsonReporter, LineReporter, LiveReporter, Meter, duration
-from mergekit_ray.runtime.worker import Progress
 
 
 class Clock:

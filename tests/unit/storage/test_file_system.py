@@ -12,6 +12,7 @@ import pytest
 from mergekit_ray.storage.file_system import free_bytes, is_in_memory
 
 SHM = Path("/dev/shm")
+# Linux always has it, and so CI runs it; elsewhere nothing is told to be in memory.
 needs_shm = pytest.mark.skipif(not SHM.is_dir(), reason="this system has no /dev/shm")
 
 

@@ -1,0 +1,34 @@
+"""What workers count, for whoever shows it: reporters and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a worker has done so far; counters only grow.
+
+    ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
+    counts again, though it is read once. ``fetched_bytes`` are those that were asked of stores, without what is
+    mapped from a disk. ``num_on_cpu`` are tensors that needed more memory than the device has.
+    """
+
+    read_bytes: int = 0
+    fetched_bytes: int = 0
+    written_bytes: int = 0
+    num_tensors: int = 0
+    num_on_cpu: int = 0
+    read_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+    @classmethod
+    def total(cls, parts: Iterable[Progress]) -> Progress:
+        """The sum of several workers' counters."""
+        result = cls()
+        for part in parts:
+            for counter in fields(cls):
+                setattr(result, counter.name, getattr(result, counter.name) + getattr(part, counter.name))
+        return result
