@@ -8,6 +8,7 @@
 #   --ca           certificate authorities, where connections are inspected on their way
 #   --wheels       a folder of wheels, for what an index does not have; their hashes must be the locked ones
 #
+# What is not given of index, ca and wheels is what pip uses on this machine (`pip config list`).
 # The image holds nothing of these options: configuration, certificates and wheels are mounted while pip runs.
 set -euo pipefail
 torch=cpu tag='' base=docker.io/library/debian:bookworm-slim index='' torch_index='' ca='' wheels=''
@@ -19,16 +20,38 @@ while (($#)); do
       shift 2
       ;;
     *)
-      sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+      sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
       exit 2
       ;;
   esac
 done
 tag=${tag:-mergekit-ray:$torch}
 
+# A setting of pip's here; nothing if it has none, or there is no pip.
+pip_setting() {
+  local scope
+  for scope in :env: site user global; do
+    if pip config get "$scope.$1" 2>/dev/null; then
+      return
+    fi
+  done
+}
+index=${index:-$(pip_setting index-url)}
+ca=${ca:-$(pip_setting cert)}
+if [[ -z $wheels ]]; then
+  found=$(pip_setting find-links)
+  if [[ -d $found ]]; then
+    wheels=$found
+  fi
+fi
+
 here=$(cd "$(dirname "$0")" && pwd)
 podman=$here/podman.sh
 cd "$here/.."
+locked=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "docker/requirements-$torch.txt")
+if [[ -z $torch_index && -n $wheels ]] && compgen -G "$wheels/torch-$locked-*.whl" >/dev/null; then
+  torch_index=${index:-https://pypi.org/simple}
+fi
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mergekit_ray/__init__.py)
 revision=$(git rev-parse HEAD 2>/dev/null || true)
 if [[ -n $revision && -n $(git status --porcelain) ]]; then

@@ -185,8 +185,8 @@ class RayExecutor:
         Raises:
             StorageError: no worker has been there for minutes, or the head node has gone.
         """
-        if self._has_head():
-            self._scale()
+        self._has_head()
+        self._scale()
         refs = [ref for actor in self._actors for ref in (actor.ready, actor.result) if ref is not None]
         if not refs:
             time.sleep(seconds)
@@ -245,21 +245,25 @@ class RayExecutor:
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
-        if self._head_seen == self._head_asked:  # there is somebody to tell
-            for actor in self._actors:
-                ray.kill(actor.handle)
+        with contextlib.suppress(StorageError):
+            if self._has_head(at_once=True):  # there is somebody to tell
+                for actor in self._actors:
+                    ray.kill(actor.handle)
         self._actors.clear()
         if self._started_ray:
             disconnect()
 
-    def _has_head(self) -> bool:
-        """Whether the head node answers. Nothing that asks it for something may be called while it does not.
+    def _has_head(self, *, at_once: bool = False) -> bool:
+        """Whether the head node answers. A call that needs it does not return while it does not: Ray ends the process.
+
+        Args:
+            at_once: ask now, however short ago it answered.
 
         Raises:
             StorageError: it has not answered for too long.
         """
         now = time.monotonic()
-        if now - self._head_asked >= _HEAD_CHECK_SECONDS:
+        if at_once or now - self._head_asked >= _HEAD_CHECK_SECONDS:
             self._head_asked = now
             if is_listening(self._head):
                 self._head_seen = now
@@ -275,6 +279,8 @@ class RayExecutor:
         """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""
         now = time.monotonic()
         if self._is_stopping or (self._actors and now - self._rescaled < _RESCALE_SECONDS):
+            return
+        if not self._has_head(at_once=True):
             return
         self._rescaled = now
         wanted = self._num_wanted
