@@ -18,7 +18,8 @@ import torch
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Load, Merge
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.runtime.evaluate import Evaluation, Piece
+from mergekit_ray.runtime.evaluate import Evaluation
+from mergekit_ray.runtime.nodes.base import Piece
 from mergekit_ray.runtime.pool import ComputePool
 
 REFERENCE_ELEMENTS = 64 << 20

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.methods.protocol import Scratch
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 _CANCELLED = 1e-12
 """A sum of weights below this part of the sum of their magnitudes is rounding, not a number to divide by."""
+
+_IN_ORDER = 4
+"""Up to so many numbers torch adds one after the other; more in lanes."""
 
 
 def coefficients(weights: Sequence[float], *, normalize: bool, scale: float = 1.0) -> list[float]:
@@ -41,6 +47,20 @@ def divisor(weights: Sequence[float], dtype: torch.dtype, *, normalize: bool) ->
         MergeError: as `coefficients`.
     """
     return _sum_in(tuple(weights), dtype) if normalize else 1.0
+
+
+def single_divisor(weights: Sequence[float]) -> float:
+    """`divisor` in float32, for which torch is only imported where it adds up in an order of its own.
+
+    Raises:
+        MergeError: as `coefficients`.
+    """
+    if len(weights) > _IN_ORDER:
+        import torch  # noqa: PLC0415
+
+        return _sum_in(tuple(weights), torch.float32)
+    coefficients(weights, normalize=True)
+    return float(functools.reduce(operator.add, map(np.float32, weights)))
 
 
 @functools.lru_cache(maxsize=1024)  # asked for with every chunk

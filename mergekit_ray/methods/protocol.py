@@ -114,6 +114,23 @@ class ElementwiseMethod(MethodDeclaration):
         """The merged run: a 1-D tensor in compute dtype, which may be one of the chunk's own tensors."""
 
 
+class WeightedSum(ElementwiseMethod):
+    """A method whose result is ``Σ factor_i x_i / divisor``, in compute dtype, as `methods.accumulate` adds up."""
+
+    @classmethod
+    @abstractmethod
+    def weights(cls, parameters: Any, input_parameters: Sequence[Any]) -> tuple[Sequence[float], float]:
+        """Factors and divisor of a tensor whose compute dtype is float32.
+
+        Args:
+            parameters: the method's global parameters (an instance of its ``global_parameters``).
+            input_parameters: per-model parameters, one per input.
+
+        Raises:
+            MergeError: there are none: weights that are to be normalised sum to zero.
+        """
+
+
 def is_portable(method: type[MethodDeclaration]) -> bool:
     """Whether a method may be given to other processors than the CPU, see `ElementwiseMethod`."""
     return not issubclass(method, ElementwiseMethod) or method.portable

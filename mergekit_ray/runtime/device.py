@@ -9,7 +9,9 @@ windows over the lanes is in `runtime/device_copies.py` and `runtime/device_eval
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, Protocol, Self
@@ -24,6 +26,9 @@ CPU: Final = "cpu"
 CUDA: Final = "cuda"
 
 _NAME: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+_GPU_DRIVERS: Final = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")
+"""Through which a process talks to GPUs: NVIDIA's (of two kinds), AMD's (CUDA to torch, too), those of Windows."""
 
 _CHOSEN: ContextVar[str] = ContextVar("device", default=CPU)
 
@@ -141,7 +146,7 @@ def resolve(name: str, worker: int = 0) -> str:
     Raises:
         ConfigError: a CUDA device is asked for that is not there.
     """
-    if check_device(name) == CPU:
+    if check_device(name) == CPU or (name == AUTO and not _may_have_gpu()):
         return CPU
     import torch  # noqa: PLC0415 - names are checked without torch
 
@@ -153,6 +158,11 @@ def resolve(name: str, worker: int = 0) -> str:
         found = f"there are {count} CUDA devices" if count else _why_none()
         raise ConfigError(f"--device {name}: {found}", remedy="pass --device auto or --device cpu")
     return f"{CUDA}:{number}"
+
+
+def _may_have_gpu() -> bool:
+    """Whether this machine may have a GPU that torch can use; to import torch costs a second."""
+    return sys.platform != "linux" or any(map(os.path.exists, _GPU_DRIVERS))
 
 
 def _why_none() -> str:

@@ -35,9 +35,9 @@ from mergekit_ray.runtime.device_copies import (
     Uploads,
     upload_all,
 )
-from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, Evaluation, NonFiniteReport
+from mergekit_ray.runtime.evaluate import Evaluation, NonFiniteReport
 from mergekit_ray.runtime.nodes.base import Piece, Source
-from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.runtime.pool import CHUNK_ELEMENTS, ComputePool
 
 MIN_CHUNK_ELEMENTS: Final = 1 << 16
 """Chunks are not halved below this."""

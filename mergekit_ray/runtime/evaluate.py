@@ -15,7 +15,6 @@ from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Expression, Load, loads
 from mergekit_ray.core.expressions.quantised import non_finite_codes
 from mergekit_ray.runtime.nodes.base import (
-    CHUNK_ELEMENTS,
     Compilation,
     Guard,
     NonFiniteError,
@@ -24,10 +23,7 @@ from mergekit_ray.runtime.nodes.base import (
     fill_parallel,
 )
 from mergekit_ray.runtime.nodes.quantised import first_non_finite
-from mergekit_ray.runtime.pool import ComputePool
-from mergekit_ray.runtime.rounding import is_finite
-
-__all__ = ["CHUNK_ELEMENTS", "Evaluation", "Piece", "check_copy_finite"]
+from mergekit_ray.runtime.pool import CHUNK_ELEMENTS, ComputePool
 
 
 class NonFiniteReport:
@@ -160,27 +156,3 @@ class Evaluation:
         """A method knows no names: say which tensor it was merging."""
         if error.where is None:
             error.where = f"tensor {self._expression.spec.name!r}"
-
-
-def check_copy_finite(load: Load, data: torch.Tensor, start: int, reference: str | None = None) -> None:
-    """Refuse NaN and infinities in a tensor that is copied.
-
-    Args:
-        load: what was read.
-        data: a window of it.
-        start: flat index of the window's first element.
-        reference: the model as the recipe names it, for messages.
-
-    Raises:
-        MergeError: naming the model, the tensor and the first index.
-    """
-    if not load.spec.dtype.is_floating:
-        return
-    for i in range(0, data.numel(), CHUNK_ELEMENTS):
-        if not is_finite(data[i : i + CHUNK_ELEMENTS]):
-            index = i + int(torch.nonzero(~torch.isfinite(data[i : i + CHUNK_ELEMENTS]))[0])
-            raise MergeError(
-                f"{float(data[index])} in the input, first at flat index {start + index}",
-                where=f"model {reference or load.model}, tensor {load.spec.name!r}",
-                remedy="use an undamaged checkpoint, or pass --allow-non-finite to copy it as it is",
-            )

@@ -314,7 +314,8 @@ class _Extraction:
         # torch and the rest of the machinery are only paid for once there is something to run.
         from mergekit_ray.runtime.driver import Job, run_shards  # noqa: PLC0415
         from mergekit_ray.runtime.local import LocalExecutor  # noqa: PLC0415
-        from mergekit_ray.runtime.worker import WorkerOptions, single_threaded_torch  # noqa: PLC0415
+        from mergekit_ray.runtime.threads import single_threaded_torch  # noqa: PLC0415
+        from mergekit_ray.runtime.worker import WorkerOptions  # noqa: PLC0415
 
         options = WorkerOptions(memory_bytes=comfortable_memory(plan))
         job = Job(inputs=plan.inputs, output=self._sink.uri, record_folder=record_folder, options=options)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-import torch
-
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.planning.windows import Window
-from mergekit_ray.runtime.scratch import BufferPool
+from mergekit_ray.runtime.buffers import BufferPool, Bytes
 
 _BATCHES_IN_WORK = 3
 """One is read, one computed, one written."""
@@ -29,7 +27,7 @@ class HeldInputs:
 
     def __init__(self, batches: Sequence[Sequence[Window]], limit_bytes: int, models: Collection[str]) -> None:
         self._uses: Counter[tuple[Load, tuple[int, int]]] = Counter()
-        self._held: dict[tuple[Load, tuple[int, int]], torch.Tensor] = {}
+        self._held: dict[tuple[Load, tuple[int, int]], Bytes] = {}
         self._room = 0
         self.reserved_bytes = 0
         """Of the budget; the rest is for windows."""
@@ -43,7 +41,7 @@ class HeldInputs:
         wanted = sum(_buffer_bytes(load, run) for load, run in self._uses)
         self.reserved_bytes = self._room = max(0, min(wanted, limit_bytes - _BATCHES_IN_WORK * largest))
 
-    def get(self, load: Load, run: tuple[int, int]) -> tuple[torch.Tensor, bool] | None:
+    def get(self, load: Load, run: tuple[int, int]) -> tuple[Bytes, bool] | None:
         """A window's input, if it is held, and whether this is its last use: then the buffer is the caller's.
 
         To be asked exactly once for each input of each window.
@@ -58,15 +56,15 @@ class HeldInputs:
         last = self._held.pop(key, None)
         if last is None:
             return None
-        self._room += last.numel()
+        self._room += last.size
         return last, True
 
-    def hold(self, load: Load, run: tuple[int, int], buffer: torch.Tensor) -> bool:
+    def hold(self, load: Load, run: tuple[int, int], buffer: Bytes) -> bool:
         """Keep the buffer that an input is read into if it is needed again and there is room; whether it is kept."""
         key = (load, run)
-        if not self._uses[key] or buffer.numel() > self._room:
+        if not self._uses[key] or buffer.size > self._room:
             return False
-        self._room -= buffer.numel()
+        self._room -= buffer.size
         self._held[key] = buffer
         return True
 

@@ -37,7 +37,8 @@ from mergekit_ray.runtime.ray_cluster import (
 )
 from mergekit_ray.runtime.ray_metrics import RayMetrics
 from mergekit_ray.runtime.signals import RESUME
-from mergekit_ray.runtime.worker import Worker, single_threaded_torch
+from mergekit_ray.runtime.threads import single_threaded_torch
+from mergekit_ray.runtime.worker import Worker
 from mergekit_ray.storage.opening import open_sink
 
 _SPREAD: Final[SchedulingStrategyT] = "SPREAD"

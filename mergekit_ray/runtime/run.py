@@ -14,14 +14,15 @@ from mergekit_ray.runtime.api import MergeOptions, local_threads, local_workers
 from mergekit_ray.runtime.cluster import wants_ray
 from mergekit_ray.runtime.destination import Destination, clear, clear_notes, inspect
 from mergekit_ray.runtime.driver import Executor, Job, pending_shards, run_shards
-from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS
 from mergekit_ray.runtime.lease import Lease, hold
 from mergekit_ray.runtime.local import LocalExecutor, open_sources
+from mergekit_ray.runtime.pool import CHUNK_ELEMENTS
 from mergekit_ray.runtime.publish import check_records, publish
 from mergekit_ray.runtime.reporting import Reporter
 from mergekit_ray.runtime.signals import RESUME
 from mergekit_ray.runtime.staging import is_swapping, staged, swap
-from mergekit_ray.runtime.worker import WorkerOptions, single_threaded_torch
+from mergekit_ray.runtime.threads import single_threaded_torch
+from mergekit_ray.runtime.worker import WorkerOptions
 from mergekit_ray.storage.protocols import PublishingSink, RemainsSink, Sink
 
 

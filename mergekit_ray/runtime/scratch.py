@@ -1,11 +1,9 @@
-"""Reused working memory: page faults of fresh buffers cost more than the arithmetic done in them."""
+"""Reused working tensors: page faults of fresh ones cost more than the arithmetic done in them."""
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 
-import numpy as np
 import torch
 
 from mergekit_ray.core.dtypes import DType
@@ -72,44 +70,3 @@ class ThreadScratch:
         """Go back to a height given by `mark`."""
         for dtype in self._used:
             self._used[dtype] = mark.get(dtype, 0)
-
-
-class BufferPool:
-    """Byte buffers for inputs and outputs, reused by size class.
-
-    Sizes are rounded up to eighths of a power of two, so that a buffer is at most an eighth larger than asked for.
-    Idle buffers of other sizes are let go, the oldest first, when a new one would take the pool over its limit.
-
-    Args:
-        limit_bytes: what buffers in use and idle ones may take together.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._idle: list[torch.Tensor] = []
-        self._total_bytes = 0
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def size_class(num_bytes: int) -> int:
-        """Bytes really taken for a buffer of ``num_bytes``."""
-        step = max(4096, 1 << max(0, (num_bytes - 1).bit_length() - 4))
-        return max(step, -(-num_bytes // step) * step)
-
-    def take(self, num_bytes: int) -> torch.Tensor:
-        """A uint8 tensor of at least ``num_bytes``, to be given back with `give`."""
-        size = self.size_class(num_bytes)
-        with self._lock:
-            for i in range(len(self._idle) - 1, -1, -1):
-                if self._idle[i].numel() == size:
-                    return self._idle.pop(i)
-            while self._idle and self._total_bytes + size > self._limit_bytes:
-                self._total_bytes -= self._idle.pop(0).numel()
-            self._total_bytes += size
-        # numpy asks for huge pages (a 512th of the page faults); torch does so only if its environment says.
-        return torch.from_numpy(np.empty(size, dtype=np.uint8))
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Return a buffer; its content may be overwritten from now on."""
-        with self._lock:
-            self._idle.append(buffer)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-import torch
+import numpy as np
 
 from mergekit_ray.checkpoint.reader import ByteRange
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import InputModel
 from mergekit_ray.planning.windows import Window
+from mergekit_ray.runtime.buffers import BufferPool, Bytes
 from mergekit_ray.runtime.held_inputs import HeldInputs
-from mergekit_ray.runtime.scratch import BufferPool
 from mergekit_ray.storage.protocols import MappableSource, Source
 
 MIN_MAPPED_BYTES: Final = 1 << 20
@@ -29,9 +29,9 @@ class WindowInputs:
     go back once this one has been.
     """
 
-    data: dict[Load, torch.Tensor] = field(default_factory=dict)
-    buffers: list[torch.Tensor] = field(default_factory=list)
-    shared: list[torch.Tensor] = field(default_factory=list)
+    data: dict[Load, Bytes] = field(default_factory=dict)
+    buffers: list[Bytes] = field(default_factory=list)
+    shared: list[Bytes] = field(default_factory=list)
 
 
 class InputReader:
@@ -75,7 +75,7 @@ class InputReader:
             mappable = self._mappable.get(load.model)
             if mappable is not None and stop - start >= MIN_MAPPED_BYTES and start % itemsize == 0:
                 mapped = mappable.map_range(file, start, stop, version=version)
-                inputs.data[load] = torch.frombuffer(mapped, dtype=torch.uint8)
+                inputs.data[load] = np.frombuffer(mapped, dtype=np.uint8)
                 self._mapped_files.add((load.model, file))
                 continue
             held = self._held.get(load, (first, last))
@@ -87,7 +87,7 @@ class InputReader:
             if not self._held.hold(load, (first, last), buffer):
                 inputs.buffers.append(buffer)
             inputs.data[load] = buffer[: stop - start]
-            requests.append(ByteRange(load.model, file, start, stop, version, bytes_of(inputs.data[load])))
+            requests.append(ByteRange(load.model, file, start, stop, version, inputs.data[load].data))
         return inputs
 
     def check_unchanged(self) -> None:
@@ -105,9 +105,3 @@ class InputReader:
                     where=f"{source.uri}/{file}",
                     remedy="let nothing write to the inputs, and start the merge again",
                 )
-
-
-def bytes_of(data: torch.Tensor) -> memoryview:
-    """The memory of a uint8 tensor."""
-    array: Any = data.numpy()
-    return memoryview(array)

@@ -13,7 +13,6 @@ holds more than its budget whatever the size of the model.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import queue
 import threading
@@ -21,26 +20,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
+from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.expressions import Load, is_copy
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES, READS_AHEAD, Window, batches
 from mergekit_ray.runtime.budget import Budget
+from mergekit_ray.runtime.buffers import BufferPool, Bytes
+from mergekit_ray.runtime.copies import check_copy_finite
 from mergekit_ray.runtime.device import CPU, chosen_device, open_device, resolve
-from mergekit_ray.runtime.device_evaluate import DeviceEvaluation, DeviceSession, Staged
-from mergekit_ray.runtime.evaluate import CHUNK_ELEMENTS, Evaluation, Piece, check_copy_finite
-from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.runtime.fused import FusedSum
+from mergekit_ray.runtime.pool import CHUNK_ELEMENTS, ComputePool
 from mergekit_ray.runtime.progress import Progress
-from mergekit_ray.runtime.scratch import TORCH_DTYPES, BufferPool
-from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs, bytes_of
+from mergekit_ray.runtime.threads import hold_torch
+from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs
 from mergekit_ray.storage.protocols import Sink, Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_ray.runtime.device_evaluate import DeviceSession, Staged
+    from mergekit_ray.runtime.nodes.base import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +96,22 @@ class _Ready:
 
     window: Window
     inputs: WindowInputs
-    pieces: dict[Load, Piece]
     staged: Staged | None = None
+
+    def pieces(self) -> dict[Load, Piece]:
+        """The inputs as tensors."""
+        from mergekit_ray.runtime.nodes.base import Piece  # noqa: PLC0415 - imports torch
+
+        starts = self.window.needs
+        return {load: Piece(_tensor(data, load.spec.dtype), starts[load][0]) for load, data in self.inputs.data.items()}
 
 
 @dataclass(slots=True)
 class _Output:
     """A window's result, complete once ``finish`` has returned."""
 
-    data: torch.Tensor
-    buffers: list[torch.Tensor]
+    data: Bytes
+    buffers: list[Bytes]
     held_bytes: int
     ends_tensor: bool
     finish: Callable[[], None] | None = None
@@ -147,6 +158,8 @@ class Worker:
     def session(self) -> DeviceSession | None:
         """What is done on the device, which is opened now if it was not yet; None on the CPU."""
         if self._session is None and self.device != CPU:
+            from mergekit_ray.runtime.device_evaluate import DeviceSession  # noqa: PLC0415 - imports torch
+
             self._session = DeviceSession(open_device(self.device), self.pool, num_sharing=self._num_sharing)
         return self._session
 
@@ -290,12 +303,7 @@ class _ShardRun:
             self._progress.read_seconds += max(0.0, reading.ended - max(reading.began, self._read_until))
             self._read_until = max(self._read_until, reading.ended)
             for window, held in zip(batch.windows, batch.inputs, strict=True):
-                starts = window.needs
-                pieces = {
-                    load: Piece(data.view(TORCH_DTYPES[load.spec.dtype]), starts[load][0])
-                    for load, data in held.data.items()
-                }
-                yield _Ready(window, held, pieces)
+                yield _Ready(window, held)
 
     def _stage_all(self) -> None:
         """Bring what has been read to the device, ahead of its turn."""
@@ -304,7 +312,7 @@ class _ShardRun:
             if not self._check():
                 return
             if not is_copy(ready.window.tensor.expression):
-                ready.staged = self._session.stage(ready.window.tensor.expression, ready.pieces, self._failed)
+                ready.staged = self._session.stage(ready.window.tensor.expression, ready.pieces(), self._failed)
             self._staged.put(ready)
 
     def _compute_all(self) -> None:
@@ -317,47 +325,66 @@ class _ShardRun:
             self._written.put(output)
 
     def _compute(self, ready: _Ready) -> _Output:
-        window, held, pieces = ready.window, ready.inputs, ready.pieces
-        spec = window.tensor.spec
+        window, held = ready.window, ready.inputs
         expression = window.tensor.expression
-        ends_tensor = window.stop == spec.num_elements
+        ends_tensor = window.stop == window.tensor.spec.num_elements
         if is_copy(expression) and isinstance(expression, Load):
+            data = held.data[expression]
             if not self._options.allow_non_finite:
-                reference = self._model_inputs[expression.model].reference
-                check_copy_finite(expression, pieces[expression].data, window.start, reference)
-            return _Output(held.data[expression], [*held.buffers, *held.shared], window.memory_bytes, ends_tensor)
+                check_copy_finite(expression, data, window.start, self._model_inputs[expression.model].reference)
+            return _Output(data, [*held.buffers, *held.shared], window.memory_bytes, ends_tensor)
         if self._session is not None:
             return self._hand_over(ready, self._session)
-        evaluation = Evaluation(
-            expression,
-            pieces,
-            self._pool,
-            chunk_elements=self._options.chunk_elements,
-            allow_non_finite=self._options.allow_non_finite,
-            references=self._references(),
-        )
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
-        evaluation.fill(window.start, window.stop, data.view(TORCH_DTYPES[spec.dtype]))
+        if not self._fill_fused(ready, data):
+            self._fill(ready, data)
         for buffer in held.buffers:
             self._buffers.give(buffer)
         self._budget.give(window.memory_bytes - window.write_bytes)
         return _Output(data, [out, *held.shared], window.write_bytes, ends_tensor)
 
+    def _fill_fused(self, ready: _Ready, out: Bytes) -> bool:
+        """Whether the window could be computed so. NaN and infinities that are let pass have bits that are torch's."""
+        window = ready.window
+        fused = None if self._options.allow_non_finite else FusedSum.of(window.tensor.expression)
+        if fused is None:
+            return False
+        starts = {load: first for load, (first, _) in window.needs.items()}
+        return fused.fill(ready.inputs.data, starts, window.start, window.stop, out, self._pool)
+
+    def _fill(self, ready: _Ready, out: Bytes) -> None:
+        from mergekit_ray.runtime.evaluate import Evaluation  # noqa: PLC0415 - imports torch
+
+        hold_torch()
+        window = ready.window
+        evaluation = Evaluation(
+            window.tensor.expression,
+            ready.pieces(),
+            self._pool,
+            chunk_elements=self._options.chunk_elements,
+            allow_non_finite=self._options.allow_non_finite,
+            references=self._references(),
+        )
+        evaluation.fill(window.start, window.stop, _tensor(out, window.tensor.spec.dtype))
+
     def _hand_over(self, ready: _Ready, session: DeviceSession) -> _Output:
         """To the device. The inputs are kept until the result is there: for messages, and for another try."""
+        from mergekit_ray.runtime.device_evaluate import DeviceEvaluation  # noqa: PLC0415 - imports torch
+
+        hold_torch()
         window, held = ready.window, ready.inputs
         evaluation = DeviceEvaluation(
             session,
             window.tensor.expression,
-            ready.pieces,
+            ready.pieces(),
             ready.staged,
             allow_non_finite=self._options.allow_non_finite,
             references=self._references(),
         )
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
-        evaluation.start(window.start, window.stop, data.view(TORCH_DTYPES[window.tensor.spec.dtype]))
+        evaluation.start(window.start, window.stop, _tensor(data, window.tensor.spec.dtype))
         self._progress.num_on_cpu += evaluation.lacked_memory
         ends_tensor = window.stop == window.tensor.spec.num_elements
         return _Output(data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, evaluation.finish)
@@ -372,21 +399,19 @@ class _ShardRun:
             if output.finish is not None:
                 output.finish()
             began = time.perf_counter()
-            self._writer.write(bytes_of(output.data))
+            self._writer.write(output.data.data)
             self._progress.write_seconds += time.perf_counter() - began
-            self._progress.written_bytes += output.data.numel()
+            self._progress.written_bytes += output.data.size
             self._progress.num_tensors += output.ends_tensor
             for buffer in output.buffers:
                 self._buffers.give(buffer)
             self._budget.give(output.held_bytes)
 
 
-@contextlib.contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """Switch torch's intra-op threads off while our own pool computes, and back on afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _tensor(data: Bytes, dtype: DType) -> torch.Tensor:
+    """Bytes as a 1-D tensor of a dtype."""
+    import torch  # noqa: PLC0415 - copies and sums need none
+
+    from mergekit_ray.runtime.scratch import TORCH_DTYPES  # noqa: PLC0415
+
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype])

@@ -16,13 +16,9 @@ import torch
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Expression, Load
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.runtime.pool import CHUNK_ELEMENTS, ComputePool
 from mergekit_ray.runtime.rounding import fits, fits_there, is_finite, round_into
 from mergekit_ray.runtime.scratch import TORCH_DTYPES, ThreadScratch
-
-CHUNK_ELEMENTS = 1 << 18
-"""Elements handled at a time: 1 MiB per float32 buffer. Of 2^16 to 2^20, measured on two cores with dare_ties,
-2^18 and 2^19 took the least time; smaller ones spend it on waiting for the interpreter, larger ones on memory."""
 
 
 class Node(Protocol):

@@ -19,7 +19,8 @@ import torch
 from mergekit_ray.core.expressions import LowRank
 from mergekit_ray.methods.compiled.jit import compiled
 from mergekit_ray.methods.rows import Lines, pieces
-from mergekit_ray.runtime.nodes.base import CHUNK_ELEMENTS, Compilation, Guard, Node, node_of, round_result
+from mergekit_ray.runtime.nodes.base import Compilation, Guard, Node, node_of, round_result
+from mergekit_ray.runtime.pool import CHUNK_ELEMENTS
 from mergekit_ray.runtime.rounding import round_into
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 

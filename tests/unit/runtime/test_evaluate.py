@@ -13,11 +13,11 @@ import torch
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
+from mergekit_ray.core.expressions import Cast, Expression, Merge, Scale
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Operands, WholeMethod
-from mergekit_ray.runtime.evaluate import Evaluation, check_copy_finite
+from mergekit_ray.runtime.evaluate import Evaluation
 from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 from support.memory_inputs import DTYPES, Inputs, evaluate
@@ -256,18 +256,6 @@ def test_finite_values_whose_sum_overflows_are_fine() -> None:
     x = torch.full((1000,), torch.finfo(torch.float32).max)
     found = evaluate(Scale(inputs.load("m1", x), 1.0, DType.F32), inputs)
     assert torch.equal(found, x)
-
-
-def test_copies_are_checked_too() -> None:
-    x = random(0, shape=(100_000,))
-    load = Load("m1", TensorSpec("w", DType.BF16, (300_000,)), Location("f", 0, 600_000))
-    check_copy_finite(load, x, 100_000)
-    x[99_999] = float("nan")
-    with pytest.raises(MergeError, match="nan in the input, first at flat index 199999") as caught:
-        check_copy_finite(load, x, 100_000, "org/m")
-    assert caught.value.where == "model org/m, tensor 'w'"
-    integers = Load("m1", TensorSpec("w", DType.I64, (3,)), Location("f", 0, 24))
-    check_copy_finite(integers, torch.tensor([1, 2, 3]), 0)
 
 
 @pytest.fixture

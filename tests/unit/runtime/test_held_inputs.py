@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,8 +17,8 @@ from mergekit_ray.core.plan import InputFile, InputModel, Shard
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES, batches
+from mergekit_ray.runtime.buffers import BufferPool
 from mergekit_ray.runtime.held_inputs import HeldInputs
-from mergekit_ray.runtime.scratch import BufferPool
 from mergekit_ray.runtime.worker import Worker, WorkerOptions
 from mergekit_ray.storage.local import LocalSource, LocalStore
 from mergekit_ray.storage.protocols import FileStat
@@ -127,8 +128,8 @@ def test_all_buffers_are_given_back(model: Any, tmp_path: Path) -> None:
     _, inputs, loads = model
     worker = run(shard_of(eight_experts(loads)), inputs, CountingSource(Path(inputs.uri)), tmp_path / "out", AMPLE)
     idle = worker.buffers._idle
-    assert sum(buffer.numel() for buffer in idle) == worker.buffers._total_bytes
-    assert len({buffer.data_ptr() for buffer in idle}) == len(idle)
+    assert sum(buffer.size for buffer in idle) == worker.buffers._total_bytes
+    assert len({buffer.ctypes.data for buffer in idle}) == len(idle)
 
 
 class TestHeldInputs:
@@ -157,7 +158,7 @@ class TestHeldInputs:
         all_batches = list(batches(shard, AMPLE))
         largest = max(sum(window.memory_bytes for window in batch) for batch in all_batches)
         held = HeldInputs(all_batches, 3 * largest + NUM_BYTES, {"m"})
-        buffers = [torch.empty(NUM_BYTES, dtype=torch.uint8) for _ in range(2)]
+        buffers = [np.empty(NUM_BYTES, dtype=np.uint8) for _ in range(2)]
         assert held.get(a, run_of) is None
         assert held.hold(a, run_of, buffers[0])
         assert held.get(a, run_of) == (buffers[0], False)

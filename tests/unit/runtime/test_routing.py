@@ -21,7 +21,7 @@ from mergekit_ray.core.errors import MergeError, MergekitRayError, ModelError, P
 from mergekit_ray.runtime.routing import overlap_warnings, router_vectors, routers, shared_vectors
 from mergekit_ray.runtime.routing_prompts import make_batches, tokenize
 from mergekit_ray.runtime.routing_spread import Here
-from mergekit_ray.runtime.worker import single_threaded_torch
+from mergekit_ray.runtime.threads import single_threaded_torch
 from support.models import ModelLibrary, config_of, load, rewrite
 from support.routing_reference import NUM_LAYERS, PROMPTS, opened, recipe_of, route, unit, whole_model_states
 

@@ -17,7 +17,7 @@ from mergekit_ray.checkpoint.opening import open_checkpoint
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.runtime.routing_layers import prompt_states
 from mergekit_ray.runtime.routing_prompts import make_batches, tokenize
-from mergekit_ray.runtime.worker import single_threaded_torch
+from mergekit_ray.runtime.threads import single_threaded_torch
 from support.models import FAMILIES, SHAPE, ModelLibrary, load, save_tokenizer
 from support.routing_reference import (
     LONG,

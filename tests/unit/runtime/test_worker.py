@@ -29,7 +29,8 @@ from mergekit_ray.runtime import window_inputs
 from mergekit_ray.runtime import worker as worker_module
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.progress import Progress
-from mergekit_ray.runtime.worker import Worker, WorkerOptions, record_name, single_threaded_torch
+from mergekit_ray.runtime.threads import single_threaded_torch
+from mergekit_ray.runtime.worker import Worker, WorkerOptions, record_name
 from mergekit_ray.storage.local import LocalSource, LocalStore
 from mergekit_ray.storage.local_upload import LocalUpload
 from support.memory_inputs import DTYPES, random_llama, write_model

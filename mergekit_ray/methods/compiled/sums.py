@@ -1,0 +1,91 @@
+"""Weighted sums of 16- and 32-bit numbers as they lie in files, a run at a time, without torch.
+
+Numbers are given by their bits, since numpy has no bfloat16: float32 as uint32, bfloat16 as uint16, its upper half. The
+operations and their order are those of `mergekit_ray.methods.accumulate`, bit for bit: products are added fused, as
+torch does it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from mergekit_ray.methods.compiled.jit import compiled
+
+Bits = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+_EXPONENT = np.uint32(0x7F800000)
+_UPPER_EXPONENT = np.uint32(0x7F80)
+_HALF = np.uint32(0x7FFF)
+_ONE = np.uint32(1)
+_SIXTEEN = np.uint32(16)
+
+
+def _fused(_typing: Any, a: Any, _b: Any, _c: Any) -> Any:
+    return a(a, a, a), lambda _context, builder, _signature, args: builder.fma(*args)
+
+
+def _cast(result: Any) -> Any:
+    def cast(_typing: Any, value: Any) -> Any:
+        return result(value), lambda context, builder, _, args: builder.bitcast(args[0], context.get_value_type(result))
+
+    return cast
+
+
+_fma: Any = intrinsic(_fused)
+"""``a * b + c``, rounded once (IEEE 754-2019, 5.4.1)."""
+
+_number: Any = intrinsic(_cast(types.float32))
+"""The float32 with the bits of a uint32."""
+
+_bits: Any = intrinsic(_cast(types.uint32))
+"""The bits of a float32, as a uint32."""
+
+
+@compiled
+def scaled(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
+    """``total = factor * x``; ``shift`` is 16 for bfloat16, 0 for float32."""
+    for i in range(x.size):
+        total[i] = _number(np.uint32(np.uint32(x[i]) << shift)) * factor
+
+
+@compiled
+def add_scaled(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
+    """``total += factor * x``."""
+    for i in range(x.size):
+        total[i] = _fma(_number(np.uint32(np.uint32(x[i]) << shift)), factor, total[i])
+
+
+@compiled
+def divide(total: Floats, divisor: np.float32) -> None:
+    """``total /= divisor``."""
+    for i in range(total.size):
+        total[i] /= divisor
+
+
+@compiled
+def rounded(total: Floats, out: Bits) -> bool:
+    """``total`` rounded to bfloat16, to nearest and to even; whether it and the result are all finite."""
+    spoiled = np.uint32(0)
+    for i in range(total.size):
+        bits = _bits(total[i])
+        upper = (bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN
+        spoiled |= np.uint32((upper & _UPPER_EXPONENT) == _UPPER_EXPONENT)
+        spoiled |= np.uint32((bits & _EXPONENT) == _EXPONENT)
+        out[i] = upper
+    return bool(spoiled == 0)
+
+
+@compiled
+def copied(total: Floats, out: Bits) -> bool:
+    """The bits of ``total``; whether all of it is finite."""
+    spoiled = np.uint32(0)
+    for i in range(total.size):
+        bits = _bits(total[i])
+        spoiled |= np.uint32((bits & _EXPONENT) == _EXPONENT)
+        out[i] = bits
+    return bool(spoiled == 0)

@@ -1,0 +1,134 @@
+"""Sums computed from bytes to bytes give what the evaluator gives, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import MergeError
+from mergekit_ray.core.expressions import Cast, Merge
+from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.methods.accumulate import divisor, single_divisor
+from mergekit_ray.runtime.fused import FusedSum
+from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.runtime.scratch import TORCH_DTYPES
+from support.memory_inputs import Inputs, evaluate
+
+DTYPES_16_AND_32 = [torch.bfloat16, torch.float32]
+
+
+def linear(
+    inputs: Inputs, tensors: Sequence[torch.Tensor], weights: Sequence[float], dtype: DType, *, normalize: bool = True
+) -> Merge:
+    loads = tuple(inputs.load(f"m{i}", x) for i, x in enumerate(tensors))
+    return Merge(
+        "linear",
+        TensorSpec("w", dtype, loads[0].spec.shape),
+        loads,
+        base=None,
+        parameters={"normalize": normalize},
+        input_parameters=tuple({"weight": weight} for weight in weights),
+        keys=tuple(load.model for load in loads),
+    )
+
+
+def filled(
+    expression: Merge, inputs: Inputs, *, start: int = 0, stop: int | None = None, num_threads: int = 1
+) -> tuple[torch.Tensor, bool]:
+    fused = FusedSum.of(expression)
+    assert fused is not None
+    stop = expression.spec.num_elements if stop is None else stop
+    out = np.empty((stop - start) * expression.spec.dtype.itemsize, np.uint8)
+    pieces = inputs.pieces(expression, start, stop)
+    data = {load: piece.data.view(torch.uint8).numpy() for load, piece in pieces.items()}
+    starts = {load: piece.start for load, piece in pieces.items()}
+    pool = ComputePool(num_threads)
+    try:
+        is_finite = fused.fill(data, starts, start, stop, out, pool)
+    finally:
+        pool.close()
+    return torch.from_numpy(out).view(TORCH_DTYPES[expression.spec.dtype]), is_finite
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", DTYPES_16_AND_32)
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+@pytest.mark.parametrize("weights", [[1.0], [0.3, 0.7], [1.0, -2.5, 1e-3], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_bits_are_the_evaluators(kind: torch.dtype, dtype: DType, weights: list[float], normalize: bool) -> None:
+    generator = torch.Generator().manual_seed(len(weights))
+    tensors = [torch.randn(301_007, generator=generator).to(kind) for _ in weights]
+    inputs = Inputs()
+    expression = linear(inputs, tensors, weights, dtype, normalize=normalize)
+    expected = evaluate(expression, inputs)
+    for num_threads in (1, 3):
+        found, is_finite = filled(expression, inputs, num_threads=num_threads)
+        assert is_finite
+        assert torch.equal(bits(found), bits(expected))
+    window, _ = filled(expression, inputs, start=1001, stop=200_000)
+    assert torch.equal(bits(window), bits(expected[1001:200_000]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_bits_of_any_numbers(data: st.DataObject) -> None:
+    """Of numbers next to nothing and next to overflow, too; what is not finite is seen."""
+    kind = data.draw(st.sampled_from(DTYPES_16_AND_32))
+    dtype = data.draw(st.sampled_from([DType.BF16, DType.F32]))
+    codes = st.integers(0, (1 << 8 * kind.itemsize) - 1)
+    length = data.draw(st.integers(1, 40))
+    integers = {2: torch.int16, 4: torch.int32}[kind.itemsize]
+    sign = 1 << (8 * kind.itemsize - 1)
+    tensors = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        drawn = data.draw(st.lists(codes, min_size=length, max_size=length))
+        tensors.append(torch.tensor([c - 2 * sign if c >= sign else c for c in drawn], dtype=integers).view(kind))
+    weights = [data.draw(st.floats(-2, 2, width=32)) for _ in tensors]
+    inputs = Inputs()
+    expression = linear(inputs, tensors, weights, dtype, normalize=False)
+    found, is_finite = filled(expression, inputs)
+    try:
+        expected = evaluate(expression, inputs)
+    except MergeError:
+        assert not is_finite
+    else:
+        assert is_finite
+        assert torch.equal(bits(found), bits(expected))
+
+
+def test_what_it_is_not_for() -> None:
+    inputs = Inputs()
+    x = torch.ones(4, dtype=torch.bfloat16)
+    expression = linear(inputs, [x, x], [1.0, 1.0], DType.BF16)
+    assert FusedSum.of(expression) is not None
+    assert FusedSum.of(linear(inputs, [x.half(), x], [1.0, 1.0], DType.BF16)) is None
+    assert FusedSum.of(linear(inputs, [x, x], [1.0, 1.0], DType.F16)) is None
+    assert FusedSum.of(Cast(expression, DType.F32)) is None
+    assert FusedSum.of(inputs.load("m", x)) is None
+    assert FusedSum.of(dataclasses.replace(expression, method="karcher", parameters={})) is None
+    assert FusedSum.of(dataclasses.replace(expression, compute_dtype=DType.BF16)) is None
+    inner = dataclasses.replace(expression, inputs=(expression, *expression.inputs[1:]))
+    assert FusedSum.of(inner) is None
+    with pytest.raises(MergeError, match="sum to 0"):
+        FusedSum.of(linear(inputs, [x, x], [1.0, -1.0], DType.BF16))
+
+
+@given(st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=1, max_size=12))
+def test_weights_are_added_as_torch_adds_them(weights: list[float]) -> None:
+    try:
+        expected = divisor(weights, torch.float32, normalize=True)
+    except MergeError:
+        with pytest.raises(MergeError):
+            single_divisor(weights)
+    else:
+        assert single_divisor(weights) == expected
