@@ -8,8 +8,6 @@ import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.methods.protocol import Scratch
 
@@ -59,6 +57,8 @@ def single_divisor(weights: Sequence[float]) -> float:
         import torch  # noqa: PLC0415
 
         return _sum_in(tuple(weights), torch.float32)
+    import numpy as np  # noqa: PLC0415 - declarations are read without numpy, too
+
     coefficients(weights, normalize=True)
     return float(functools.reduce(operator.add, map(np.float32, weights)))
 

@@ -156,7 +156,7 @@ def words_by_torch(key: str, start: int, out: torch.Tensor, scratch: torch.Tenso
         x = out[place : place + length].view(shape)
         shifted = scratch[place : place + length].view(shape)
         # A few bytes from memory that is not pinned: copied before this returns, without waiting for the device.
-        keys = torch.from_numpy(_block_keys(key, block, rows).view("int32")).to(out.device, non_blocking=True)
+        keys = torch.from_numpy(block_keys(key, block, rows).view("int32")).to(out.device, non_blocking=True)
         torch.add(table[None, first : first + shape[1]], keys[:, :1], out=x)
         _fold_(x, shifted, _SHIFT_1)
         x.mul_(_MULTIPLIER_1).add_(keys[:, 1:])
@@ -173,7 +173,7 @@ def _stream(key: str, start: int, length: int) -> tuple[int, Words, Words]:
     first, offset = divmod(start, HASH_BLOCK)
     num_blocks = -(-(offset + length) // HASH_BLOCK)
     table: Words = _mixed_offsets(torch.device("cpu")).numpy().view(np.uint32)
-    return offset, table, _block_keys(key, first, num_blocks)
+    return offset, table, block_keys(key, first, num_blocks)
 
 
 def _fold_(x: torch.Tensor, scratch: torch.Tensor, shift: int) -> None:
@@ -195,7 +195,7 @@ def _runs(start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         place += run
 
 
-def _block_keys(key: str, first: int, num_blocks: int) -> Words:
+def block_keys(key: str, first: int, num_blocks: int) -> Words:
     """The two key words of consecutive blocks, ``[num_blocks, 2]``."""
     import numpy as np  # noqa: PLC0415
 

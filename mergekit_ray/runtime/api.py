@@ -197,11 +197,12 @@ def make_routers(
         MergekitRayError: see `routing.routers`.
     """
     # The base model's layers run in transformers, which only recipes with prompts pay for.
-    from mergekit_ray.runtime.routing import routers  # noqa: PLC0415
-    from mergekit_ray.runtime.routing_growth import grown_routers  # noqa: PLC0415
+    from mergekit_ray.runtime.routing import routers as make  # noqa: PLC0415
     from mergekit_ray.runtime.routing_spread import Here  # noqa: PLC0415
 
-    make = grown_routers if recipe.add_to_base else routers
+    if recipe.add_to_base:
+        from mergekit_ray.runtime.routing_growth import grown_routers as make  # noqa: PLC0415
+
     if not wants_ray(options.executor, options.address) or not recipe.gate_mode.needs_states:
         return make(recipe, checkpoints, spread=Here(resolve(options.device)))
     from mergekit_ray.runtime.ray_cluster import connected  # noqa: PLC0415

@@ -1,29 +1,70 @@
-"""Expressions that are computed in compiled loops, from the bytes that were read to those that are written.
+"""Expressions that are computed without torch, whose import takes longer than a small merge.
 
-They need no torch, whose import takes longer than a small merge. Results are those of `runtime.evaluate`, bit for bit;
-what is not of the right kind, and whatever turns out not to be finite, is left to it.
+Sums run in compiled loops from the bytes that were read to those that are written; what routers are made of is small.
+Results are those of `runtime.evaluate`, bit for bit; what is not of the right kind, and whatever turns out not to be
+finite, is left to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Expression, Load, Merge
+from mergekit_ray.core.expressions import Constant, Expression, Literal, Load, Merge, Noise
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.protocol import WeightedSum
+from mergekit_ray.runtime import noise
 from mergekit_ray.runtime.buffers import Bytes
 from mergekit_ray.runtime.pool import ComputePool
 
 _BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
 """Dtypes that the loops read and write, and what carries their bits."""
 
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
 _CHUNK_ELEMENTS: Final = 1 << 17
 """Elements handled at a time: 512 KiB of sums, which stay in the cache of a core."""
+
+
+class Fused(Protocol):
+    """An expression that can be computed so."""
+
+    def fill(
+        self,
+        pieces: Mapping[Load, Bytes],
+        starts: Mapping[Load, int],
+        start: int,
+        stop: int,
+        out: Bytes,
+        pool: ComputePool,
+    ) -> bool:
+        """Write elements ``[start, stop)``.
+
+        Args:
+            pieces: the bytes of each input, or a window of them.
+            starts: flat index of the first element in each.
+            start: of the run.
+            stop: of the run.
+            out: as many bytes as the run has.
+            pool: threads to compute on.
+
+        Returns:
+            Whether the result is finite. If not, ``out`` is not the result.
+        """
+        ...
+
+
+def fused(expression: Expression) -> Fused | None:
+    """What computes an expression without torch; None if it is not of a kind that this is there for.
+
+    Raises:
+        MergeError: the weights of a sum are to be normalised and sum to zero.
+    """
+    return FusedSum.of(expression) or FusedValues.of(expression)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +113,7 @@ class FusedSum:
         out: Bytes,
         pool: ComputePool,
     ) -> bool:
-        """Write elements ``[start, stop)``.
-
-        Args:
-            pieces: the bytes of each term, or a window of them.
-            starts: flat index of the first element in each.
-            start: of the run.
-            stop: of the run.
-            out: as many bytes as the run has.
-            pool: threads to compute on.
-
-        Returns:
-            Whether the result is finite. If not, ``out`` is not the result.
-        """
+        """See `Fused.fill`."""
         from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
 
         terms = []
@@ -111,3 +140,68 @@ class FusedSum:
             return is_finite
 
         return all(pool.map_runs(-(-result.size // _CHUNK_ELEMENTS), run))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedValues:
+    """Values that the plan holds, or noise around a constant: what routers are made of.
+
+    Attributes:
+        expression: a `Literal`, or `Noise` around a `Constant`.
+    """
+
+    expression: Literal | Noise
+
+    @classmethod
+    def of(cls, expression: Expression) -> Self | None:
+        """The same as an expression; None if it is not of this kind."""
+        if expression.spec.dtype not in _BITS:
+            return None
+        if isinstance(expression, Literal):
+            return cls(expression)
+        if not isinstance(expression, Noise) or expression.compute_dtype is not DType.F32:
+            return None
+        around = expression.x
+        return cls(expression) if isinstance(around, Constant) and around.spec.dtype is DType.F32 else None
+
+    def fill(
+        self,
+        pieces: Mapping[Load, Bytes],
+        starts: Mapping[Load, int],
+        start: int,
+        stop: int,
+        out: Bytes,
+        pool: ComputePool,
+    ) -> bool:
+        """See `Fused.fill`."""
+        del pieces, starts, pool
+        result = out.view(_BITS[self.expression.spec.dtype])
+        held = np.frombuffer(self.expression.data, "<f4") if isinstance(self.expression, Literal) else None
+        is_finite = True
+        for first in range(start, stop, noise.RUN_ELEMENTS):
+            last = min(first + noise.RUN_ELEMENTS, stop)
+            values = self._noise(first, last) if held is None else held[first:last]
+            is_finite &= _round(values, result[first - start : last - start])
+        return is_finite
+
+    def _noise(self, start: int, stop: int) -> Floats:
+        assert isinstance(self.expression, Noise)
+        assert isinstance(self.expression.x, Constant)
+        values = np.full(stop - start, self.expression.x.value, np.float32)
+        if self.expression.scale:
+            drawn = noise.DRAW[self.expression.distribution](self.expression.key, start, stop - start)
+            drawn *= self.expression.scale
+            values += drawn.astype(np.float32)
+        return values
+
+
+def _round(values: Floats, out: np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]) -> bool:
+    """Round to bfloat16, to nearest and to even, or not at all, as ``out`` is wide; whether all is and stays finite."""
+    bits = values.view(np.uint32)
+    if out.itemsize == 2:  # bytes
+        bits = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16 << 16
+        out[:] = bits >> 16
+    else:
+        out[:] = bits
+    exponent = np.uint32(0x7F800000)
+    return bool(np.isfinite(values).all()) and not bool(((bits & exponent) == exponent).any())

@@ -18,10 +18,9 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError, PlanError
-from mergekit_ray.runtime.routing_layers import embeddings
-from mergekit_ray.runtime.routing_prompts import Batch, Tokens, make_batches, tokenize
+from mergekit_ray.runtime.routing_embeddings import as_numbers, embedding_rows
+from mergekit_ray.runtime.routing_prompts import Batch, Tokens, depends_on_batch_length, make_batches, tokenize
 from mergekit_ray.runtime.routing_spread import Here, Spread
-from mergekit_ray.runtime.routing_transformers import depends_on_batch_length
 
 LARGEST_CONDITION: Final = 5.0
 """Condition number of a layer's stacked unit vectors above which they are called near-identical."""
@@ -183,7 +182,14 @@ def _embedded(checkpoint: Checkpoint, tokens: Sequence[Tokens], wanted: Sequence
             remedy="choose another gate_mode",
         )
     known = sorted({token for prompt in tokens for token in prompt})
-    rows = embeddings(checkpoint, parts.embedding, known).double().numpy()
+    dtype = specs[parts.embedding].dtype
+    if not dtype.is_floating:
+        raise ModelError(
+            f"the input embeddings are stored as {dtype.config_name}, of which no router can be made",
+            where=checkpoint.reference,
+            remedy="name a model in bfloat16, float16 or float32 as base_model, or choose another gate_mode",
+        )
+    rows = as_numbers(embedding_rows(checkpoint, parts.embedding, known), dtype)
     row_of = {token: row for row, token in enumerate(known)}
 
     def direction(prompts: Sequence[int]) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.core.errors import MergeError, ModelError
+from mergekit_ray.runtime.routing_embeddings import embedding_rows
 from mergekit_ray.runtime.routing_prompts import Batch
 from mergekit_ray.runtime.routing_transformers import Skeleton, Stored, build_skeleton
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
@@ -96,36 +97,9 @@ def prompt_states(
 
 
 def embeddings(checkpoint: Checkpoint, name: str, tokens: Sequence[int]) -> torch.Tensor:
-    """Rows of an embedding matrix, in its stored dtype: [len(tokens), hidden]. Other rows are not read.
-
-    Args:
-        checkpoint: the model.
-        name: of the matrix.
-        tokens: rows, ascending, each once.
-
-    Raises:
-        ModelError: there is no such row.
-        CheckpointError, StorageError: it could not be read.
-    """
-    spec, location = checkpoint.tensors[name]
-    num_rows, width = spec.shape
-    if tokens[-1] >= num_rows:
-        raise ModelError(
-            f"the tokenizer knows token {tokens[-1]}, and {name} has {num_rows} rows",
-            where=checkpoint.reference,
-            remedy="the tokenizer beside the base model is not the model's own",
-        )
-    rows = torch.empty(len(tokens), width, dtype=TORCH_DTYPES[spec.dtype])
-    row_bytes = width * spec.dtype.itemsize
-    buffer = _bytes_of(rows)
-    version = checkpoint.files[location.file].version
-    requests = []
-    for position, token in enumerate(tokens):
-        start = location.start + token * row_bytes
-        part = buffer[position * row_bytes : (position + 1) * row_bytes]
-        requests.append(ByteRange(_KEY, location.file, start, start + row_bytes, version, part))
-    read_into({_KEY: checkpoint.source}, requests)
-    return rows
+    """Rows of an embedding matrix, in its stored dtype: [len(tokens), hidden]. See `embedding_rows`."""
+    spec, _ = checkpoint.tensors[name]
+    return torch.from_numpy(embedding_rows(checkpoint, name, tokens)).view(TORCH_DTYPES[spec.dtype])
 
 
 def _check_lengths(checkpoint: Checkpoint, skeleton: Skeleton, batches: Sequence[Batch]) -> None:

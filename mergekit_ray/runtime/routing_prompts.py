@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mergekit_ray.architectures.anatomy import language_config
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.errors import ModelError
-from mergekit_ray.runtime.routing_transformers import load_tokenizer
+from mergekit_ray.runtime.routing_tokenizer import Tokenizer, load_tokenizer
 
 MAX_BATCH_TOKENS: Final = 2048
 """Tokens of a batch, padding included; a longer prompt is a batch of its own."""
+
+_LENGTH_DEPENDENT: Final = ("dynamic", "longrope", "su")
 
 Tokens = tuple[int, ...]
 
@@ -42,15 +46,15 @@ def tokenize(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Tokens]:
 
     Raises:
         ModelError: there is no tokenizer, it cannot be loaded, or a prompt has no tokens.
-        PlanError: transformers is not installed.
+        PlanError: transformers is needed for it and not installed.
     """
     tokenizer = load_tokenizer(checkpoint)
     return [_tokens_of(tokenizer, prompt, checkpoint.reference) for prompt in prompts]
 
 
-def _tokens_of(tokenizer: Any, prompt: str, reference: str) -> Tokens:
-    ids = [int(token) for token in tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    bos = tokenizer.bos_token_id
+def _tokens_of(tokenizer: Tokenizer, prompt: str, reference: str) -> Tokens:
+    ids = list(tokenizer.ids(prompt))
+    bos = tokenizer.bos
     if bos is not None:
         while ids and ids[0] == bos:
             ids.pop(0)
@@ -88,3 +92,10 @@ def make_batches(
         chosen.append(index)
     close()
     return batches
+
+
+def depends_on_batch_length(config: Mapping[str, Any]) -> bool:
+    """Whether rotary embeddings depend on the longest prompt of a batch, so that shorter ones must not be padded."""
+    inner = language_config(config)
+    scaling = json.dumps([inner.get("rope_scaling"), inner.get("rope_parameters")])
+    return any(f'"{kind}"' in scaling for kind in _LENGTH_DEPENDENT)

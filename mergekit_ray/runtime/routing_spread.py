@@ -10,7 +10,6 @@ import numpy as np
 
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.runtime.device import CPU
-from mergekit_ray.runtime.routing_layers import prompt_states
 from mergekit_ray.runtime.routing_prompts import Batch
 
 
@@ -42,4 +41,6 @@ class Here:
         self, checkpoint: Checkpoint, parts: Sequence[Sequence[Batch]], *, average: bool
     ) -> Sequence[np.ndarray]:
         """See `Spread.states`."""
+        from mergekit_ray.runtime.routing_layers import prompt_states  # noqa: PLC0415 - imports torch
+
         return [prompt_states(checkpoint, part, average=average, device=self.device) for part in parts]

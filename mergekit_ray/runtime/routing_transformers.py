@@ -18,18 +18,18 @@ from typing import Any, Final
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mergekit_ray.architectures.anatomy import is_buffer, language_config, place_of
+from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME
 from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.runtime.routing_prompts import depends_on_batch_length
 
 _MAX_FILE_BYTES: Final = 256 << 20
 _TOKENIZER_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 _VOCABULARIES = ("tokenizer.json", ".model", ".tiktoken", "vocab.json", "vocab.txt")
 _TOKENIZER_KEYS = ("model_type", "tokenizer_class")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 _MAX_NAMED = 5
 _OTHER_MODES = "choose `gate_mode: cheap_embed`, which only needs the embeddings, or `gate_mode: random`"
 
@@ -302,10 +302,3 @@ def _check_known(checkpoint: Checkpoint, stack: str, num_layers: int, known: set
             where=checkpoint.reference,
             remedy=f"config.json does not describe these weights (biases, norms?): correct it, or {_OTHER_MODES}",
         )
-
-
-def depends_on_batch_length(config: Mapping[str, Any]) -> bool:
-    """Whether rotary embeddings depend on the longest prompt of a batch, so that shorter ones must not be padded."""
-    inner = language_config(config)
-    scaling = json.dumps([inner.get("rope_scaling"), inner.get("rope_parameters")])
-    return any(f'"{kind}"' in scaling for kind in _LENGTH_DEPENDENT)

@@ -34,7 +34,7 @@ from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.buffers import BufferPool, Bytes
 from mergekit_ray.runtime.copies import check_copy_finite
 from mergekit_ray.runtime.device import CPU, chosen_device, open_device, resolve
-from mergekit_ray.runtime.fused import FusedSum
+from mergekit_ray.runtime.fused import fused
 from mergekit_ray.runtime.pool import CHUNK_ELEMENTS, ComputePool
 from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.threads import hold_torch
@@ -347,11 +347,11 @@ class _ShardRun:
     def _fill_fused(self, ready: _Ready, out: Bytes) -> bool:
         """Whether the window could be computed so. NaN and infinities that are let pass have bits that are torch's."""
         window = ready.window
-        fused = None if self._options.allow_non_finite else FusedSum.of(window.tensor.expression)
-        if fused is None:
+        how = None if self._options.allow_non_finite else fused(window.tensor.expression)
+        if how is None:
             return False
         starts = {load: first for load, (first, _) in window.needs.items()}
-        return fused.fill(ready.inputs.data, starts, window.start, window.stop, out, self._pool)
+        return how.fill(ready.inputs.data, starts, window.start, window.stop, out, self._pool)
 
     def _fill(self, ready: _Ready, out: Bytes) -> None:
         from mergekit_ray.runtime.evaluate import Evaluation  # noqa: PLC0415 - imports torch

@@ -1,11 +1,6 @@
 """Constants, values held by the plan, noise, and several tensors end to end.
 
-Noise is drawn by counting, as random masks are: element ``i`` of the stream ``key`` is a function of the 32-bit word
-``w`` that `hash_words` gives it. Uniform numbers are ``(2w + 1) / 2^32`` with ``w`` read as a signed number: odd
-multiples of 2^-32 between -1 and 1. Normal ones are the quantile of the standard normal at ``(that + 1) / 2`` (M. J.
-Wichura 1988, "Algorithm AS 241: The Percentage Points of the Normal Distribution", PPND16: to about 1 part in 10^16),
-which reach ±6.34 standard deviations. Everything is done in float64 by additions, multiplications, divisions and square
-roots, the logarithm too: these are rounded alike on every processor, so the noise is the same everywhere.
+Noise is what `runtime.noise` defines, which draws it on the CPU; here is the same for devices, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,56 +12,18 @@ import torch
 
 from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Noise, loads
 from mergekit_ray.methods.random_mask import hash_words
+from mergekit_ray.runtime import noise as on_cpu
 from mergekit_ray.runtime.nodes.base import Compilation, Guard, Node, NonFiniteError, node_of, round_result
+from mergekit_ray.runtime.noise import (
+    CENTRE,
+    CENTRE_ABOVE,
+    CENTRE_BELOW,
+    LOG_SERIES,
+    RUN_ELEMENTS,
+    TAIL_ABOVE,
+    TAIL_BELOW,
+)
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
-
-_RUN_ELEMENTS = 1 << 15
-"""Numbers drawn at a time on the CPU: the float64 intermediates of that many stay in cache."""
-
-# PPND16: numerators and denominators, highest power first; the central region, and the tails beyond 0.425.
-_CENTRE = 0.425
-_CENTRE_ABOVE = (
-    2509.0809287301226727,
-    33430.575583588128105,
-    67265.770927008700853,
-    45921.953931549871457,
-    13731.693765509461125,
-    1971.5909503065514427,
-    133.14166789178437745,
-    3.3871328727963666080,
-)
-_CENTRE_BELOW = (
-    5226.4952788528545610,
-    28729.085735721942674,
-    39307.895800092710610,
-    21213.794301586595867,
-    5394.1960214247511077,
-    687.18700749205790830,
-    42.313330701600911252,
-    1.0,
-)
-_TAIL_ABOVE = (
-    7.74545014278341407640e-4,
-    2.27238449892691845833e-2,
-    2.41780725177450611770e-1,
-    1.27045825245236838258,
-    3.64784832476320460504,
-    5.76949722146069140550,
-    4.63033784615654529590,
-    1.42343711074968357734,
-)
-_TAIL_BELOW = (
-    1.05075007164441684324e-9,
-    5.47593808499534494600e-4,
-    1.51986665636164571966e-2,
-    1.48103976427480074590e-1,
-    6.89767334985100004550e-1,
-    1.67638483018380384940,
-    2.05319162663775882187,
-    1.0,
-)
-_LOG_SERIES = tuple(2.0 / (2 * k + 1) for k in range(11, -1, -1))
-"""2 artanh(s) / s in powers of s²: beyond float64's precision for \\|s\\| <= 0.172."""
 
 
 def uniform_numbers(key: str, start: int, count: int, device: torch.device) -> torch.Tensor:
@@ -79,22 +36,16 @@ def uniform_numbers(key: str, start: int, count: int, device: torch.device) -> t
 def normal_numbers(key: str, start: int, count: int, device: torch.device) -> torch.Tensor:
     """Standard normal numbers: elements ``[start, start + count)`` of the stream ``key``, in float64."""
     q = uniform_numbers(key, start, count, device).mul_(0.5)
-    r = torch.neg(q.square()).add_(_CENTRE**2)
-    result = _polynomial(_CENTRE_ABOVE, r).mul_(q).div_(_polynomial(_CENTRE_BELOW, r))
-    is_tail = q.abs() > _CENTRE
-    if q.device.type != "cpu":
-        # To ask how many there are would be to wait for the device: all are calculated.
-        return torch.where(is_tail, _tails(q), result)
-    tails = torch.nonzero(is_tail).reshape(-1)
-    if len(tails):
-        result[tails] = _tails(q[tails])
-    return result
+    r = torch.neg(q.square()).add_(CENTRE**2)
+    result = _polynomial(CENTRE_ABOVE, r).mul_(q).div_(_polynomial(CENTRE_BELOW, r))
+    # To ask how many are tails would be to wait for the device: all are calculated.
+    return torch.where(q.abs() > CENTRE, _tails(q), result)
 
 
 def _tails(q: torch.Tensor) -> torch.Tensor:
     """The quantiles of ``q + 1/2`` that lie beyond the central region."""
     r = _log(torch.neg(q.abs()).add_(0.5)).neg_().sqrt_().sub_(1.6)
-    return torch.copysign(_polynomial(_TAIL_ABOVE, r).div_(_polynomial(_TAIL_BELOW, r)), q)
+    return torch.copysign(_polynomial(TAIL_ABOVE, r).div_(_polynomial(TAIL_BELOW, r)), q)
 
 
 def _polynomial(coefficients: Sequence[float], x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +65,7 @@ def _log(x: torch.Tensor) -> torch.Tensor:
     mantissa = torch.where(large, mantissa * 0.5, mantissa)
     exponent.add_(large)
     s = (mantissa - 1.0).div_(mantissa + 1.0)
-    series = _polynomial(_LOG_SERIES, s.square()).mul_(s)
+    series = _polynomial(LOG_SERIES, s.square()).mul_(s)
     return series.add_(exponent.to(torch.float64).mul_(math.log(2.0)))
 
 
@@ -131,7 +82,7 @@ class NoiseNode:
     def __init__(self, noise: Noise, compilation: Compilation, guard: Guard) -> None:
         self.spec = noise.spec
         self._x = compilation.compile(noise.x)
-        self._draw = _DRAW[noise.distribution]
+        self._distribution = noise.distribution
         self._scale = noise.scale
         self._key = noise.key
         self._compute_dtype = TORCH_DTYPES[noise.compute_dtype]
@@ -147,12 +98,17 @@ class NoiseNode:
         values = self._pool.scratch.like(out, self._compute_dtype)
         self._x.fill(start, stop, values)
         if self._scale:
-            step = _RUN_ELEMENTS if values.device.type == "cpu" else stop - start
+            step = RUN_ELEMENTS if values.device.type == "cpu" else stop - start
             for first in range(start, stop, step):
                 last = min(first + step, stop)
-                drawn = self._draw(self._key, first, last - first, values.device).mul_(self._scale)
+                drawn = self._drawn(first, last - first, values.device).mul_(self._scale)
                 values[first - start : last - start].add_(drawn.to(self._compute_dtype))
         round_result(values, self.spec.dtype, out, self._pool.scratch, self._guard)
+
+    def _drawn(self, start: int, count: int, device: torch.device) -> torch.Tensor:
+        if device.type == "cpu":
+            return torch.from_numpy(on_cpu.DRAW[self._distribution](self._key, start, count))
+        return _DRAW[self._distribution](self._key, start, count, device)
 
 
 @node_of(Constant)

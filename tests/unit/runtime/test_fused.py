@@ -13,10 +13,10 @@ from hypothesis import given, settings
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Cast, Merge
+from mergekit_ray.core.expressions import Cast, Constant, Expression, Literal, Merge, Noise
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.methods.accumulate import divisor, single_divisor
-from mergekit_ray.runtime.fused import FusedSum
+from mergekit_ray.runtime.fused import fused
 from mergekit_ray.runtime.pool import ComputePool
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 from support.memory_inputs import Inputs, evaluate
@@ -40,10 +40,10 @@ def linear(
 
 
 def filled(
-    expression: Merge, inputs: Inputs, *, start: int = 0, stop: int | None = None, num_threads: int = 1
+    expression: Expression, inputs: Inputs, *, start: int = 0, stop: int | None = None, num_threads: int = 1
 ) -> tuple[torch.Tensor, bool]:
-    fused = FusedSum.of(expression)
-    assert fused is not None
+    how = fused(expression)
+    assert how is not None
     stop = expression.spec.num_elements if stop is None else stop
     out = np.empty((stop - start) * expression.spec.dtype.itemsize, np.uint8)
     pieces = inputs.pieces(expression, start, stop)
@@ -51,7 +51,7 @@ def filled(
     starts = {load: piece.start for load, piece in pieces.items()}
     pool = ComputePool(num_threads)
     try:
-        is_finite = fused.fill(data, starts, start, stop, out, pool)
+        is_finite = how.fill(data, starts, start, stop, out, pool)
     finally:
         pool.close()
     return torch.from_numpy(out).view(TORCH_DTYPES[expression.spec.dtype]), is_finite
@@ -106,21 +106,54 @@ def test_bits_of_any_numbers(data: st.DataObject) -> None:
         assert torch.equal(bits(found), bits(expected))
 
 
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+@pytest.mark.parametrize("distribution", ["normal", "uniform"])
+@pytest.mark.parametrize("value", [0.0, -1.7])
+def test_noise_around_a_constant(dtype: DType, distribution: str, value: float) -> None:
+    around = Constant(TensorSpec("r", DType.F32, (7, 14_001)), value)
+    for scale in (0.0, 0.02, 1.0):
+        expression = Noise(around, distribution, scale, "key", dtype)
+        expected = evaluate(expression, Inputs())
+        found, is_finite = filled(expression, Inputs())
+        assert is_finite
+        assert torch.equal(bits(found), bits(expected))
+        window, _ = filled(expression, Inputs(), start=1001, stop=90_000)
+        assert torch.equal(bits(window), bits(expected)[1001 * dtype.itemsize : 90_000 * dtype.itemsize])
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+def test_values_of_the_plan(dtype: DType) -> None:
+    values = np.random.default_rng(0).standard_normal(70_000).astype("<f4")
+    expression = Literal.of(TensorSpec("r", dtype, (70, 1000)), values.tobytes())
+    found, is_finite = filled(expression, Inputs())
+    assert is_finite
+    assert torch.equal(bits(found), bits(evaluate(expression, Inputs())))
+    values[69_000] = 3.4e38  # beyond bfloat16
+    expression = Literal.of(TensorSpec("r", dtype, (70, 1000)), values.tobytes())
+    assert filled(expression, Inputs())[1] is (dtype is DType.F32)
+    values[0] = np.nan
+    assert not filled(Literal.of(TensorSpec("r", dtype, (70, 1000)), values.tobytes()), Inputs())[1]
+
+
 def test_what_it_is_not_for() -> None:
     inputs = Inputs()
     x = torch.ones(4, dtype=torch.bfloat16)
     expression = linear(inputs, [x, x], [1.0, 1.0], DType.BF16)
-    assert FusedSum.of(expression) is not None
-    assert FusedSum.of(linear(inputs, [x.half(), x], [1.0, 1.0], DType.BF16)) is None
-    assert FusedSum.of(linear(inputs, [x, x], [1.0, 1.0], DType.F16)) is None
-    assert FusedSum.of(Cast(expression, DType.F32)) is None
-    assert FusedSum.of(inputs.load("m", x)) is None
-    assert FusedSum.of(dataclasses.replace(expression, method="karcher", parameters={})) is None
-    assert FusedSum.of(dataclasses.replace(expression, compute_dtype=DType.BF16)) is None
+    assert fused(expression) is not None
+    assert fused(linear(inputs, [x.half(), x], [1.0, 1.0], DType.BF16)) is None
+    assert fused(linear(inputs, [x, x], [1.0, 1.0], DType.F16)) is None
+    assert fused(Cast(expression, DType.F32)) is None
+    assert fused(inputs.load("m", x)) is None
+    assert fused(dataclasses.replace(expression, method="karcher", parameters={})) is None
+    assert fused(dataclasses.replace(expression, compute_dtype=DType.BF16)) is None
+    assert fused(Noise(x=inputs.load("m", x), distribution="normal", scale=1.0, key="k", dtype=DType.BF16)) is None
+    zero = Constant(TensorSpec("r", DType.F32, (2, 2)), 0.0)
+    assert fused(Noise(zero, "normal", 1.0, "k", DType.F16)) is None
+    assert fused(Noise(zero, "normal", 1.0, "k", DType.F32, DType.F64)) is None
     inner = dataclasses.replace(expression, inputs=(expression, *expression.inputs[1:]))
-    assert FusedSum.of(inner) is None
+    assert fused(inner) is None
     with pytest.raises(MergeError, match="sum to 0"):
-        FusedSum.of(linear(inputs, [x, x], [1.0, -1.0], DType.BF16))
+        fused(linear(inputs, [x, x], [1.0, -1.0], DType.BF16))
 
 
 @given(st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=1, max_size=12))

@@ -16,6 +16,7 @@ from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Cast, Concat, Constant, Expression, Literal, Merge, Noise, Scale
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.methods.random_mask import hash_words
+from mergekit_ray.runtime import noise as by_numpy
 from mergekit_ray.runtime.nodes.generated import normal_numbers, uniform_numbers
 from mergekit_ray.runtime.scratch import TORCH_DTYPES
 from support.memory_inputs import DTYPES, Inputs, evaluate
@@ -100,6 +101,15 @@ class TestNumbers:
         parts = [normal_numbers("k", start + i, min(777, 200_000 - i), CPU) for i in range(0, 200_000, 777)]
         assert torch.equal(torch.cat(parts), whole)
 
+    @pytest.mark.parametrize("start", [0, 65_535, (1 << 40) + 12_345])
+    def test_on_the_cpu_and_on_devices_they_are_the_same(self, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        # On CPUs torch has a library take square roots, which does not round all of them right; devices do.
+        monkeypatch.setattr(torch.Tensor, "sqrt_", lambda x: x.copy_(torch.from_numpy(np.sqrt(x.numpy()))))
+        for key in ("k", "another"):
+            uniform, normal = (draw(key, start, 300_000, CPU) for draw in (uniform_numbers, normal_numbers))
+            assert np.array_equal(by_numpy.uniform_numbers(key, start, 300_000), uniform.numpy())
+            assert np.array_equal(by_numpy.normal_numbers(key, start, 300_000), normal.numpy())
+
 
 class TestNoise:
     @pytest.mark.parametrize("dtype", FLOATS)
@@ -107,8 +117,8 @@ class TestNoise:
     def test_is_added_in_compute_dtype_and_rounded_once(self, dtype: DType, distribution: str) -> None:
         inputs, x = Inputs(), random(0, (401, 203), TORCH_DTYPES[dtype])
         noise = Noise(inputs.load("a", x), distribution, 0.3, "key", dtype, DType.F64)
-        draw = normal_numbers if distribution == "normal" else uniform_numbers
-        exact = x.double() + 0.3 * draw("key", 0, x.numel(), CPU).view(x.shape)
+        draw = by_numpy.DRAW[distribution]
+        exact = x.double() + 0.3 * torch.from_numpy(draw("key", 0, x.numel())).view(x.shape)
         found = every_cut(noise, inputs, window=1 << 15)
         spacing = torch.finfo(TORCH_DTYPES[dtype])
         allowed = exact.abs() * spacing.eps / 2 + spacing.smallest_normal * spacing.eps
@@ -117,7 +127,7 @@ class TestNoise:
     def test_in_float32_by_default(self) -> None:
         inputs, x = Inputs(), random(1, (50_000,), torch.float32)
         found = every_cut(Noise(inputs.load("a", x), "normal", 0.01, "key", DType.F32), inputs, window=1 << 14)
-        assert torch.equal(found, x + (normal_numbers("key", 0, 50_000, CPU) * 0.01).float())
+        assert torch.equal(found, x + (torch.from_numpy(by_numpy.normal_numbers("key", 0, 50_000)) * 0.01).float())
 
     def test_of_scale_zero_adds_nothing(self) -> None:
         inputs, x = Inputs(), random(2, (999,))
@@ -135,7 +145,7 @@ class TestNoise:
     def test_scaled_afterwards_without_rounding_between(self) -> None:
         inputs, x = Inputs(), random(3, (5000,))
         inner = Noise(inputs.load("a", x), "normal", 0.5, "key", DType.F32)
-        exact = (x.double() + 0.5 * normal_numbers("key", 0, 5000, CPU)) * 0.1
+        exact = (x.double() + 0.5 * torch.from_numpy(by_numpy.normal_numbers("key", 0, 5000))) * 0.1
         found = every_cut(Scale(inner, 0.1, DType.BF16), inputs)
         # One rounding to bfloat16, and those of float32 on the way.
         assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all())
@@ -207,7 +217,9 @@ class TestConcat:
             Noise(a, "normal", 0.1, "key", DType.BF16),
         )
         spec = TensorSpec("packed", DType.BF16, (1504, 20))
-        noisy = (x + (normal_numbers("key", 0, x.numel(), CPU) * 0.1).float().view(x.shape)).bfloat16()
+        noisy = (
+            x + (torch.from_numpy(by_numpy.normal_numbers("key", 0, x.numel())) * 0.1).float().view(x.shape)
+        ).bfloat16()
         expected = torch.cat([x.bfloat16(), (x * 0.5).bfloat16(), torch.full((4, 20), 2.0).bfloat16(), noisy])
         assert torch.equal(every_cut(Concat(parts, spec), inputs), expected)
 
