@@ -197,10 +197,11 @@ class FusedValues:
 
 def _round(values: Floats, out: np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]) -> bool:
     """Round to bfloat16, to nearest and to even, or not at all, as ``out`` is wide; whether all is and stays finite."""
-    bits = values.view(np.uint32)
+    bits: np.ndarray[Any, np.dtype[np.uint32]] = values.view(np.uint32)
     if out.itemsize == 2:  # bytes
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16 << 16
-        out[:] = bits >> 16
+        upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        out[:] = upper
+        bits = upper << np.uint32(16)
     else:
         out[:] = bits
     exponent = np.uint32(0x7F800000)
