@@ -20,6 +20,11 @@ class Budget:
         self._held = 0
         self._condition = threading.Condition()
 
+    @property
+    def held_bytes(self) -> int:
+        """What is held now."""
+        return self._held
+
     def take(self, num_bytes: int, stopped: threading.Event) -> None:
         """Wait for room, or for ``stopped``."""
         with self._condition:

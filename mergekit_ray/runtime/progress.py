@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a worker has done so far; counters only grow.
+    """What a worker has done so far, in counters that only grow, and what it holds now.
 
     ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
     counts again, though it is read once. ``fetched_bytes`` are those that were asked of stores, without what is
-    mapped from a disk. ``num_on_cpu`` are tensors that needed more memory than the device has.
+    mapped from a disk. ``num_on_cpu`` are tensors that needed more memory than the device has. ``held_bytes`` are those
+    of the budget that are in use: no counter.
     """
 
     read_bytes: int = 0
@@ -23,6 +24,7 @@ class Progress:
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
+    held_bytes: int = 0
 
     @classmethod
     def total(cls, parts: Iterable[Progress]) -> Progress:
@@ -32,3 +34,7 @@ class Progress:
             for counter in fields(cls):
                 setattr(result, counter.name, getattr(result, counter.name) + getattr(part, counter.name))
         return result
+
+    def ended(self) -> Progress:
+        """Of a worker that is no more: what it has done stays, what it held does not."""
+        return replace(self, held_bytes=0)

@@ -229,7 +229,7 @@ class RayExecutor:
                 try:
                     actor.progress = ray.get(actor.progress_call)
                 except RayError:
-                    actor.base = Progress.total([actor.base, actor.progress])
+                    actor.base = Progress.total([actor.base, actor.progress.ended()])
                     actor.progress = Progress()
                 actor.progress_call = None
         total = Progress.total([part for actor in self._actors for part in (actor.base, actor.progress)])
@@ -331,7 +331,7 @@ class RayExecutor:
         try:
             value = ray.get(result)
         except RayError as error:
-            actor.base = Progress.total([actor.base, actor.progress])
+            actor.base = Progress.total([actor.base, actor.progress.ended()])
             actor.progress, actor.progress_call = Progress(), None
             actor.ready = actor.handle.node.remote()
             reason = str(error).strip().splitlines()[0]

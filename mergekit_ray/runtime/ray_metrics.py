@@ -53,6 +53,7 @@ METRICS: Final = (
     Metric("merge_shards_left", "gauge", "shards still to be written, those in work included"),
     Metric("merge_workers", "gauge", "workers that are up"),
     Metric("merge_workers_busy", "gauge", "workers that have a shard"),
+    Metric("merge_held_bytes", "gauge", "bytes of their budgets that workers hold now, added up"),
     Metric("merge_worker_budget_bytes", "gauge", "memory budget of each worker, in bytes"),
 )
 """All there are."""
@@ -103,5 +104,6 @@ class RayMetrics:
         # Ray forgets a gauge once it has told of it, so all are set again and again.
         self._gauges["merge_shards_left"].set(self._num_left)
         self._gauges["merge_worker_budget_bytes"].set(self._budget_bytes)
+        self._gauges["merge_held_bytes"].set(progress.held_bytes)
         self._gauges["merge_workers"].set(num_workers)
         self._gauges["merge_workers_busy"].set(num_busy)

@@ -153,7 +153,14 @@ class Worker:
         self.options = options
         self.pool = ComputePool(options.num_threads)
         self.buffers = BufferPool(options.memory_bytes - FIXED_BYTES)
-        self.progress = Progress()
+        self._progress = Progress()
+        self.budget: Budget | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """What has been done so far, and what is held now."""
+        self._progress.held_bytes = 0 if self.budget is None else self.budget.held_bytes
+        return self._progress
 
     def session(self) -> DeviceSession | None:
         """What is done on the device, which is opened now if it was not yet; None on the CPU."""
@@ -192,8 +199,10 @@ class Worker:
             self._session = None
             self.buffers = BufferPool(self.options.memory_bytes - FIXED_BYTES)
             raise
+        finally:
+            self.budget = None
         # Tensors without elements have no windows, and were written with the header.
-        self.progress.num_tensors += sum(tensor.spec.num_elements == 0 for tensor in shard.tensors)
+        self._progress.num_tensors += sum(tensor.spec.num_elements == 0 for tensor in shard.tensors)
         self._sink.put(record_name(self._record_folder, shard), json.dumps(record.to_json()).encode())
         return record
 
@@ -218,7 +227,7 @@ class _ShardRun:
         self._batches = list(batches(shard, self._options.memory_bytes))
         limit_bytes = self._options.memory_bytes - FIXED_BYTES
         self._inputs = InputReader(worker.inputs, worker.sources, worker.buffers, self._batches, limit_bytes)
-        self._budget = Budget(limit_bytes - self._inputs.reserved_bytes)
+        self._budget = worker.budget = Budget(limit_bytes - self._inputs.reserved_bytes)
         # A device is not opened to copy bytes.
         self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
         self._read: queue.Queue[_Batch | None] = queue.Queue()

@@ -136,7 +136,7 @@ class TestPromptsOnRay:
     ) -> None:
         mergekit_ray.merge(prompted, tmp_path / "local")
         with RayCluster(num_nodes=2):
-            monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)  # not in this process
+            monkeypatch.setattr("mergekit_ray.runtime.routing_layers.prompt_states", None)  # not in this process
             mergekit_ray.merge(prompted, tmp_path / "ray", options=MergeOptions(executor="ray"))
         here, there = tensors_of(tmp_path / "local"), tensors_of(tmp_path / "ray")
         for name, tensor in here.items():
@@ -167,7 +167,7 @@ class TestRoutersAreMadeOnce:
         first, second = Events(), Events()
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=first)
         assert first.all[0][0] == "routing"
-        monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)
+        monkeypatch.setattr("mergekit_ray.runtime.routing_layers.prompt_states", None)
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=second)
         assert [kind for kind, _ in second.all] == ["already_done"]
 
@@ -175,7 +175,7 @@ class TestRoutersAreMadeOnce:
         self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mergekit_ray.merge(MIXTRAL.recipe(Path(prompted["base_model"]), *prompted["experts"]), tmp_path / "out")
-        monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", None)
+        monkeypatch.setattr("mergekit_ray.runtime.routing_layers.prompt_states", None)
         with pytest.raises(PlanError, match="there is something else already"):
             mergekit_ray.merge(prompted, tmp_path / "out")
 
@@ -195,7 +195,7 @@ class TestRoutersAreMadeOnce:
         def elsewhere(*args: Any, **options: Any) -> np.ndarray:
             return prompt_states(*args, **options) * np.float32(1 + 2.0**-20)
 
-        monkeypatch.setattr("mergekit_ray.runtime.routing_spread.prompt_states", elsewhere)
+        monkeypatch.setattr("mergekit_ray.runtime.routing_layers.prompt_states", elsewhere)
         second = Events()
         result = mergekit_ray.merge(recipe, tmp_path / "out", reporter=second)
         assert second.of("resumed")

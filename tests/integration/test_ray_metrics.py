@@ -74,6 +74,7 @@ def test_a_merge_is_counted(head: RayHead, models: ModelLibrary, tmp_path: Path)
         "ray_merge_worker_budget_bytes": BUDGET_BYTES,
     }
     assert {name: found[name] for name in exact} == exact
+    assert 0 <= found["ray_merge_held_bytes"] <= 2 * BUDGET_BYTES
     for name in ("read", "compute", "write"):
         assert 0 < found[f"ray_merge_{name}_seconds_total"] < 60
     # Counters that stayed at zero are not told.

@@ -26,14 +26,22 @@ class RayHead:
         num_cpus: that it computes with.
         environment: variables of its processes beside those of all tests, so of the jobs that it runs.
         is_awaited: until it answers; not for one that wants a token, or whose clients are to wait themselves.
+        commands: ``bin`` of the virtual environment that it runs in.
     """
 
     def __init__(
-        self, num_cpus: int = 2, environment: Mapping[str, str] | None = None, *, is_awaited: bool = True
+        self,
+        num_cpus: int = 2,
+        environment: Mapping[str, str] | None = None,
+        *,
+        is_awaited: bool = True,
+        commands: Path = COMMANDS,
     ) -> None:
         self._is_awaited = is_awaited
         self._num_cpus = num_cpus
-        path = f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"
+        self._commands = commands
+        outside = [place for place in os.environ["PATH"].split(os.pathsep) if Path(place) != COMMANDS]
+        path = os.pathsep.join([str(commands), *outside])
         self.environment = command_environment(**{**ENVIRONMENT, "PATH": path, **(environment or {})})
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = ""
@@ -49,7 +57,15 @@ class RayHead:
         ports += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         ports += [f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         sizes = [f"--num-cpus={self._num_cpus}", f"--object-store-memory={80 << 20}", f"--temp-dir={self._folder}"]
-        command = [str(COMMANDS / "ray"), "start", "--head", "--block", "--include-dashboard=true", *ports, *sizes]
+        command = [
+            str(self._commands / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--include-dashboard=true",
+            *ports,
+            *sizes,
+        ]
         log = Path(self._folder) / "start.log"
         with log.open("wb") as said:
             process = subprocess.Popen(command, env=self.environment, stdout=said, stderr=said, cwd=self._folder)

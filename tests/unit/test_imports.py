@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,18 +87,29 @@ def test_help_imports_nothing_heavy(code: str, line: str) -> None:
     assert text.rstrip().endswith("heavy:")
 
 
-def test_a_local_merge_loads_what_it_uses(tmp_path: Path) -> None:
-    """No cluster, no clients of stores that are not asked, no compiler for methods without compiled loops."""
-    for seed, name in enumerate("ab"):
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("linear", ["numba"]), ("passthrough", []), ("slerp", ["torch"]), ("dare_linear", ["numba", "torch"])],
+)
+def test_a_local_merge_loads_what_it_uses(method: str, expected: list[str], tmp_path: Path) -> None:
+    """No cluster, no clients of stores that are not asked; torch and a compiler where they compute."""
+    for seed, name in enumerate("abc"):
         write_model(tmp_path / name, random_llama(seed), {"model_type": "llama", "num_hidden_layers": 2})
-    recipe = {
-        "merge_method": "linear",
-        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in "ab"],
+    base, *others = (str(tmp_path / name) for name in "abc")
+    recipes: dict[str, dict[str, Any]] = {
+        "linear": {"models": [{"model": model, "parameters": {"weight": 0.5}} for model in others]},
+        "passthrough": {"models": [{"model": base}]},
+        "slerp": {"base_model": base, "models": [{"model": others[0]}], "parameters": {"t": 0.5}},
+        "dare_linear": {
+            "base_model": base,
+            "models": [{"model": model, "parameters": {"weight": 0.5, "density": 0.5}} for model in others],
+        },
     }
+    recipe = {"merge_method": method, **recipes[method]}
     code = f"import mergekit_ray\nmergekit_ray.merge({recipe!r}, {str(tmp_path / 'out')!r})"
     names = ("ray", "transformers", "boto3", "botocore", "huggingface_hub", "numba", "scipy", "torch")
     loaded = python(f"import sys\n{code}\nprint(*[name for name in {names!r} if name in sys.modules])").split()
-    assert loaded == ["torch"]
+    assert loaded == expected
 
 
 def test_the_public_names() -> None:
