@@ -202,8 +202,17 @@ def test_on_s3(
     assert contents(tmp_path / "out") == expected_large
 
 
-STORE_BOUNDARIES = ("reading", "part sent", "committed, not recorded", "index")
-"""A few of them: this server takes fifteen seconds to come back."""
+STORE_BOUNDARIES = (
+    "planned",
+    "reading",
+    "part sent",
+    "all parts sent",
+    "committed, not recorded",
+    "recorded",
+    "manifest",
+    "index",
+)
+"""One of each phase: this server takes fifteen seconds to come back."""
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def wait_for(process: subprocess.Popen[str], kind: str, times: int) -> None:
 
 @pytest.mark.parametrize("num_done", [1, 40])
 def test_the_head_is_killed_with_all_its_workers(num_done: int, models: ModelLibrary, tmp_path: Path) -> None:
+    """While shards are written."""
     base, *tuned = (models.get("llama", variant, num_layers=32) for variant in range(3))
     recipe = recipe_of("ties", base, tuned, output={"max_shard_size": 1})
     path, out = tmp_path / "many.yml", tmp_path / "out"
@@ -62,4 +63,28 @@ def test_the_head_is_killed_with_all_its_workers(num_done: int, models: ModelLib
         said, wrong = process.communicate(timeout=END_SECONDS)
         assert process.returncode == 0, wrong
     assert any(json.loads(line)["event"] == "resumed" for line in said.splitlines())
+    assert contents(out) == undisturbed(recipe, tmp_path / "expected")
+
+
+@pytest.mark.parametrize("event", ["planned", "checking", "publishing"])
+def test_the_head_is_killed_before_the_first_shard_and_after_the_last(
+    event: str, models: ModelLibrary, tmp_path: Path
+) -> None:
+    """Then there is no cluster to begin with, or none is needed any more."""
+    base, *tuned = (models.get("llama", variant) for variant in range(3))
+    recipe = recipe_of("ties", base, tuned, output={"max_shard_size": 45_000})
+    path, out = tmp_path / "few.yml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe))
+    with RayHead() as head, merging(head, path, out) as process:
+        wait_for(process, event, 1)
+        head.kill()
+        _, said = process.communicate(timeout=END_SECONDS)
+        assert process.returncode == (4 if event == "planned" else 0), said
+        if event == "planned":
+            assert "cannot connect to Ray" in said
+            assert not (out / "model.safetensors.index.json").exists()
+    if event == "planned":
+        with RayHead() as head, merging(head, path, out) as process:
+            _, said = process.communicate(timeout=END_SECONDS)
+            assert process.returncode == 0, said
     assert contents(out) == undisturbed(recipe, tmp_path / "expected")

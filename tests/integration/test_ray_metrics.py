@@ -6,8 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from mergekit_ray.runtime.api import MergeOptions
 from mergekit_ray.runtime.ray_metrics import METRICS, OUTPUT
@@ -87,3 +91,27 @@ def test_the_dashboard_shows_each_metric_and_no_other() -> None:
     expressions = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     asked = {name for expression in expressions for name in re.findall(r"ray_merge_\w+", expression)}
     assert asked == {metric.exported for metric in METRICS}
+
+
+def test_grafana_understands_all_of_the_dashboard() -> None:
+    """Read by the models that Grafana publishes, and written again by them, nothing is lost or changed."""
+    plugins.register_default_plugins()
+    dashboard = json.loads(DASHBOARD.read_text())
+    read = Dashboard.from_json(dashboard)
+    again = json.loads(JSONEncoder().encode(read))
+    assert read.title == dashboard["title"]
+    assert list(lost(dashboard, again)) == []
+
+
+def lost(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
+    """Where a value is missing or another; ``definition`` only shows the query of a variable to people."""
+    if isinstance(theirs, dict):
+        for key, value in theirs.items():
+            if key != "definition":
+                yield from [f"{path}.{key}"] if key not in ours else lost(value, ours[key], f"{path}.{key}")
+    elif isinstance(theirs, list):
+        assert len(theirs) == len(ours)
+        for number, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+            yield from lost(one, other, f"{path}[{number}]")
+    elif theirs != ours:
+        yield path
