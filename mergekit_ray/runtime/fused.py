@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, Self
 import numpy as np
 
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Constant, Expression, Literal, Load, Merge, Noise
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.protocol import WeightedSum
@@ -59,11 +60,7 @@ class Fused(Protocol):
 
 
 def fused(expression: Expression) -> Fused | None:
-    """What computes an expression without torch; None if it is not of a kind that this is there for.
-
-    Raises:
-        MergeError: the weights of a sum are to be normalised and sum to zero.
-    """
+    """What computes an expression without torch; None if it is not of a kind that this is there for."""
     return FusedSum.of(expression) or FusedValues.of(expression)
 
 
@@ -84,11 +81,7 @@ class FusedSum:
 
     @classmethod
     def of(cls, expression: Expression) -> Self | None:
-        """The same as an expression; None if it is not of this kind.
-
-        Raises:
-            MergeError: the weights sum to zero and are to be normalised.
-        """
+        """The same as an expression; None if it is not of this kind."""
         if (
             not isinstance(expression, Merge)
             or expression.base is not None
@@ -101,7 +94,11 @@ class FusedSum:
         if len(terms) < len(expression.inputs) or not issubclass(method, WeightedSum):
             return None
         weights = [method.model_parameters.model_validate(dict(each)) for each in expression.input_parameters]
-        factors, divisor = method.weights(method.global_parameters.model_validate(dict(expression.parameters)), weights)
+        parameters = method.global_parameters.model_validate(dict(expression.parameters))
+        try:
+            factors, divisor = method.weights(parameters, weights)
+        except MergeError:
+            return None  # which the evaluator says, and of which tensor
         return cls(terms, [np.float32(factor) for factor in factors], np.float32(divisor), expression.spec.dtype)
 
     def fill(
