@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 from mergekit_ray.methods.accumulate import weighted_sum_
+from mergekit_ray.methods.compiled import is_single_on_cpu
 from mergekit_ray.methods.protocol import Chunk, Operands
-from mergekit_ray.methods.sums import partial_sums, total
+from mergekit_ray.methods.sums import partial_sums
 from mergekit_ray.methods.task_vectors import task_vectors
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+DOT_ELEMENTS = 1 << 16
+"""Elements in a partial sum of an inner product: a few such runs stay in the cache of a core."""
 
 Matrix: TypeAlias = list[list[float]]
 """The Gram matrix: ``matrix[i][j]`` is the inner product of vectors ``i`` and ``j``."""
@@ -58,18 +64,50 @@ def inner_products(operands: Operands) -> list[float]:
 
     All NaN if any is not finite: a NaN or infinity in the tensors, or squares beyond float64.
     """
-    blocks = operands.map_blocks(lambda chunk: [partial_sums(product, product) for product in products(chunk)])
+    return summed_products(operands.map_blocks(_block_products), num_products(operands.num_inputs))
+
+
+def summed_products(blocks: Sequence[Sequence[Sequence[float]]], number: int) -> list[float]:
+    """So many inner products from their partial sums by block, all NaN if one is not finite.
+
+    Partial sums are added without rounding but the last, so their order does not matter.
+    """
     try:
-        found = [total(block[pair] for block in blocks) for pair in range(num_products(operands.num_inputs))]
+        found = [math.fsum(chain.from_iterable(block[pair] for block in blocks)) for pair in range(number)]
     except (OverflowError, ValueError):  # the sum of infinities, or beyond float64
         found = [math.nan]
-    return found if all(map(math.isfinite, found)) else [math.nan] * num_products(operands.num_inputs)
+    return found if all(map(math.isfinite, found)) else [math.nan] * number
+
+
+def _block_products(chunk: Chunk) -> list[Sequence[float]]:
+    if is_single_on_cpu(chunk.inputs[0]):
+        return dots([run.numpy() for run in vectors(chunk)])
+    return [partial_sums(product, product).tolist() for product in products(chunk)]
+
+
+def dots(runs: Sequence[np.ndarray]) -> list[Sequence[float]]:
+    """Partial sums of the inner products of each pair ``i <= j`` of float32 runs, on the CPU.
+
+    One for every `DOT_ELEMENTS` elements, so runs are to begin where a multiple of that does.
+    """
+    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - compilers load where they are needed
+
+    places = range(0, runs[0].size, DOT_ELEMENTS)
+    return [
+        [sums.dot(run[place : place + DOT_ELEMENTS], other[place : place + DOT_ELEMENTS]) for place in places]
+        for i, run in enumerate(runs)
+        for other in runs[i:]
+    ]
 
 
 def gram_matrix(operands: Operands) -> Matrix:
     """`inner_products` as a symmetric matrix."""
-    upper = iter(inner_products(operands))
-    size = operands.num_inputs
+    return as_matrix(inner_products(operands), operands.num_inputs)
+
+
+def as_matrix(inner_products: Sequence[float], size: int) -> Matrix:
+    """Inner products of each pair ``i <= j`` of so many vectors as a symmetric matrix."""
+    upper = iter(inner_products)
     matrix = [[0.0] * size for _ in range(size)]
     for i in range(size):
         for j in range(i, size):
@@ -79,7 +117,11 @@ def gram_matrix(operands: Operands) -> Matrix:
 
 def span_coefficients(operands: Operands, rule: Callable[[Matrix], list[float]]) -> list[float]:
     """``rule`` of the Gram matrix: one coefficient per vector, all NaN where the matrix is."""
-    matrix = gram_matrix(operands)
+    return coefficients_by(rule, gram_matrix(operands))
+
+
+def coefficients_by(rule: Callable[[Matrix], list[float]], matrix: Matrix) -> list[float]:
+    """``rule`` of the matrix, all NaN where that is."""
     return [math.nan] * len(matrix) if math.isnan(matrix[0][0]) else rule(matrix)
 
 

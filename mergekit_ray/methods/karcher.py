@@ -10,8 +10,17 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.gram import Matrix, inner, length, norms, span_coefficients, sum_of_vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.gram import (
+    Matrix,
+    as_matrix,
+    coefficients_by,
+    inner,
+    length,
+    norms,
+    span_coefficients,
+    sum_of_vectors,
+)
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +43,7 @@ class KarcherParameters(Parameters):
 
 
 @METHODS.register("karcher")
-class Karcher(ReduceMethod):
+class Karcher(SumMethod, ReduceMethod):
     """The point of the sphere with the least sum of squared arcs to the models' unit vectors, times their mean norm.
 
     Each tensor is one flat vector ``x_i = n_i u_i``. From ``μ``, the normalised mean of the ``u_i``, steps along
@@ -53,6 +62,12 @@ class Karcher(ReduceMethod):
     reference = "https://arxiv.org/abs/2603.04972"
     global_parameters = KarcherParameters
     propagates_non_finite = True
+
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Sum:
+        """See `SumMethod.sum_of`."""
+        settings, matrix = tensor.parameters, as_matrix(tensor.inner_products(), len(tensor.input_parameters))
+        return Sum(coefficients_by(lambda found: mean_direction(found, settings.max_iter, settings.tol), matrix))
 
     def statistics(self, operands: Operands) -> list[float]:
         """Coefficients of the models."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -10,7 +9,7 @@ from pydantic import Field
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import divide_, divisor, single_divisor, weighted_sum_
-from mergekit_ray.methods.protocol import Chunk, Operands, WeightedSum
+from mergekit_ray.methods.protocol import Chunk, Operands, Sum, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,7 @@ class LinearParameters(Parameters):
 
 
 @METHODS.register("linear")
-class Linear(WeightedSum):
+class Linear(SumMethod):
     """``Σ w_i x_i``, over ``Σ w_i`` if normalised (Wortsman et al. 2022, "Model soups").
 
     The weights are added up in compute dtype. With ``n`` models the result is, before it is rounded to the
@@ -47,10 +46,10 @@ class Linear(WeightedSum):
     widens = True
 
     @classmethod
-    def weights(cls, parameters: Any, input_parameters: Sequence[Any]) -> tuple[Sequence[float], float]:
-        """See `WeightedSum.weights`."""
-        weights = [each.weight for each in input_parameters]
-        return weights, single_divisor(weights) if parameters.normalize else 1.0
+    def sum_of(cls, tensor: SummedTensor) -> Sum:
+        """See `SumMethod.sum_of`."""
+        weights = [each.weight for each in tensor.input_parameters]
+        return Sum(weights, single_divisor(weights) if tensor.parameters.normalize else 1.0)
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,8 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.gram import inner_products, num_products, products, sum_of_vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.gram import as_matrix, inner_products, norms, num_products, products, sum_of_vectors
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
 from mergekit_ray.methods.rows import Lines
 from mergekit_ray.methods.task_vectors import task_vectors
 
@@ -45,7 +47,7 @@ class Ratios:
 
 
 @METHODS.register("model_stock")
-class ModelStock(ReduceMethod):
+class ModelStock(SumMethod, ReduceMethod):
     """``t·mean(x_i) + (1 − t)·b`` with ``t = N cos θ / (1 + (N − 1) cos θ)`` (Jang et al. 2024).
 
     ``cos θ`` is the mean of the cosines between the task vectors of all pairs of the ``N`` models, each tensor one flat
@@ -64,17 +66,22 @@ class ModelStock(ReduceMethod):
     global_parameters = ModelStockParameters
     propagates_non_finite = True
 
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Sum | None:
+        """See `SumMethod.sum_of`."""
+        num_models = len(tensor.input_parameters)
+        if not _is_flat(tensor.parameters, Lines.along_last(tensor.shape), math.prod(tensor.shape)):
+            return None
+        return Sum([flat_ratio(tensor.inner_products(), num_models) / num_models] * num_models)
+
     def statistics(self, operands: Operands) -> Ratios:
         """The ratio of the tensor or of each row."""
-        import torch  # noqa: PLC0415 - declarations are read without torch
-
         rows = Lines.along_last(operands.shape)
-        if operands.parameters.filter_wise and rows.num_lines > 1 and operands.num_elements:
+        if not _is_flat(operands.parameters, rows, operands.num_elements):
             summed = rows.sums(operands, products, num_products(operands.num_inputs))
             by_row = interpolation_ratios(summed, operands.num_inputs) / operands.num_inputs
             return Ratios(0.0, by_row.to(operands.compute_dtype), rows)
-        summed = torch.tensor(inner_products(operands), dtype=torch.float64)
-        return Ratios(float(interpolation_ratios(summed, operands.num_inputs)) / operands.num_inputs, None, rows)
+        return Ratios(flat_ratio(inner_products(operands), operands.num_inputs) / operands.num_inputs, None, rows)
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`; ``statistics`` are the `Ratios`."""
@@ -85,6 +92,26 @@ class ModelStock(ReduceMethod):
         for other in others:
             change.add_(other)
         return base.add_(ratios.rows.scale_(change, chunk.start, ratios.by_row))
+
+
+def _is_flat(settings: ModelStockParameters, rows: Lines, num_elements: int) -> bool:
+    """Whether the whole tensor is one vector."""
+    return not settings.filter_wise or rows.num_lines <= 1 or not num_elements
+
+
+def flat_ratio(inner: Sequence[float], num_models: int) -> float:
+    """`interpolation_ratios` of one vector of each model; NaN where an inner product is."""
+    matrix = as_matrix(inner, num_models)
+    if math.isnan(matrix[0][0]):
+        return math.nan
+    sizes, mean = norms(matrix), 0.0
+    for i in range(num_models):
+        for j in range(i + 1, num_models):
+            size = sizes[i] * sizes[j]
+            mean += min(1.0, max(-1.0, matrix[i][j] / size)) if size else 0.0
+    mean /= num_models * (num_models - 1) / 2
+    divisor = 1.0 + (num_models - 1) * mean
+    return 0.0 if divisor < _POLE else num_models * mean / divisor
 
 
 def interpolation_ratios(inner: torch.Tensor, num_models: int) -> torch.Tensor:
@@ -100,11 +127,11 @@ def interpolation_ratios(inner: torch.Tensor, num_models: int) -> torch.Tensor:
     for i in range(num_models):
         for j in range(i, num_models):
             place[i, j] = len(place)
-    norms = [inner[place[i, i]].sqrt() for i in range(num_models)]
+    lengths = [inner[place[i, i]].sqrt() for i in range(num_models)]
     mean = torch.zeros_like(inner[0])
     for i, j in place:
         if i < j:
-            sizes = norms[i] * norms[j]
+            sizes = lengths[i] * lengths[j]
             mean += torch.where(sizes == 0, 0.0, inner[place[i, j]] / sizes).clamp_(-1.0, 1.0)
     mean /= num_models * (num_models - 1) / 2
     divisor = 1.0 + (num_models - 1) * mean

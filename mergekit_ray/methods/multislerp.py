@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -12,8 +12,16 @@ from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import coefficients
-from mergekit_ray.methods.gram import Matrix, length, norms, span_coefficients, sum_of_vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.gram import (
+    Matrix,
+    as_matrix,
+    coefficients_by,
+    length,
+    norms,
+    span_coefficients,
+    sum_of_vectors,
+)
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +49,7 @@ class MultislerpParameters(Parameters):
 
 
 @METHODS.register("multislerp")
-class Multislerp(ReduceMethod):
+class Multislerp(SumMethod, ReduceMethod):
     """Normalised weighted mean of the models' unit vectors, times the weighted mean of their norms.
 
     With ``u_i = x_i/(‖x_i‖ + ε)``, ``m = Σ w_i u_i`` and ``μ = m/‖m‖`` the method takes one step of the exponential map
@@ -61,24 +69,37 @@ class Multislerp(ReduceMethod):
     global_parameters = MultislerpParameters
     propagates_non_finite = True
 
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Sum:
+        """See `SumMethod.sum_of`."""
+        rule = _rule(tensor.parameters, tensor.input_parameters)
+        if rule is None:
+            return Sum([1.0])
+        return Sum(coefficients_by(rule, as_matrix(tensor.inner_products(), len(tensor.input_parameters))))
+
     def statistics(self, operands: Operands) -> list[float]:
         """Coefficients of the models, or of their task vectors.
 
         Raises:
             MergeError: the weights sum to zero and are to be normalised, or the directions of three or more cancel.
         """
-        settings = operands.parameters
-        weights = [float(parameters.weight) for parameters in operands.input_parameters]
-        if len(weights) == 1:
-            return [1.0]
-        if settings.normalize_weights:
-            weights = _normalized(weights)
-        return span_coefficients(operands, lambda matrix: directional_mean(matrix, weights, settings.eps))
+        rule = _rule(operands.parameters, operands.input_parameters)
+        return [1.0] if rule is None else span_coefficients(operands, rule)
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`; ``statistics`` are the coefficients."""
         del operands
         return sum_of_vectors(chunk, statistics)
+
+
+def _rule(settings: Any, input_parameters: Sequence[Any]) -> Callable[[Matrix], list[float]] | None:
+    """What makes coefficients of a Gram matrix; None for one model, which is taken as it is."""
+    weights = [float(parameters.weight) for parameters in input_parameters]
+    if len(weights) == 1:
+        return None
+    if settings.normalize_weights:
+        weights = _normalized(weights)
+    return lambda matrix: directional_mean(matrix, weights, settings.eps)
 
 
 def directional_mean(matrix: Matrix, weights: Sequence[float], eps: float) -> list[float]:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands, Scratch
+from mergekit_ray.methods.protocol import Chunk, Held, Operands, Scratch, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class NearswapParameters(Parameters):
 
 
 @METHODS.register("nearswap")
-class Nearswap(ElementwiseMethod):
+class Nearswap(SumMethod):
     """``s·x + (1 − s)·b`` with ``s = min(t / max(|b − x|, 1e-6), 1)``, element by element.
 
     Since ``s (x − b)`` is ``x − b`` cut off at ``±t``, that is ``x`` held within ``b ± t``, which is how it is
@@ -44,6 +44,12 @@ class Nearswap(ElementwiseMethod):
     base_is_input = True
     max_models = 1
     global_parameters = NearswapParameters
+
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Held | None:
+        """See `SumMethod.sum_of`."""
+        t = float(tensor.parameters.t)
+        return Held(t) if t >= SMALLEST_DIFFERENCE else None
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`."""

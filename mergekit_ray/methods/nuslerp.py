@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.gram import inner_products, products, sum_of_vectors, vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
 from mergekit_ray.methods.rows import Lines
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class Factors:
 
 
 @METHODS.register("nuslerp")
-class Nuslerp(ReduceMethod):
+class Nuslerp(SumMethod, ReduceMethod):
     """``sin((1−t)θ)/sinθ · x_1 + sin(tθ)/sinθ · x_2`` with ``t = w_2/(w_1 + w_2)``, ``θ`` the angle between the two.
 
     With a base, this of their task vectors, added to the base. ``t`` is 1/2 where the weights sum to less than 1e-6,
@@ -80,16 +82,22 @@ class Nuslerp(ReduceMethod):
     global_parameters = NuslerpParameters
     propagates_non_finite = True
 
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Sum | None:
+        """See `SumMethod.sum_of`."""
+        settings = tensor.parameters
+        if not _is_flat(settings, _lines(settings, tensor.shape), math.prod(tensor.shape)):
+            return None
+        t = _place(*[float(parameters.weight) for parameters in tensor.input_parameters])
+        return Sum(flat_factors(tensor.inner_products(), t))
+
     def statistics(self, operands: Operands) -> Factors:
         """Factors of the tensor or of each vector in it."""
-        import torch  # noqa: PLC0415 - declarations are read without torch
-
         settings = operands.parameters
         t = _place(*[float(parameters.weight) for parameters in operands.input_parameters])
-        lines = (Lines.along_first if settings.nuslerp_row_wise else Lines.along_last)(operands.shape)
-        if settings.nuslerp_flatten or lines.num_lines == 1 or not operands.num_elements:
-            first, second = arc_factors(torch.tensor(inner_products(operands), dtype=torch.float64), t)
-            return Factors((float(first), float(second)), None, lines)
+        lines = _lines(settings, operands.shape)
+        if _is_flat(settings, lines, operands.num_elements):
+            return Factors(flat_factors(inner_products(operands), t), None, lines)
         first, second = arc_factors(lines.sums(operands, products, 3), t)
         dtype = operands.compute_dtype
         return Factors((0.0, 0.0), (first.to(dtype), second.to(dtype)), lines)
@@ -111,6 +119,27 @@ class Nuslerp(ReduceMethod):
 def _place(first: float, second: float) -> float:
     """``t``: the second model's part of the weight."""
     return second / (first + second) if abs(first + second) >= _NO_WEIGHT else 0.5
+
+
+def _lines(settings: NuslerpParameters, shape: tuple[int, ...]) -> Lines:
+    return (Lines.along_first if settings.nuslerp_row_wise else Lines.along_last)(shape)
+
+
+def _is_flat(settings: NuslerpParameters, lines: Lines, num_elements: int) -> bool:
+    """Whether the whole tensor is one vector."""
+    return settings.nuslerp_flatten or lines.num_lines == 1 or not num_elements
+
+
+def flat_factors(inner: Sequence[float], t: float) -> tuple[float, float]:
+    """`arc_factors` of one pair of vectors; NaN where an inner product is."""
+    if any(map(math.isnan, inner)):
+        return math.nan, math.nan
+    norms = [max(math.sqrt(inner[place]), SMALLEST_NORM) for place in (0, 2)]
+    theta = math.acos(min(1.0, max(-1.0, inner[1] / norms[0] / norms[1])))
+    sine = math.sin(theta)
+    if sine < COLINEAR_SINE:
+        return 1.0 - t, t
+    return math.sin((1.0 - t) * theta) / sine, math.sin(t * theta) / sine
 
 
 def arc_factors(inner: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from mergekit_ray.core.declaration import Access, MethodDeclaration
@@ -114,20 +115,74 @@ class ElementwiseMethod(MethodDeclaration):
         """The merged run: a 1-D tensor in compute dtype, which may be one of the chunk's own tensors."""
 
 
-class WeightedSum(ElementwiseMethod):
-    """A method whose result is ``Σ factor_i x_i / divisor``, in compute dtype, as `methods.accumulate` adds up."""
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """``scale · (Σ factor_i v_i) / divisor``, all steps in float32; where it is of changes, the base is added.
+
+    Attributes:
+        factors: one for each vector: the models, the base first if it is one of them (``base_is_input``); or, where the
+            method has a base beside them, the changes ``x_i - base``.
+        divisor: 1 to leave it out.
+        scale: 1 to leave it out.
+        rounds_products: before they are added; otherwise products are added fused.
+    """
+
+    factors: Sequence[float]
+    divisor: float = 1.0
+    scale: float = 1.0
+    rounds_products: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolation:
+    """``a + t (b - a)`` of two vectors."""
+
+    t: float
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The second of two vectors, held within ``t`` of the first, element by element."""
+
+    t: float
+
+
+class SummedTensor(Protocol):
+    """A tensor of which a `SumMethod` is asked for the sum.
+
+    Attributes:
+        shape: of the tensor.
+        parameters: the method's global parameters here (an instance of its ``global_parameters``).
+        input_parameters: per-model parameters, one per input.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102 - see the class
+
+    @property
+    def parameters(self) -> Any: ...  # noqa: D102
+
+    @property
+    def input_parameters(self) -> Sequence[Any]: ...  # noqa: D102
+
+    def inner_products(self) -> list[float]:
+        """Of each pair ``i <= j`` of vectors over the whole tensor, row by row of the upper triangle, in float64.
+
+        All NaN if any is not finite. To be asked for once, and only by a method that sees the whole tensor.
+        """
+        ...
+
+
+class SumMethod(ElementwiseMethod):
+    """A method whose result is a sum of the models or of their changes, or as simple, for which there are loops."""
 
     @classmethod
     @abstractmethod
-    def weights(cls, parameters: Any, input_parameters: Sequence[Any]) -> tuple[Sequence[float], float]:
-        """Factors and divisor of a tensor whose compute dtype is float32.
-
-        Args:
-            parameters: the method's global parameters (an instance of its ``global_parameters``).
-            input_parameters: per-model parameters, one per input.
+    def sum_of(cls, tensor: SummedTensor) -> Sum | Interpolation | Held | None:
+        """What `combine` does where the compute dtype is float32; None where it does something else.
 
         Raises:
-            MergeError: there are none: weights that are to be normalised sum to zero.
+            MergeError: there is no such sum, such as with weights that are to be normalised and sum to zero.
         """
 
 

@@ -11,7 +11,9 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import weighted_sum_
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.compiled import is_single_on_cpu
+from mergekit_ray.methods.gram import dots
+from mergekit_ray.methods.protocol import Chunk, Interpolation, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
 from mergekit_ray.methods.sums import partial_sums, total
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Arc:
 
 
 @METHODS.register("slerp")
-class Slerp(ReduceMethod):
+class Slerp(SumMethod, ReduceMethod):
     """Interpolation along the arc between the base and one other model (Shoemake 1985), each tensor as one flat vector.
 
     Norms and the dot product are sums in float64 of products in compute dtype: the two factors are exact to well below
@@ -61,14 +63,20 @@ class Slerp(ReduceMethod):
     global_parameters = SlerpParameters
     propagates_non_finite = True
 
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Sum | Interpolation:
+        """See `SumMethod.sum_of`."""
+        t = float(tensor.parameters.t)
+        base_square, dot, square = tensor.inner_products()
+        arc = arc_between(base_square, square, dot)
+        return Interpolation(t) if arc.is_colinear else Sum(arc_factors(arc, t))
+
     def statistics(self, operands: Operands) -> Arc:
         """The angle between base and model over the whole tensor."""
         squares = _summed(operands, exact=False)
         if not all(map(math.isfinite, squares)):
             squares = _summed(operands, exact=True)  # products beyond float32
-        base_norm, norm, dot = math.sqrt(squares[0]), math.sqrt(squares[1]), squares[2]
-        cosine = dot / (base_norm if base_norm > ZERO_NORM else 1.0) / (norm if norm > ZERO_NORM else 1.0)
-        return Arc(cosine, abs(cosine) > COLINEAR_COSINE)
+        return arc_between(*squares)
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`; ``statistics`` is the `Arc`."""
@@ -78,9 +86,23 @@ class Slerp(ReduceMethod):
         t = float(operands.parameters.t)
         if arc.is_colinear:
             return chunk.base.lerp_(x, t)
-        theta = math.acos(arc.cosine)
-        sine = math.sin(theta)
-        return weighted_sum_([chunk.base, x], [math.sin((1.0 - t) * theta) / sine, math.sin(t * theta) / sine])
+        return weighted_sum_([chunk.base, x], arc_factors(arc, t))
+
+
+def arc_between(base_square: float, square: float, dot: float) -> Arc:
+    """From ``b·b``, ``x·x`` and ``b·x``."""
+    base_norm, norm = math.sqrt(base_square), math.sqrt(square)
+    cosine = dot / (base_norm if base_norm > ZERO_NORM else 1.0) / (norm if norm > ZERO_NORM else 1.0)
+    return Arc(cosine, abs(cosine) > COLINEAR_COSINE)
+
+
+def arc_factors(arc: Arc, t: float) -> list[float]:
+    """Of base and model, where they are not colinear; NaN where the angle is."""
+    if math.isnan(arc.cosine):
+        return [math.nan, math.nan]
+    theta = math.acos(arc.cosine)
+    sine = math.sin(theta)
+    return [math.sin((1.0 - t) * theta) / sine, math.sin(t * theta) / sine]
 
 
 def _summed(operands: Operands, *, exact: bool) -> tuple[float, float, float]:
@@ -95,6 +117,9 @@ def _products(chunk: Chunk, *, exact: bool) -> list[torch.Tensor]:
 
     assert chunk.base is not None
     base, (x,) = chunk.base, chunk.inputs
+    if is_single_on_cpu(base):
+        base_square, dot, square = dots([base.numpy(), x.numpy()])
+        return [torch.tensor(values, dtype=torch.float64) for values in (base_square, square, dot)]
     if exact or base.itemsize < 4:  # bytes: 16-bit products would lose what the sum is to keep
         base, x = (chunk.scratch.like(base, torch.float64).copy_(y) for y in (base, x))
     product, wide = chunk.scratch.like(base), chunk.scratch.like(base, torch.float64)

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divisor, rounded_sum_
-from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
+from mergekit_ray.methods.accumulate import divisor, rounded_sum_, single_divisor
+from mergekit_ray.methods.protocol import Chunk, Operands, Sum, SummedTensor, SumMethod
 from mergekit_ray.methods.task_vectors import ScaledParameters, WeightedParameters, task_vectors
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class TaskArithmeticParameters(ScaledParameters):
 
 
 @METHODS.register("task_arithmetic")
-class TaskArithmetic(ElementwiseMethod):
+class TaskArithmetic(SumMethod):
     """``b + λ Σ w_i δ_i``, over ``Σ w_i`` if normalised (Ilharco et al. 2023).
 
     The task vectors are summed by themselves and added to the base last: where no model differs from the base the
@@ -38,6 +38,14 @@ class TaskArithmetic(ElementwiseMethod):
     model_parameters = WeightedParameters
     global_parameters = TaskArithmeticParameters
     propagates_non_finite = True
+
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Sum:
+        """See `SumMethod.sum_of`."""
+        settings = tensor.parameters
+        weights = [each.weight for each in tensor.input_parameters]
+        divisor = single_divisor(weights) if settings.normalize else 1.0
+        return Sum(weights, divisor, settings.lambda_, rounds_products=True)
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`.

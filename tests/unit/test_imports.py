@@ -89,7 +89,7 @@ def test_help_imports_nothing_heavy(code: str, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [("linear", ["numba"]), ("passthrough", []), ("slerp", ["torch"]), ("dare_linear", ["numba", "torch"])],
+    [("linear", ["numba"]), ("passthrough", []), ("slerp", ["numba"]), ("dare_linear", ["numba", "torch"])],
 )
 def test_a_local_merge_loads_what_it_uses(method: str, expected: list[str], tmp_path: Path) -> None:
     """No cluster, no clients of stores that are not asked; torch and a compiler where they compute."""

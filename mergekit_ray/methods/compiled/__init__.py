@@ -15,3 +15,8 @@ if TYPE_CHECKING:
 def is_compiled_for(x: torch.Tensor) -> bool:
     """Whether the loops take runs like ``x``: float32 or float64 on the CPU."""
     return x.device.type == "cpu" and x.is_floating_point() and x.itemsize >= 4  # bytes
+
+
+def is_single_on_cpu(x: torch.Tensor) -> bool:
+    """Whether a run is float32 on the CPU."""
+    return is_compiled_for(x) and x.itemsize == 4  # bytes
