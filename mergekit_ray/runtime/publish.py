@@ -14,7 +14,7 @@ from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
-from mergekit_ray.runtime.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, Destination, clear_notes
+from mergekit_ray.runtime.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, Destination
 from mergekit_ray.runtime.provenance import header_digests
 from mergekit_ray.storage.protocols import PublishingSink, Source
 
@@ -42,7 +42,7 @@ def check_records(plan: Plan, destination: Destination, records: Mapping[str, Sh
 def publish(
     plan: Plan, destination: Destination, records: Mapping[str, ShardRecord], sources: Mapping[str, Source]
 ) -> None:
-    """Write config, tokenizer and other side files, card, manifest, and the index last; then drop the records."""
+    """Write config, tokenizer and other side files, card, manifest, and the index last."""
     sink = destination.sink
     sink.put("config.json", _json_bytes(plan.config))
     for side in plan.side_files:
@@ -62,7 +62,6 @@ def publish(
     sink.put(INDEX_FILE, _json_bytes(plan.index))
     if isinstance(sink, PublishingSink):
         sink.finish()
-    clear_notes(sink)
 
 
 def manifest(plan: Plan, records: Mapping[str, ShardRecord], headers: Mapping[tuple[str, str], str]) -> dict[str, Any]:

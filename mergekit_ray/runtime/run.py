@@ -7,12 +7,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_ray.core.errors import Interrupted
+from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.planning.windows import comfortable_memory
 from mergekit_ray.runtime.api import MergeOptions, local_threads, local_workers
 from mergekit_ray.runtime.cluster import wants_ray
-from mergekit_ray.runtime.destination import Destination, clear, clear_notes, inspect
+from mergekit_ray.runtime.destination import RECORD_ROOT, Destination, clear, clear_notes, inspect
 from mergekit_ray.runtime.driver import Executor, Job, pending_shards, run_shards
 from mergekit_ray.runtime.lease import Lease, hold
 from mergekit_ray.runtime.local import LocalExecutor, open_sources
@@ -35,7 +35,7 @@ def carry_out(
         # Until the lease was ours, another driver may have been at work here.
         found = inspect(sink, plan, overwrite=options.overwrite)
         if found.is_complete:
-            clear_notes(sink)
+            _tidy(sink, tell)
         elif found.staging is None:
             clear(sink, found.clear_first)
             _make(_Run(plan, options, tell, stop, lease), found, sink.uri)
@@ -76,7 +76,7 @@ def _replace(run: _Run, destination: Destination) -> None:
     _discard_remains(sink, run.plan.shards)
     run.tell.event("replacing", f"replacing what is at {sink.uri}", uri=sink.uri)
     swap(run.plan, destination)
-    clear_notes(sink)
+    _tidy(sink, run.tell)
 
 
 def _make(run: _Run, destination: Destination, uri: str) -> None:
@@ -118,6 +118,18 @@ def _make(run: _Run, destination: Destination, uri: str) -> None:
     if isinstance(sink, PublishingSink):
         run.lease.rest()  # a renewal after `finish` would begin the next merge
     publish(plan, destination, records, open_sources(plan.inputs))
+    _tidy(sink, tell)
+
+
+def _tidy(sink: Sink, tell: Reporter) -> None:
+    """Delete what a complete model was made with. It is no less complete where that is not allowed."""
+    try:
+        clear_notes(sink)
+    except StorageError as error:
+        tell.event(
+            "warning",
+            f"warning: the model is complete, but what it was made with stays in {sink.uri}/{RECORD_ROOT}: {error}",
+        )
 
 
 def _discard_remains(sink: Sink, shards: Sequence[Shard]) -> None:

@@ -68,7 +68,7 @@ BOUNDARIES: Mapping[str, Boundary] = {
     "manifest": Boundary("{sink}.put", after=True, name="mergekit-ray.json", done=NUM_SHARDS),
     "index not yet": Boundary("{sink}.put", name="model.safetensors.index.json", done=NUM_SHARDS),
     "index": Boundary("{sink}.put", after=True, name="model.safetensors.index.json", done=NUM_SHARDS),
-    "notes gone": Boundary("mergekit_ray.runtime.publish:clear_notes", after=True, done=NUM_SHARDS),
+    "notes gone": Boundary("mergekit_ray.runtime.run:clear_notes", after=True, done=NUM_SHARDS),
 }
 
 ON_S3: Mapping[str, Boundary] = {

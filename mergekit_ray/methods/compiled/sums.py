@@ -105,7 +105,7 @@ def interpolate(a: Floats, b: Floats, t: np.float32, total: Floats) -> None:
 
 @compiled
 def hold(x: Floats, base: Floats, t: np.float32, out: Floats) -> None:
-    """``x`` held within ``base ± t``. Of two zeros the second is taken, as vector instructions do."""
+    """``x`` held within ``base ± t``; where both are zero, the bound."""
     for i in range(x.size):
         low, high = base[i] - t, base[i] + t
         least = max(low, x[i])

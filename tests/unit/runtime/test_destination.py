@@ -47,6 +47,7 @@ def write_shards(plan: Plan, sink: LocalStore, num_shards: int | None = None) ->
 def publish_all(plan: Plan, sink: LocalStore) -> None:
     records = write_shards(plan, sink)
     publish(plan, inspect(sink, plan, overwrite=False), records, open_sources(plan.inputs))
+    clear_notes(sink)
 
 
 def names(sink: LocalStore) -> set[str]:

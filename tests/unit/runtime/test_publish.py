@@ -16,7 +16,7 @@ from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import InputModel, Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES
-from mergekit_ray.runtime.destination import INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, Destination, inspect
+from mergekit_ray.runtime.destination import INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, Destination, clear_notes, inspect
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.publish import check_records, manifest, model_card, publish
 from mergekit_ray.runtime.verify import Verification, verify
@@ -54,6 +54,7 @@ class Published:
         worker.close()
         check_records(plan, self.destination, self.records)
         publish(plan, self.destination, self.records, sources)
+        clear_notes(self.destination.sink)
 
     def read(self, name: str) -> Any:
         return json.loads((self.root / name).read_text())
