@@ -100,7 +100,7 @@ def _is_flat(settings: ModelStockParameters, rows: Lines, num_elements: int) -> 
 
 
 def flat_ratio(inner: Sequence[float], num_models: int) -> float:
-    """`interpolation_ratios` of one vector of each model; NaN where an inner product is."""
+    """`interpolation_ratios` of one vector of each model, without torch; NaN where an inner product is."""
     matrix = as_matrix(inner, num_models)
     if math.isnan(matrix[0][0]):
         return math.nan

@@ -131,7 +131,7 @@ def _is_flat(settings: NuslerpParameters, lines: Lines, num_elements: int) -> bo
 
 
 def flat_factors(inner: Sequence[float], t: float) -> tuple[float, float]:
-    """`arc_factors` of one pair of vectors; NaN where an inner product is."""
+    """`arc_factors` of one pair of vectors, of plain numbers and so without torch; NaN where an inner product is."""
     if any(map(math.isnan, inner)):
         return math.nan, math.nan
     norms = [max(math.sqrt(inner[place]), SMALLEST_NORM) for place in (0, 2)]

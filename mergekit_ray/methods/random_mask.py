@@ -149,7 +149,7 @@ def words_by_torch(key: str, start: int, out: torch.Tensor, scratch: torch.Tenso
     """`hash_words` by torch's operations, on any device."""
     import torch  # noqa: PLC0415
 
-    table = _mixed_offsets(out.device)
+    table = _mixed_offsets_on(out.device)
     for place, block, first, length in _runs(start, out.numel()):
         rows = max(1, length // HASH_BLOCK)
         shape = (rows, length // rows)
@@ -167,13 +167,9 @@ def words_by_torch(key: str, start: int, out: torch.Tensor, scratch: torch.Tenso
 
 def _stream(key: str, start: int, length: int) -> tuple[int, Words, Words]:
     """What a compiled loop needs: the offset in the first block, the mixed offsets, the blocks' key words."""
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-
     first, offset = divmod(start, HASH_BLOCK)
     num_blocks = -(-(offset + length) // HASH_BLOCK)
-    table: Words = _mixed_offsets(torch.device("cpu")).numpy().view(np.uint32)
-    return offset, table, block_keys(key, first, num_blocks)
+    return offset, mixed_offsets(), block_keys(key, first, num_blocks)
 
 
 def _fold_(x: torch.Tensor, scratch: torch.Tensor, shift: int) -> None:
@@ -206,17 +202,23 @@ def block_keys(key: str, first: int, num_blocks: int) -> Words:
     return np.frombuffer(b"".join(blocks), dtype="<u4").astype(np.uint32).reshape(num_blocks, 2)
 
 
-@functools.lru_cache(maxsize=16)
-def _mixed_offsets(device: torch.device) -> torch.Tensor:
+@functools.cache
+def mixed_offsets() -> Words:
     """lowbias32 of all offsets in a block."""
+    import numpy as np  # noqa: PLC0415
+
+    x = np.arange(HASH_BLOCK, dtype=np.uint32)
+    x ^= x >> _SHIFT_1
+    x *= np.uint32(_MULTIPLIER_1)
+    x ^= x >> _SHIFT_2
+    x *= np.uint32(_MULTIPLIER_2 & 0xFFFFFFFF)
+    x ^= x >> _SHIFT_3
+    return x
+
+
+@functools.lru_cache(maxsize=16)
+def _mixed_offsets_on(device: torch.device) -> torch.Tensor:
+    """`mixed_offsets` where they are needed, as signed numbers. Copied: there when this returns, for any stream."""
     import torch  # noqa: PLC0415
 
-    x = torch.arange(HASH_BLOCK, dtype=torch.int32)
-    scratch = torch.empty_like(x)
-    _fold_(x, scratch, _SHIFT_1)
-    x.mul_(_MULTIPLIER_1)
-    _fold_(x, scratch, _SHIFT_2)
-    x.mul_(_MULTIPLIER_2)
-    _fold_(x, scratch, _SHIFT_3)
-    # Made here and copied: it is there when this returns, for any stream of the device.
-    return x.to(device)
+    return torch.from_numpy(mixed_offsets().view("int32")).to(device)

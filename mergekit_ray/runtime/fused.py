@@ -32,6 +32,9 @@ _NO_SHIFT: Final = np.uint32(0)
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Combination: TypeAlias = Sum | Interpolation | Held
 
+Pieces: TypeAlias = Mapping[Load, tuple[Bytes, int]]
+"""Of each load the bytes of a window, and the flat index of its first element."""
+
 _CHUNK_ELEMENTS: Final = 1 << 17
 """Elements handled at a time: 512 KiB of sums, which stay in the cache of a core."""
 
@@ -39,22 +42,12 @@ _CHUNK_ELEMENTS: Final = 1 << 17
 class Fused(Protocol):
     """An expression that can be computed so."""
 
-    def fill(
-        self,
-        pieces: Mapping[Load, Bytes],
-        starts: Mapping[Load, int],
-        start: int,
-        stop: int,
-        out: Bytes,
-        pool: ComputePool,
-    ) -> bool:
-        """Write elements ``[start, stop)``.
+    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
+        """Write a run of elements.
 
         Args:
-            pieces: the bytes of each input, or a window of them.
-            starts: flat index of the first element in each.
-            start: of the run.
-            stop: of the run.
+            pieces: of each input.
+            start: flat index of the first element.
             out: as many bytes as the run has.
             pool: threads to compute on.
 
@@ -102,20 +95,11 @@ class FusedSum:
         *inputs, base = loads
         return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
 
-    def fill(
-        self,
-        pieces: Mapping[Load, Bytes],
-        starts: Mapping[Load, int],
-        start: int,
-        stop: int,
-        out: Bytes,
-        pool: ComputePool,
-    ) -> bool:
+    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
         """See `Fused.fill`."""
-        del stop
         method = METHODS.get(self._merge.method)
         assert issubclass(method, SumMethod)  # seen to by `of`
-        read = {load: _Bits.of(load, pieces[load], starts[load]) for load in {*self._vectors, *_present(self._base)}}
+        read = {load: _Bits.of(load, *pieces[load]) for load in {*self._vectors, *_present(self._base)}}
         vectors, base = [read[load] for load in self._vectors], None if self._base is None else read[self._base]
         try:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
@@ -299,20 +283,13 @@ class FusedValues:
         around = expression.x
         return cls(expression) if isinstance(around, Constant) and around.spec.dtype is DType.F32 else None
 
-    def fill(
-        self,
-        pieces: Mapping[Load, Bytes],
-        starts: Mapping[Load, int],
-        start: int,
-        stop: int,
-        out: Bytes,
-        pool: ComputePool,
-    ) -> bool:
+    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
         """See `Fused.fill`."""
-        del pieces, starts, pool
+        del pieces, pool
         result = out.view(_BITS[self.expression.spec.dtype])
         held = np.frombuffer(self.expression.data, "<f4") if isinstance(self.expression, Literal) else None
         is_finite = True
+        stop = start + result.size
         for first in range(start, stop, noise.RUN_ELEMENTS):
             last = min(first + noise.RUN_ELEMENTS, stop)
             values = self._noise(first, last) if held is None else held[first:last]

@@ -12,14 +12,13 @@ rounded right.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from mergekit_ray.methods.random_mask import HASH_BLOCK, block_keys
+from mergekit_ray.methods.random_mask import HASH_BLOCK, block_keys, mixed_offsets
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 Words = np.ndarray[Any, np.dtype[np.uint32]]
@@ -74,32 +73,23 @@ LOG_SERIES: Final = tuple(2.0 / (2 * k + 1) for k in range(11, -1, -1))
 
 
 def words(key: str, start: int, count: int) -> Words:
-    """Elements ``[start, start + count)`` of a stream: `methods.random_mask.hash_words`, by numpy."""
+    """Elements ``[start, start + count)`` of a stream: `methods.random_mask.hash_words`, by numpy.
+
+    Routers are too small to wait for a compiler's import, whose loop `hash_words` takes on CPUs.
+    """
     first = start // HASH_BLOCK
     num_blocks = -(-(start + count) // HASH_BLOCK) - first
     found = np.empty(count, np.uint32)
     for block, (a, b) in enumerate(block_keys(key, first, num_blocks), first):
         low, high = max(start, block * HASH_BLOCK), min(start + count, (block + 1) * HASH_BLOCK)
         offset = low - block * HASH_BLOCK
-        x = _mixed_offsets()[offset : offset + high - low] + a
+        x = mixed_offsets()[offset : offset + high - low] + a
         x ^= x >> 16
         x *= np.uint32(0x7FEB352D)
         x += b
         x ^= x >> 15
         np.multiply(x, np.uint32(0x846CA68B), out=found[low - start : high - start])
     return found
-
-
-@functools.cache
-def _mixed_offsets() -> Words:
-    """lowbias32 of all offsets in a block."""
-    x = np.arange(HASH_BLOCK, dtype=np.uint32)
-    x ^= x >> 16
-    x *= np.uint32(0x7FEB352D)
-    x ^= x >> 15
-    x *= np.uint32(0x846CA68B)
-    x ^= x >> 16
-    return x
 
 
 def uniform_numbers(key: str, start: int, count: int) -> Doubles:

@@ -115,12 +115,17 @@ def assert_published(bucket: Bucket, recipe: dict[str, Any], folder: Path) -> No
     assert run_command("mergekit-ray", "verify", f"{bucket.uri}/out", env=command_environment()).returncode == 0
 
 
+def submit_and_wait(cluster: Cluster, bucket: Bucket, num_shards: int) -> None:
+    """Until more than so many shards are written."""
+    cluster.submit()
+    wait_until(lambda: len(shards(bucket)) > num_shards, seconds=180, every=0.2)
+
+
 def test_a_worker_is_lost_on_the_way(
     manifests: list[Manifest], pods: Pods, hosts: Hosts, bucket: Bucket, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     with Cluster(manifests, pods, hosts, 1) as cluster:
-        cluster.submit()
-        wait_until(lambda: len(shards(bucket)) > 10, seconds=180, every=0.2)
+        submit_and_wait(cluster, bucket, 10)
         cluster.kill("worker", 1)
         cluster.start_worker(1, "-again")  # as KubeRay does
         said = said_by_the_end(cluster, "SUCCEEDED")
@@ -136,8 +141,7 @@ def test_the_head_is_lost_and_the_retry_resumes(
     manifests: list[Manifest], pods: Pods, hosts: Hosts, bucket: Bucket, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     with Cluster(manifests, pods, hosts, 1) as cluster:
-        cluster.submit()
-        wait_until(lambda: len(shards(bucket)) > 40, seconds=180, every=0.2)
+        submit_and_wait(cluster, bucket, 40)
         cluster.kill("head", 0)
         assert "out/model.safetensors.index.json" not in bucket.keys("out")
     num_before = len(shards(bucket))

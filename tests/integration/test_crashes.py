@@ -56,7 +56,7 @@ class Boundary:
 BOUNDARIES: Mapping[str, Boundary] = {
     "planned": Boundary("mergekit_ray.runtime.run:hold"),
     "leased": Boundary("mergekit_ray.runtime.run:clear"),
-    "reading": Boundary("mergekit_ray.runtime.worker:read_into", number=2),
+    "reading": Boundary("mergekit_ray.runtime.shard_run:read_into", number=2),
     "computed": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", number=5),
     "written in part": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", after=True, number=5),
     "about to be committed": Boundary("{upload}.commit", number=2),

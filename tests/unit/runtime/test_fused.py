@@ -49,11 +49,10 @@ def filled(
     stop = expression.spec.num_elements if stop is None else stop
     out = np.empty((stop - start) * expression.spec.dtype.itemsize, np.uint8)
     pieces = inputs.pieces(expression, start, stop)
-    data = {load: piece.data.view(torch.uint8).numpy() for load, piece in pieces.items()}
-    starts = {load: piece.start for load, piece in pieces.items()}
+    data = {load: (piece.data.view(torch.uint8).numpy(), piece.start) for load, piece in pieces.items()}
     pool = ComputePool(num_threads)
     try:
-        is_finite = how.fill(data, starts, start, stop, out, pool)
+        is_finite = how.fill(data, start, out, pool)
     finally:
         pool.close()
     return torch.from_numpy(out).view(TORCH_DTYPES[expression.spec.dtype]), is_finite

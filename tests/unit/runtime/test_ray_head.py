@@ -10,8 +10,10 @@ import ray
 
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.runtime import ray as ray_runtime
+from mergekit_ray.runtime.driver import Job
 from mergekit_ray.runtime.ray import RayExecutor
 from mergekit_ray.runtime.ray_cluster import is_listening
+from mergekit_ray.runtime.worker import WorkerOptions
 
 
 class Clock:
@@ -47,10 +49,8 @@ def executor_with_head(listener: socket.socket, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ray_runtime, "compute_nodes", nodes)
     monkeypatch.setattr(ray_runtime, "RayMetrics", lambda *_: None)
     monkeypatch.setattr(ray_runtime, "RayWorker", SimpleNamespace(options=lambda **_: made))
-    monkeypatch.setattr(ray_runtime, "replace", lambda of, **_: of)
     executor = RayExecutor()
-    options = SimpleNamespace(device="cpu", memory_bytes=1)
-    executor.start(SimpleNamespace(options=options, output="out"), num_shards=4)  # type: ignore[arg-type]
+    executor.start(Job({}, "out", "records", WorkerOptions(memory_bytes=1)), num_shards=4)
     return executor
 
 

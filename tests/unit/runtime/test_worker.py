@@ -25,8 +25,7 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning import windows
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES
-from mergekit_ray.runtime import window_inputs
-from mergekit_ray.runtime import worker as worker_module
+from mergekit_ray.runtime import shard_run, window_inputs
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.threads import single_threaded_torch
@@ -175,7 +174,7 @@ def test_what_is_held_stays_within_the_budget(
     limit = 3 * 500_000
     held: list[int] = []
 
-    class Watched(worker_module.Budget):
+    class Watched(shard_run.Budget):
         def take(self, num_bytes: int, stopped: threading.Event) -> None:
             super().take(num_bytes, stopped)
             held.append(self._held)
@@ -184,7 +183,7 @@ def test_what_is_held_stays_within_the_budget(
             super().give(num_bytes)
             held.append(self._held)
 
-    monkeypatch.setattr(worker_module, "Budget", Watched)
+    monkeypatch.setattr(shard_run, "Budget", Watched)
     worker = make_worker(pair[0], tmp_path / "out", memory_bytes=FIXED_BYTES + limit)
     worker.run(pair[1])
     worker.close()
@@ -195,7 +194,7 @@ def test_what_is_held_stays_within_the_budget(
 
 
 def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
-    budget, never = worker_module.Budget(100), threading.Event()
+    budget, never = shard_run.Budget(100), threading.Event()
     budget.take(500, never)  # alone: let in whatever its size
     entered = threading.Event()
 
@@ -213,7 +212,7 @@ def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
 
 
 def test_a_waiting_taker_is_let_go_when_the_shard_has_failed() -> None:
-    budget, failed = worker_module.Budget(100), threading.Event()
+    budget, failed = shard_run.Budget(100), threading.Event()
     budget.take(100, failed)
     thread = threading.Thread(target=budget.take, args=(1, failed))
     thread.start()
@@ -269,13 +268,13 @@ def test_an_input_that_changes_while_it_is_used_is_refused(
 ) -> None:
     inputs, shard = pair
     monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", 0)
-    compute = worker_module._ShardRun._compute
+    compute = shard_run.ShardRun._compute
 
     def touch_and_compute(*args: Any) -> Any:
         os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
         return compute(*args)
 
-    monkeypatch.setattr(worker_module._ShardRun, "_compute", touch_and_compute)
+    monkeypatch.setattr(shard_run.ShardRun, "_compute", touch_and_compute)
     with pytest.raises(CheckpointError, match="changed"):
         make_worker(inputs, tmp_path / "out").run(shard)
     assert files_below(tmp_path / "out") == set()

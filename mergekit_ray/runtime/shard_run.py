@@ -1,0 +1,319 @@
+"""One shard is run: read, compute and write overlap under a byte budget.
+
+    reader thread     batches of byte ranges -> input buffers; from stores, several batches at once
+    stager thread     input buffers -> device, where there is one
+    calling thread    windows: expression over input buffers -> output buffer (arithmetic on the compute pool)
+    writer thread     output buffers -> shard file, hashed on the way
+
+On a device the calling thread only hands work over, and what the writer waits for is its way back.
+
+Memory is taken from the budget before a batch is read and given back as its parts are done with, so a worker never
+holds more than its budget whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mergekit_ray.checkpoint.reader import ByteRange, read_into
+from mergekit_ray.checkpoint.writer import ShardWriter
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import Interrupted
+from mergekit_ray.core.expressions import Load, is_copy
+from mergekit_ray.core.plan import Shard
+from mergekit_ray.planning.windows import FIXED_BYTES, READS_AHEAD, Window, batches
+from mergekit_ray.runtime.budget import Budget
+from mergekit_ray.runtime.buffers import Bytes
+from mergekit_ray.runtime.copies import check_copy_finite
+from mergekit_ray.runtime.fused import fused
+from mergekit_ray.runtime.threads import hold_torch
+from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_ray.runtime.device_evaluate import DeviceSession, Staged
+    from mergekit_ray.runtime.nodes.base import Piece
+    from mergekit_ray.runtime.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a batch was read.
+
+    Attributes:
+        num_bytes: asked of stores.
+        began, ended: on the clock of `time.perf_counter`.
+    """
+
+    num_bytes: int
+    began: float
+    ended: float
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Windows that are read together; their inputs are there once ``reading`` has a result."""
+
+    windows: list[Window]
+    inputs: list[WindowInputs] = field(default_factory=list)
+    reading: Future[_Reading] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A window whose inputs are there: in host memory, and on the device if they are wanted there."""
+
+    window: Window
+    inputs: WindowInputs
+    staged: Staged | None = None
+
+    def data(self) -> dict[Load, tuple[Bytes, int]]:
+        """The bytes of each input, and the flat index of its first element."""
+        return {load: (data, self.window.needs[load][0]) for load, data in self.inputs.data.items()}
+
+    def pieces(self) -> dict[Load, Piece]:
+        """The same as tensors."""
+        from mergekit_ray.runtime.nodes.base import Piece  # noqa: PLC0415 - imports torch
+
+        return {load: Piece(_tensor(data, load.spec.dtype), start) for load, (data, start) in self.data().items()}
+
+
+@dataclass(slots=True)
+class _Output:
+    """A window's result, complete once ``finish`` has returned."""
+
+    data: Bytes
+    buffers: list[Bytes]
+    held_bytes: int
+    ends_tensor: bool
+    finish: Callable[[], None] | None = None
+
+
+class ShardRun:
+    """The threads of one shard.
+
+    Args:
+        worker: whose inputs, memory, threads and counters are used.
+        shard: to be computed.
+        writer: where its bytes go.
+        stop: when set, the shard is abandoned as soon as possible.
+    """
+
+    def __init__(self, worker: Worker, shard: Shard, writer: ShardWriter, stop: threading.Event) -> None:
+        self._options = worker.options
+        self._model_inputs, self._sources = worker.inputs, worker.sources
+        self._pool, self._buffers = worker.pool, worker.buffers
+        self._progress = worker.progress
+        self._writer = writer
+        self._user_stop = stop
+        self._failed = threading.Event()
+        self._errors: list[BaseException] = []
+        self._batches = list(batches(shard, self._options.memory_bytes))
+        limit_bytes = self._options.memory_bytes - FIXED_BYTES
+        self._inputs = InputReader(worker.inputs, worker.sources, worker.buffers, self._batches, limit_bytes)
+        self._budget = Budget(limit_bytes - self._inputs.reserved_bytes)
+        # A device is not opened to copy bytes.
+        self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
+        self._read: queue.Queue[_Batch | None] = queue.Queue()
+        self._read_until = 0.0
+        is_far = any("://" in model.uri for model in worker.inputs.values())
+        self._readers = ThreadPoolExecutor(READS_AHEAD if is_far else 1, thread_name_prefix="batch")
+        self._staged: queue.Queue[_Ready | None] = queue.Queue()
+        self._written: queue.Queue[_Output | None] = queue.Queue()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the budget, what is held now."""
+        return self._budget.held_bytes
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether anything is computed elsewhere than on the CPU."""
+        return self._session is not None
+
+    def run(self) -> None:
+        """Compute and write all windows. To be called once; see `Worker.run` for the errors."""
+        threads = [
+            threading.Thread(target=self._guard, args=(self._read_all, self._read), name="reader"),
+            threading.Thread(target=self._guard, args=(self._write_all, None), name="writer"),
+        ]
+        if self._session is not None:
+            threads.append(threading.Thread(target=self._guard, args=(self._stage_all, self._staged), name="stager"))
+        for thread in threads:
+            thread.start()
+        try:
+            self._compute_all()
+        except BaseException as error:  # noqa: BLE001 - kept and raised below, once the threads have ended
+            self._fail(error)
+        finally:
+            self._written.put(None)
+            for thread in threads:
+                thread.join()
+            # Nothing may be read into buffers that others are given.
+            self._readers.shutdown(cancel_futures=True)
+        if self._errors:
+            raise self._errors[0]
+        self._inputs.check_unchanged()
+
+    def _guard(self, work: Callable[[], None], sentinel: queue.Queue[Any] | None) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - handed to the calling thread
+            self._fail(error)
+        finally:
+            if sentinel is not None:
+                sentinel.put(None)
+
+    def _fail(self, error: BaseException) -> None:
+        self._errors.append(error)
+        self._failed.set()
+
+    def _check(self) -> bool:
+        """Whether to go on. Raises if the user asked to stop."""
+        if self._user_stop.is_set():
+            raise Interrupted("the merge was stopped", remedy="run the same command to resume")
+        return not self._failed.is_set()
+
+    def _read_all(self) -> None:
+        for windows in self._batches:
+            if not self._check():
+                return
+            batch = _Batch(windows)
+            self._budget.take(sum(window.memory_bytes for window in windows), self._failed)
+            if not self._check():
+                return
+            requests: list[ByteRange] = []
+            batch.inputs = [self._inputs.prepare(window, requests) for window in windows]
+            batch.reading = self._readers.submit(self._read_batch, requests)
+            self._read.put(batch)
+
+    def _read_batch(self, requests: list[ByteRange]) -> _Reading:
+        began = time.perf_counter()
+        num_bytes = read_into(self._sources, requests)
+        return _Reading(num_bytes, began, time.perf_counter())
+
+    def _windows(self) -> Iterator[_Ready]:
+        """What has been read, in order."""
+        for batch in iter(self._read.get, None):
+            reading = batch.reading.result()
+            self._progress.fetched_bytes += reading.num_bytes
+            self._progress.read_bytes += sum(window.read_bytes for window in batch.windows)
+            # Batches that are read at the same time take their time once.
+            self._progress.read_seconds += max(0.0, reading.ended - max(reading.began, self._read_until))
+            self._read_until = max(self._read_until, reading.ended)
+            for window, held in zip(batch.windows, batch.inputs, strict=True):
+                yield _Ready(window, held)
+
+    def _stage_all(self) -> None:
+        """Bring what has been read to the device, ahead of its turn."""
+        assert self._session is not None
+        for ready in self._windows():
+            if not self._check():
+                return
+            if not is_copy(ready.window.tensor.expression):
+                ready.staged = self._session.stage(ready.window.tensor.expression, ready.pieces(), self._failed)
+            self._staged.put(ready)
+
+    def _compute_all(self) -> None:
+        for ready in self._windows() if self._session is None else iter(self._staged.get, None):
+            if not self._check():
+                return
+            began = time.perf_counter()
+            output = self._compute(ready)
+            self._progress.compute_seconds += time.perf_counter() - began
+            self._written.put(output)
+
+    def _compute(self, ready: _Ready) -> _Output:
+        window, held = ready.window, ready.inputs
+        expression = window.tensor.expression
+        ends_tensor = window.stop == window.tensor.spec.num_elements
+        if is_copy(expression) and isinstance(expression, Load):
+            data = held.data[expression]
+            if not self._options.allow_non_finite:
+                check_copy_finite(expression, data, window.start, self._model_inputs[expression.model].reference)
+            return _Output(data, [*held.buffers, *held.shared], window.memory_bytes, ends_tensor)
+        if self._session is not None:
+            return self._hand_over(ready, self._session)
+        out = self._buffers.take(window.write_bytes)
+        data = out[: window.write_bytes]
+        if not self._fill_fused(ready, data):
+            self._fill(ready, data)
+        for buffer in held.buffers:
+            self._buffers.give(buffer)
+        self._budget.give(window.memory_bytes - window.write_bytes)
+        return _Output(data, [out, *held.shared], window.write_bytes, ends_tensor)
+
+    def _fill_fused(self, ready: _Ready, out: Bytes) -> bool:
+        """Whether the window could be computed so. NaN and infinities that are let pass have bits that are torch's."""
+        how = None if self._options.allow_non_finite else fused(ready.window.tensor.expression)
+        return how is not None and how.fill(ready.data(), ready.window.start, out, self._pool)
+
+    def _fill(self, ready: _Ready, out: Bytes) -> None:
+        from mergekit_ray.runtime.evaluate import Evaluation  # noqa: PLC0415 - imports torch
+
+        hold_torch()
+        window = ready.window
+        evaluation = Evaluation(
+            window.tensor.expression,
+            ready.pieces(),
+            self._pool,
+            chunk_elements=self._options.chunk_elements,
+            allow_non_finite=self._options.allow_non_finite,
+            references=self._references(),
+        )
+        evaluation.fill(window.start, window.stop, _tensor(out, window.tensor.spec.dtype))
+
+    def _hand_over(self, ready: _Ready, session: DeviceSession) -> _Output:
+        """To the device. The inputs are kept until the result is there: for messages, and for another try."""
+        from mergekit_ray.runtime.device_evaluate import DeviceEvaluation  # noqa: PLC0415 - imports torch
+
+        hold_torch()
+        window, held = ready.window, ready.inputs
+        evaluation = DeviceEvaluation(
+            session,
+            window.tensor.expression,
+            ready.pieces(),
+            ready.staged,
+            allow_non_finite=self._options.allow_non_finite,
+            references=self._references(),
+        )
+        out = self._buffers.take(window.write_bytes)
+        data = out[: window.write_bytes]
+        evaluation.start(window.start, window.stop, _tensor(data, window.tensor.spec.dtype))
+        self._progress.num_on_cpu += evaluation.lacked_memory
+        ends_tensor = window.stop == window.tensor.spec.num_elements
+        return _Output(data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, evaluation.finish)
+
+    def _references(self) -> dict[str, str]:
+        return {key: model.reference for key, model in self._model_inputs.items()}
+
+    def _write_all(self) -> None:
+        while (output := self._written.get()) is not None:
+            if not self._check():
+                continue
+            if output.finish is not None:
+                output.finish()
+            began = time.perf_counter()
+            self._writer.write(output.data.data)
+            self._progress.write_seconds += time.perf_counter() - began
+            self._progress.written_bytes += output.data.size
+            self._progress.num_tensors += output.ends_tensor
+            for buffer in output.buffers:
+                self._buffers.give(buffer)
+            self._budget.give(output.held_bytes)
+
+
+def _tensor(data: Bytes, dtype: DType) -> torch.Tensor:
+    """Bytes as a 1-D tensor of a dtype."""
+    import torch  # noqa: PLC0415 - copies and sums need none
+
+    from mergekit_ray.runtime.scratch import TORCH_DTYPES  # noqa: PLC0415
+
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype])
