@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.compiled import is_compiled_for
 from mergekit_ray.methods.order_statistics import kth_largest
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.rows import Lines, Piece, pieces, row_sums
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Scratch
+from mergekit_ray.methods.rows import Lines
 
 if TYPE_CHECKING:
     import torch
@@ -78,31 +78,34 @@ class ArceeFusion(ReduceMethod):
         del operands
         found: Importance = statistics
         assert chunk.base is not None  # held by the declaration: base REQUIRED
+        if is_compiled_for(chunk.base):
+            from mergekit_ray.methods.compiled import divergence  # noqa: PLC0415 - compilers load where they are needed
+
+            x = chunk.inputs[0]
+            of_rows, row_length = found.divergence.numpy(), found.rows.num_columns
+            divergence.take_important(x.numpy(), chunk.base.numpy(), chunk.start, row_length, of_rows, found.threshold)
+            return x
         kept = _importance(chunk, found.rows, found.divergence).ge_(found.threshold)
         x = chunk.inputs[0].mul_(kept)
         return chunk.base.mul_(kept.neg_().add_(1.0)).add_(x)
 
 
 def divergences(operands: Operands, rows: Lines) -> torch.Tensor:
-    """``KL(p ‖ q)`` of each row, in float64."""
+    """``KL(p ‖ q)`` of each row, in float64, on the CPU."""
     import torch  # noqa: PLC0415 - declarations are read without torch
 
-    log_partitions = _log_partitions(operands, rows)
+    from mergekit_ray.methods.compiled import divergence  # noqa: PLC0415 - compilers load where they are needed
 
-    def terms(chunk: Chunk) -> Iterator[torch.Tensor]:
-        probabilities = []
-        for run, log_partition in zip(_pair(chunk), log_partitions, strict=True):
-            wide = chunk.scratch.like(run, torch.float64).copy_(run)
-            for part, shift in rows.matched(wide, chunk.start, log_partition):
-                part.sub_(shift)
-            probabilities.append(wide.exp_().add_(SMALLEST_PROBABILITY))
-        p, q = probabilities
-        change = torch.sub(p, q, out=chunk.scratch.like(p))
-        # p ln(p/q) − (p − q), which is never negative and sums to the same, keeps the digits that p ln(p/q) cancels.
-        yield torch.div(change, q, out=q).log1p_().mul_(p).sub_(change)
+    def measure(chunk: Chunk) -> torch.Tensor:
+        x, base = (_wide(run, chunk.scratch).numpy() for run in _pair(chunk))
+        found = torch.empty(x.size // rows.num_columns, dtype=torch.float64)
+        divergence.of_rows(x, base, rows.num_columns, SMALLEST_PROBABILITY, found.numpy())
+        return found
 
-    divergence = rows.sums(operands, terms, 1)[0]
-    return torch.where(divergence < _ROUNDING, 0.0, divergence)
+    # A row longer than a block is seen at one go all the same.
+    rows_per_block = max(operands.block_elements // rows.num_columns, 1)
+    found = torch.cat(operands.map_blocks(measure, rows_per_block * rows.num_columns))
+    return torch.where(found < _ROUNDING, 0.0, found)
 
 
 def scaled(divergence: torch.Tensor) -> torch.Tensor:
@@ -121,31 +124,11 @@ def _pair(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
     return chunk.inputs[0], chunk.base
 
 
-def _log_partitions(operands: Operands, rows: Lines) -> list[torch.Tensor]:
-    """``ln Σ exp`` of each row of the model and of the base, in float64."""
+def _wide(run: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """As numbers that the compiled loops take."""
     import torch  # noqa: PLC0415
 
-    def measure(chunk: Chunk) -> list[tuple[Piece, torch.Tensor, torch.Tensor]]:
-        cut = pieces(chunk.start, chunk.stop, rows.num_columns)
-        wide = [chunk.scratch.like(run, torch.float64).copy_(run) for run in _pair(chunk)]
-        found = []
-        for piece in cut:
-            parts = [piece.of(run) for run in wide]
-            highest = torch.stack([part.amax(dim=1) for part in parts])
-            sums = [row_sums(part.sub_(high[:, None]).exp_()) for part, high in zip(parts, highest, strict=True)]
-            found.append((piece, highest, torch.stack(sums)))
-        return found
-
-    blocks = operands.map_blocks(measure)
-    device = blocks[0][0][1].device
-    maxima = torch.full((2, rows.num_rows), -math.inf, dtype=torch.float64, device=device)
-    summed = torch.zeros(2, rows.num_rows, dtype=torch.float64, device=device)
-    for block in blocks:
-        for piece, highest, sums in block:
-            old, new = maxima[:, piece.rows], torch.maximum(maxima[:, piece.rows], highest)
-            summed[:, piece.rows] = summed[:, piece.rows] * (old - new).exp_() + sums * (highest - new).exp_()
-            maxima[:, piece.rows] = new
-    return list(summed.log_().add_(maxima))
+    return run if is_compiled_for(run) else scratch.like(run, torch.float32).copy_(run)
 
 
 def _importance(chunk: Chunk, rows: Lines, divergence: torch.Tensor) -> torch.Tensor:
@@ -153,6 +136,12 @@ def _importance(chunk: Chunk, rows: Lines, divergence: torch.Tensor) -> torch.Te
     import torch  # noqa: PLC0415
 
     x, base = _pair(chunk)
+    if is_compiled_for(x):
+        from mergekit_ray.methods.compiled import divergence as compiled  # noqa: PLC0415 - where they are needed
+
+        out = chunk.scratch.like(x)
+        compiled.importance(x.numpy(), base.numpy(), chunk.start, rows.num_columns, divergence.numpy(), out.numpy())
+        return out
     return rows.scale_(torch.sub(x, base, out=chunk.scratch.like(x)).abs_(), chunk.start, divergence)
 
 

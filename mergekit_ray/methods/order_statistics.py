@@ -6,8 +6,7 @@ value is (infinity above all numbers, NaN above infinity; −0.0 equals 0.0).
 Two ways to the same answer:
 
 - *bracket* (CPU): a sample gives two patterns that the k-th largest almost surely lies between; one pass counts what
-  is above and collects the few per cent between, in block order; the answer is selected among those. numpy does the
-  comparisons: its masks cost a fifth of torch's.
+  is above and collects the few per cent between, in block order; the answer is selected among those.
 - *radix* (any device, and where the sample misled or too much would be collected): one histogram pass per 16 bits of
   the pattern. Never synchronises with the device inside a pass.
 """
@@ -106,30 +105,33 @@ def by_bracket(
     """`kth_largest` by sample and bracket, for tensors on the CPU; without those places it did not work out for."""
     import numpy as np  # noqa: PLC0415 - imported where it works, as torch is
 
+    from mergekit_ray.methods.compiled import brackets  # noqa: PLC0415 - compilers load where they are needed
+
     num_elements = operands.num_elements
-    brackets = _brackets(operands, ranks, values, index_of)
+    limits = _brackets(operands, ranks, values, index_of)
     given_up: set[int] = set()
     room = dict.fromkeys(ranks, BLOCK_ELEMENTS * _SMALL_BLOCKS + num_elements // 4)
 
     def collect(chunk: Chunk) -> dict[int, tuple[int, Patterns]]:
         found: dict[int, tuple[int, Patterns]] = {}
-        for index, places in _by_index((place for place in brackets if place not in given_up), index_of).items():
-            patterns = patterns_(values(chunk, index)).numpy()
-            found |= {place: between(patterns, place, *brackets[place]) for place in places}
+        for index, places in _by_index((place for place in limits if place not in given_up), index_of).items():
+            patterns = patterns_(values(chunk, index))
+            gathered = chunk.scratch.like(patterns).numpy()
+            found |= {place: between(patterns.numpy(), place, *limits[place], gathered) for place in places}
         return found
 
-    def between(patterns: Patterns, place: int, low: int, high: int) -> tuple[int, Patterns]:
-        above = patterns > high
-        kept = patterns[np.not_equal(patterns >= low, above)]
+    def between(patterns: Patterns, place: int, low: int, high: int, gathered: Patterns) -> tuple[int, Patterns]:
+        bits = f"u{patterns.itemsize}"  # the same numbers, as none is negative
+        above, num_kept = brackets.collect(patterns.view(bits), np.uint64(low), np.uint64(high), gathered.view(bits))
         # Threads may lose updates of this count; that only delays giving up, and both ways give the same answer.
-        room[place] -= len(kept)
+        room[place] -= int(num_kept)
         if room[place] < 0:
             given_up.add(place)
-        return int(np.count_nonzero(above)), kept
+        return int(above), gathered[:num_kept].copy()
 
     blocks = operands.map_blocks(collect)
     found = {}
-    for place, (low, _) in brackets.items():
+    for place, (low, _) in limits.items():
         if place not in given_up:
             threshold = _among([block[place] for block in blocks], ranks[place], low, num_elements)
             if threshold is not None:
@@ -181,6 +183,8 @@ def _among(blocks: Sequence[tuple[int, Patterns]], rank: int, low: int, num_elem
     """The answer from what was collected, or None if it is not there."""
     import numpy as np  # noqa: PLC0415
 
+    from mergekit_ray.methods.compiled import brackets  # noqa: PLC0415
+
     collected = np.concatenate([kept for _, kept in blocks])
     above = sum(count for count, _ in blocks)
     wanted = rank - above
@@ -195,27 +199,10 @@ def _among(blocks: Sequence[tuple[int, Patterns]], rank: int, low: int, num_elem
         ]
         remaining = wanted - len(collected)
         return Threshold(0, remaining, remaining == sum(zeros), zeros)
-    pattern = _nth_largest(collected, wanted)
+    pattern, above = brackets.nth_largest(collected.view(f"u{collected.itemsize}"), wanted)
     equal = [int(np.count_nonzero(kept == pattern)) for _, kept in blocks]
-    remaining = wanted - int(np.count_nonzero(collected > pattern))
-    return Threshold(pattern, remaining, remaining == sum(equal), equal)
-
-
-def _nth_largest(patterns: Patterns, rank: int) -> int:
-    """By counting, from the top bits down: many are equal, which comparison-based selection is slow at."""
-    import numpy as np  # noqa: PLC0415
-
-    while True:
-        lowest = int(patterns.min())
-        shift = max(0, (int(patterns.max()) - lowest).bit_length() - _DIGIT_BITS)
-        digits = (patterns - lowest) >> shift
-        at_least = np.cumsum(np.bincount(digits)[::-1])
-        place = int(np.searchsorted(at_least, rank))
-        digit = len(at_least) - 1 - place
-        if shift == 0:
-            return lowest + digit
-        rank -= int(at_least[place - 1]) if place else 0
-        patterns = patterns[digits == digit]
+    remaining = wanted - above
+    return Threshold(int(pattern), remaining, remaining == sum(equal), equal)
 
 
 def by_radix(

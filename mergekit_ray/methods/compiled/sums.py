@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
+from mergekit_ray.methods.compiled.intrinsics import float32_of, fma, uint32_of
 from mergekit_ray.methods.compiled.jit import compiled
 
 Bits = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
@@ -24,57 +23,37 @@ _HALF = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _SIXTEEN = np.uint32(16)
 
-_LANES = 16
-"""Independent partial sums, which the processor adds in parallel. Part of the result: the same everywhere."""
-
-
-def _fused(_typing: Any, a: Any, _b: Any, _c: Any) -> Any:
-    return a(a, a, a), lambda _context, builder, _signature, args: builder.fma(*args)
-
-
-def _cast(result: Any) -> Any:
-    def cast(_typing: Any, value: Any) -> Any:
-        return result(value), lambda context, builder, _, args: builder.bitcast(args[0], context.get_value_type(result))
-
-    return cast
-
-
-_fma: Any = intrinsic(_fused)
-"""``a * b + c``, rounded once (IEEE 754-2019, 5.4.1)."""
-
-_number: Any = intrinsic(_cast(types.float32))
-"""The float32 with the bits of a uint32."""
-
-_bits: Any = intrinsic(_cast(types.uint32))
-"""The bits of a float32, as a uint32."""
+_LANES = 64
+"""Independent partial sums: enough for a loop of its own, which the processor runs in parallel. Part of the result: the
+same everywhere."""
 
 
 @compiled
 def scaled(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
     """``total = factor * x``; ``shift`` is 16 for bfloat16, 0 for float32."""
     for i in range(x.size):
-        total[i] = _number(np.uint32(np.uint32(x[i]) << shift)) * factor
+        total[i] = float32_of(np.uint32(np.uint32(x[i]) << shift)) * factor
 
 
 @compiled
 def add_scaled(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
     """``total += factor * x``."""
     for i in range(x.size):
-        total[i] = _fma(_number(np.uint32(np.uint32(x[i]) << shift)), factor, total[i])
+        total[i] = fma(float32_of(np.uint32(np.uint32(x[i]) << shift)), factor, total[i])
 
 
 @compiled
 def add_rounded(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
     """``total += factor * x``, the product rounded before it is added."""
     for i in range(x.size):
-        total[i] += _number(np.uint32(np.uint32(x[i]) << shift)) * factor
+        total[i] += float32_of(np.uint32(np.uint32(x[i]) << shift)) * factor
 
 
 @compiled
 def difference(x: Bits, shift: np.uint32, base: Floats, out: Floats) -> None:
     """``out = x - base``."""
     for i in range(x.size):
-        out[i] = _number(np.uint32(np.uint32(x[i]) << shift)) - base[i]
+        out[i] = float32_of(np.uint32(np.uint32(x[i]) << shift)) - base[i]
 
 
 @compiled
@@ -96,11 +75,11 @@ def interpolate(a: Floats, b: Floats, t: np.float32, total: Floats) -> None:
     """``a + t (b - a)``, from the nearer end, as ``torch.lerp`` has it."""
     if abs(t) < np.float32(0.5):
         for i in range(a.size):
-            total[i] = _fma(t, b[i] - a[i], a[i])
+            total[i] = fma(t, b[i] - a[i], a[i])
     else:
         back = np.float32(t - np.float32(1.0))
         for i in range(a.size):
-            total[i] = _fma(back, b[i] - a[i], b[i])
+            total[i] = fma(back, b[i] - a[i], b[i])
 
 
 @compiled
@@ -146,7 +125,7 @@ def rounded(total: Floats, out: Bits) -> bool:
     """``total`` rounded to bfloat16, to nearest and to even; whether it and the result are all finite."""
     spoiled = np.uint32(0)
     for i in range(total.size):
-        bits = _bits(total[i])
+        bits = uint32_of(total[i])
         upper = (bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN
         spoiled |= np.uint32((upper & _UPPER_EXPONENT) == _UPPER_EXPONENT)
         spoiled |= np.uint32((bits & _EXPONENT) == _EXPONENT)
@@ -159,7 +138,7 @@ def copied(total: Floats, out: Bits) -> bool:
     """The bits of ``total``; whether all of it is finite."""
     spoiled = np.uint32(0)
     for i in range(total.size):
-        bits = _bits(total[i])
+        bits = uint32_of(total[i])
         spoiled |= np.uint32((bits & _EXPONENT) == _EXPONENT)
         out[i] = bits
     return bool(spoiled == 0)
