@@ -7,7 +7,7 @@ finite, is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -17,7 +17,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Constant, Expression, Literal, Load, Merge, Noise
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.gram import DOT_ELEMENTS, dots, num_products, summed_products
+from mergekit_ray.methods.gram import DOT_ELEMENTS, num_products, summed_products
 from mergekit_ray.methods.protocol import Held, Interpolation, Sum, SumMethod
 from mergekit_ray.runtime import noise
 from mergekit_ray.runtime.buffers import Bytes
@@ -26,33 +26,30 @@ from mergekit_ray.runtime.pool import ComputePool
 _BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
 """Dtypes that the loops read and write, and what carries their bits."""
 
-_ONE: Final = np.float32(1.0)
-_NO_SHIFT: Final = np.uint32(0)
-
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Combination: TypeAlias = Sum | Interpolation | Held
 
 Pieces: TypeAlias = Mapping[Load, tuple[Bytes, int]]
 """Of each load the bytes of a window, and the flat index of its first element."""
 
-_CHUNK_ELEMENTS: Final = 1 << 17
-"""Elements handled at a time: 512 KiB of sums, which stay in the cache of a core."""
+Completion: TypeAlias = Callable[[], bool]
+"""Waits, in any thread, and tells whether the result is finite. If not, what was written is not the result."""
+
+_RUN_ELEMENTS: Final = 1 << 14
+"""Elements that a thread is given at least."""
 
 
 class Fused(Protocol):
     """An expression that can be computed so."""
 
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """Write a run of elements.
+    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion:
+        """Begin to write a run of elements.
 
         Args:
             pieces: of each input.
             start: flat index of the first element.
             out: as many bytes as the run has.
             pool: threads to compute on.
-
-        Returns:
-            Whether the result is finite. If not, ``out`` is not the result.
         """
         ...
 
@@ -95,75 +92,87 @@ class FusedSum:
         *inputs, base = loads
         return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
 
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """See `Fused.fill`."""
+    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion:
+        """See `Fused.start`."""
         method = METHODS.get(self._merge.method)
         assert issubclass(method, SumMethod)  # seen to by `of`
-        read = {load: _Bits.of(load, *pieces[load]) for load in {*self._vectors, *_present(self._base)}}
-        vectors, base = [read[load] for load in self._vectors], None if self._base is None else read[self._base]
+        vectors = _Runs.of(self._vectors, pieces)
+        base = None if self._base is None else _Runs.of([self._base], pieces)
+        inputs = [vectors, *([] if base is None else [base])]
+        if not all(runs.are_aligned for runs in inputs):
+            return _is_not_finite
         try:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
         except MergeError:
-            return False  # which the evaluator says, and of which tensor
+            return _is_not_finite  # the evaluator says it, and of which tensor
         if how is None:
-            return False
-        result = out.view(_BITS[self._merge.spec.dtype])
-        chunk_elements = _CHUNK_ELEMENTS if base is None and isinstance(how, Sum) else _CHUNK_ELEMENTS // 2
+            return _is_not_finite
+        width = self._merge.spec.dtype.itemsize
+        num_elements = out.size // width
 
         def run(first: int, last: int) -> bool:
-            scratch = _Scratch(min(chunk_elements, result.size))
-            is_finite = True
-            for low in range(first * chunk_elements, min(last * chunk_elements, result.size), chunk_elements):
-                high = min(low + chunk_elements, result.size)
-                if not method.propagates_non_finite and not _all_finite(read.values(), start + low, start + high):
-                    return False
-                total = _summed(how, vectors, base, start + low, start + high, scratch)
-                is_finite &= _stored(total, result[low:high])
-            return is_finite
+            low = first * _RUN_ELEMENTS
+            size = min(last * _RUN_ELEMENTS, num_elements) - low
+            if not method.propagates_non_finite and not all(x.all_finite(start + low, size) for x in inputs):
+                return False
+            return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
 
-        return all(pool.map_runs(-(-result.size // chunk_elements), run))
+        results = pool.start_runs(-(-num_elements // _RUN_ELEMENTS), run)
+        return lambda: all(results())
+
+
+def _is_not_finite() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
-class _Bits:
-    """A tensor's numbers, or a run of them, by their bits.
+class _Runs:
+    """What was read of some tensors.
 
     Attributes:
-        bits: uint16 of bfloat16, uint32 of float32.
-        shift: that makes a float32's bits of them.
-        start: flat index of the first.
+        addresses: of the first element that each tensor has, or would have, in memory: int64.
+        widths: of their elements, bytes: int64.
+        data: the memory itself, which is there as long as this is.
     """
 
-    bits: np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
-    shift: np.uint32
-    start: int
+    addresses: np.ndarray[Any, np.dtype[np.int64]]
+    widths: np.ndarray[Any, np.dtype[np.int64]]
+    data: Sequence[Bytes]
 
     @classmethod
-    def of(cls, load: Load, data: Bytes, start: int) -> Self:
-        return cls(data.view(_BITS[load.spec.dtype]), np.uint32(32 - 8 * load.spec.dtype.itemsize), start)
+    def of(cls, loads: Sequence[Load], pieces: Pieces) -> Self:
+        widths = [load.spec.dtype.itemsize for load in loads]
+        data, starts = zip(*(pieces[load] for load in loads), strict=True)
+        addresses = [_address(x) - start * width for x, start, width in zip(data, starts, widths, strict=True)]
+        return cls(np.array(addresses, np.int64), np.array(widths, np.int64), data)
 
-    def run(self, start: int, stop: int) -> tuple[np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]], np.uint32]:
-        """Elements ``[start, stop)`` of the tensor, and the shift."""
-        return self.bits[start - self.start : stop - self.start], self.shift
+    @property
+    def are_aligned(self) -> bool:
+        """Whether every element lies where the processor would have it."""
+        return not (self.addresses % self.widths).any()
+
+    def at(self, element: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The addresses of the elements with a flat index."""
+        return self.addresses + element * self.widths
+
+    def all_finite(self, start: int, size: int) -> bool:
+        """Whether no element from flat index ``start`` on is a NaN or an infinity."""
+        from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
+
+        return all(
+            sums.all_finite(address, width, size) for address, width in zip(self.at(start), self.widths, strict=True)
+        )
 
 
-class _Scratch:
-    """Float32 runs of one thread, by number."""
-
-    def __init__(self, num_elements: int) -> None:
-        self._num_elements = num_elements
-        self._runs: list[Floats] = []
-
-    def run(self, number: int, num_elements: int) -> Floats:
-        while number >= len(self._runs):
-            self._runs.append(np.empty(self._num_elements, np.float32))
-        return self._runs[number][:num_elements]
+def _address(data: Bytes) -> int:
+    address: int = data.__array_interface__["data"][0]
+    return address
 
 
 class _Tensor:
     """See `SummedTensor`."""
 
-    def __init__(self, merge: Merge, vectors: Sequence[_Bits], base: _Bits | None, pool: ComputePool) -> None:
+    def __init__(self, merge: Merge, vectors: _Runs, base: _Runs | None, pool: ComputePool) -> None:
         method = METHODS.get(merge.method)
         self.shape = merge.spec.shape
         self.parameters: Any = method.global_parameters.model_validate(dict(merge.parameters))
@@ -175,90 +184,53 @@ class _Tensor:
 
     def inner_products(self) -> list[float]:
         """See `SummedTensor.inner_products`."""
-        size = DOT_ELEMENTS
+        from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
 
-        def run(first: int, last: int) -> list[list[Sequence[float]]]:
-            scratch = _Scratch(min(size, self._num_elements))
-            ends = [min((number + 1) * size, self._num_elements) for number in range(first, last)]
-            return [dots(_floats(self._vectors, self._base, (end - 1) // size * size, end, scratch)) for end in ends]
+        num_pairs = num_products(len(self._vectors.widths))
 
-        blocks = [block for part in self._pool.map_runs(-(-self._num_elements // size), run) for block in part]
-        return summed_products(blocks, num_products(len(self._vectors)))
+        def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+            found = np.empty((last - first, num_pairs))
+            start = first * DOT_ELEMENTS
+            sums.inner_products(
+                self._vectors.at(start),
+                self._vectors.widths,
+                _place_of(self._base, start),
+                min(last * DOT_ELEMENTS, self._num_elements) - start,
+                DOT_ELEMENTS,
+                found,
+            )
+            return found
+
+        parts = np.concatenate(self._pool.map_runs(-(-self._num_elements // DOT_ELEMENTS), run))
+        return summed_products([parts.T.tolist()], num_pairs)
 
 
-def _floats(vectors: Sequence[_Bits], base: _Bits | None, start: int, stop: int, scratch: _Scratch) -> list[Floats]:
-    """Elements ``[start, stop)`` of each vector, less the base's if there is one, in scratch from number 1 on."""
+def _place_of(base: _Runs | None, element: int) -> tuple[int, int]:
+    """The address of an element of the base, and the width; 0 and 0 without one."""
+    return (0, 0) if base is None else (int(base.at(element)[0]), int(base.widths[0]))
+
+
+def _fill(how: Combination, vectors: _Runs, base: _Runs | None, start: int, out: tuple[int, int], size: int) -> bool:
+    """Write the result of so many elements; whether it is finite.
+
+    Args:
+        how: it is made.
+        vectors: that it is made of.
+        base: see `FusedSum`.
+        start: flat index of the first element.
+        out: address for it, and width of a result in bytes.
+        size: elements.
+    """
     from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
 
-    origin = scratch.run(0, stop - start)
-    if base is not None:
-        sums.scaled(*base.run(start, stop), _ONE, origin)
-    found = []
-    for number, vector in enumerate(vectors, 1):
-        values = scratch.run(number, stop - start)
-        if base is None:
-            sums.scaled(*vector.run(start, stop), _ONE, values)
-        else:
-            sums.difference(*vector.run(start, stop), origin, values)
-        found.append(values)
-    return found
-
-
-def _summed(
-    how: Sum | Interpolation | Held,
-    vectors: Sequence[_Bits],
-    base: _Bits | None,
-    start: int,
-    stop: int,
-    scratch: _Scratch,
-) -> Floats:
-    """Elements ``[start, stop)`` of the sum."""
-    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-    total = scratch.run(0, stop - start)
-    if not isinstance(how, Sum):
-        first, second = _floats(vectors, None, start, stop, scratch)
-        if isinstance(how, Held):
-            sums.hold(second, first, np.float32(how.t), total)
-        else:
-            sums.interpolate(first, second, np.float32(how.t), total)
-        return total
-    origin, change = scratch.run(1, stop - start), scratch.run(2, stop - start)
-    if base is not None:
-        sums.scaled(*base.run(start, stop), _ONE, origin)
-    add = sums.scaled
-    for vector, factor in zip(vectors, how.factors, strict=True):
-        bits, shift = vector.run(start, stop)
-        if base is not None:
-            sums.difference(bits, shift, origin, change)
-            bits, shift = change.view(np.uint32), _NO_SHIFT
-        add(bits, shift, np.float32(factor), total)
-        add = sums.add_rounded if how.rounds_products else sums.add_scaled
-    if how.divisor != 1.0:
-        sums.divide(total, np.float32(how.divisor))
-    if how.scale != 1.0:
-        sums.multiply(total, np.float32(how.scale))
-    if base is not None:
-        sums.add(total, origin)
-    return total
-
-
-def _stored(total: Floats, out: np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]) -> bool:
-    """Round into ``out``, as wide as that is; whether all is finite."""
-    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-    is_finite: bool = (sums.rounded if out.itemsize == 2 else sums.copied)(total, out)  # bytes
-    return is_finite
-
-
-def _all_finite(tensors: Iterable[_Bits], start: int, stop: int) -> bool:
-    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-    return all(sums.all_finite(*tensor.run(start, stop)) for tensor in tensors)
-
-
-def _present(load: Load | None) -> list[Load]:
-    return [] if load is None else [load]
+    inputs = vectors.at(start), vectors.widths
+    if isinstance(how, Held):
+        return bool(sums.held(*inputs, np.float32(how.t), out, size))
+    if isinstance(how, Interpolation):
+        return bool(sums.interpolation(*inputs, np.float32(how.t), out, size))
+    steps = (how.rounds_products, np.float32(how.divisor), np.float32(how.scale))
+    factors = np.array(how.factors, np.float32)
+    return bool(sums.weighted_sum(*inputs, _place_of(base, start), factors, steps, out, size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +255,8 @@ class FusedValues:
         around = expression.x
         return cls(expression) if isinstance(around, Constant) and around.spec.dtype is DType.F32 else None
 
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """See `Fused.fill`."""
+    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion:
+        """See `Fused.start`. It is done at once."""
         del pieces, pool
         result = out.view(_BITS[self.expression.spec.dtype])
         held = np.frombuffer(self.expression.data, "<f4") if isinstance(self.expression, Literal) else None
@@ -294,7 +266,7 @@ class FusedValues:
             last = min(first + noise.RUN_ELEMENTS, stop)
             values = self._noise(first, last) if held is None else held[first:last]
             is_finite &= _round(values, result[first - start : last - start])
-        return is_finite
+        return lambda: is_finite
 
     def _noise(self, start: int, stop: int) -> Floats:
         assert isinstance(self.expression, Noise)

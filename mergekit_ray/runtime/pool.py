@@ -21,6 +21,9 @@ CHUNK_ELEMENTS: Final = 1 << 18
 """Elements handled at a time: 1 MiB per float32 buffer. Of 2^16 to 2^20, measured on two cores with dare_ties,
 2^18 and 2^19 took the least time; smaller ones spend it on waiting for the interpreter, larger ones on memory."""
 
+_RUNS_PER_THREAD: Final = 4
+"""So that a thread that is behind, since others want its core, keeps them all waiting for a short time only."""
+
 
 class ComputePool:
     """Threads that share the arithmetic of one process, each with its own scratch.
@@ -65,12 +68,17 @@ class ComputePool:
 
     def map_runs(self, num_items: int, function: Callable[[int, int], R]) -> list[R]:
         """``function(first, last)`` over a few contiguous runs of ``range(num_items)``; results in order."""
-        num_runs = min(self.num_threads, num_items)
+        return self.start_runs(num_items, function)()
+
+    def start_runs(self, num_items: int, function: Callable[[int, int], R]) -> Callable[[], list[R]]:
+        """Begin with `map_runs`, and return what waits for its results, in any thread."""
+        num_runs = min(_RUNS_PER_THREAD * self.num_threads, num_items)
         if num_runs <= 1 or self._executor is None:
-            return [function(0, num_items)] if num_items else []
+            results = [function(0, num_items)] if num_items else []
+            return lambda: results
         bounds = [num_items * i // num_runs for i in range(num_runs + 1)]
         futures = [self._executor.submit(function, a, b) for a, b in itertools.pairwise(bounds)]
-        return [future.result() for future in futures]
+        return lambda: [future.result() for future in futures]
 
     def close(self) -> None:
         """End the threads."""

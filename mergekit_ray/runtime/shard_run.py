@@ -31,7 +31,7 @@ from mergekit_ray.planning.windows import FIXED_BYTES, READS_AHEAD, Window, batc
 from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.buffers import Bytes
 from mergekit_ray.runtime.copies import check_copy_finite
-from mergekit_ray.runtime.fused import fused
+from mergekit_ray.runtime.fused import Completion, fused
 from mergekit_ray.runtime.threads import hold_torch
 from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs
 
@@ -123,6 +123,7 @@ class ShardRun:
         self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
         self._read: queue.Queue[_Batch | None] = queue.Queue()
         self._read_until = 0.0
+        self._completing_seconds = 0.0
         is_far = any("://" in model.uri for model in worker.inputs.values())
         self._readers = ThreadPoolExecutor(READS_AHEAD if is_far else 1, thread_name_prefix="batch")
         self._staged: queue.Queue[_Ready | None] = queue.Queue()
@@ -158,6 +159,7 @@ class ShardRun:
                 thread.join()
             # Nothing may be read into buffers that others are given.
             self._readers.shutdown(cancel_futures=True)
+        self._progress.compute_seconds += self._completing_seconds
         if self._errors:
             raise self._errors[0]
         self._inputs.check_unchanged()
@@ -243,17 +245,26 @@ class ShardRun:
             return self._hand_over(ready, self._session)
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
-        if not self._fill_fused(ready, data):
-            self._fill(ready, data)
+        # NaN and infinities that are let pass have bits that are torch's.
+        how = None if self._options.allow_non_finite else fused(expression)
+        if how is not None:
+            completion = how.start(ready.data(), window.start, data, self._pool)
+            buffers = [out, *held.buffers, *held.shared]
+            return _Output(
+                data, buffers, window.memory_bytes, ends_tensor, lambda: self._complete(completion, ready, data)
+            )
+        self._fill(ready, data)
         for buffer in held.buffers:
             self._buffers.give(buffer)
         self._budget.give(window.memory_bytes - window.write_bytes)
         return _Output(data, [out, *held.shared], window.write_bytes, ends_tensor)
 
-    def _fill_fused(self, ready: _Ready, out: Bytes) -> bool:
-        """Whether the window could be computed so. NaN and infinities that are let pass have bits that are torch's."""
-        how = None if self._options.allow_non_finite else fused(ready.window.tensor.expression)
-        return how is not None and how.fill(ready.data(), ready.window.start, out, self._pool)
+    def _complete(self, completion: Completion, ready: _Ready, out: Bytes) -> None:
+        """Wait for what has been started; what did not turn out finite is left to the evaluator."""
+        began = time.perf_counter()
+        if not completion():
+            self._fill(ready, out)
+        self._completing_seconds += time.perf_counter() - began
 
     def _fill(self, ready: _Ready, out: Bytes) -> None:
         from mergekit_ray.runtime.evaluate import Evaluation  # noqa: PLC0415 - imports torch

@@ -1,8 +1,9 @@
-"""Sums and inner products of 16- and 32-bit numbers as they lie in files, a run at a time, without torch.
+"""Sums and inner products of 16- and 32-bit numbers as they lie in memory, a long run in one call, without torch.
 
-Numbers are given by their bits, since numpy has no bfloat16: float32 as uint32, bfloat16 as uint16, its upper half. The
-operations and their order are those of `mergekit_ray.methods.accumulate`, bit for bit: products are added fused, as
-torch does it.
+Numbers are given by address, so that any number of tensors, of either width, is one kind of argument: a run of each is
+float32 (4 bytes wide) or bfloat16 (2 bytes), its upper half. Calls are few and long because a thread that returns from
+one waits for the interpreter. The operations and their order are those of `mergekit_ray.methods.accumulate`, bit for
+bit: products are added fused, as torch does it.
 """
 
 from __future__ import annotations
@@ -10,135 +11,269 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.np.numpy_support import carray
 
-from mergekit_ray.methods.compiled.intrinsics import float32_of, fma, uint32_of
+from mergekit_ray.methods.compiled.intrinsics import LANES, add_products, float32_of, fma, pointer_to, uint32_of
 from mergekit_ray.methods.compiled.jit import compiled
 
-Bits = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
+Addresses = np.ndarray[Any, np.dtype[np.int64]]
+Widths = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+
+Place = tuple[int, int]
+"""The address of the first element of a run, and the bytes of an element."""
+
+Steps = tuple[bool, np.float32, np.float32]
+"""Whether products are rounded before they are added (otherwise they are added fused); what the sum is divided by, and
+what it is multiplied with then: 1 to leave that out."""
 
 _EXPONENT = np.uint32(0x7F800000)
 _UPPER_EXPONENT = np.uint32(0x7F80)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_LARGEST_ROUNDED = np.uint32(0x7F7F7FFF)
+"""Above are NaN, infinity, and what is rounded to a bfloat16 infinity."""
 _HALF = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _SIXTEEN = np.uint32(16)
 
-_LANES = 64
-"""Independent partial sums: enough for a loop of its own, which the processor runs in parallel. Part of the result: the
-same everywhere."""
+_BLOCK = 1 << 9
+"""Elements handled at a time: a few such runs stay in the nearest cache of a core. A multiple of `LANES`."""
 
 
 @compiled
-def scaled(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
-    """``total = factor * x``; ``shift`` is 16 for bfloat16, 0 for float32."""
-    for i in range(x.size):
-        total[i] = float32_of(np.uint32(np.uint32(x[i]) << shift)) * factor
+def weighted_sum(
+    addresses: Addresses, widths: Widths, base: Place, factors: Floats, steps: Steps, out: Place, size: int
+) -> bool:
+    """``scale · (Σ factor_i v_i) / divisor``; where it is of changes ``x_i - base``, the base is added.
+
+    Args:
+        addresses: of the first element of each input's run.
+        widths: of the inputs' elements, bytes.
+        base: where its run is; address 0 without a base.
+        factors: one per input.
+        steps: how else.
+        out: where as many elements go.
+        size: elements.
+
+    Returns:
+        Whether the sum is finite, and still is as it was stored.
+    """
+    rounds_products, divisor, scale = steps
+    base_address, base_width = base
+    out_address, out_width = out
+    block = min(_BLOCK, size)
+    total_block, origin_block, x_block = (
+        np.empty(block, np.float32),
+        np.empty(block, np.float32),
+        np.empty(block, np.float32),
+    )
+    is_finite = True
+    for start in range(0, size, _BLOCK):
+        length = min(_BLOCK, size - start)
+        total, origin, x = total_block[:length], origin_block[:length], x_block[:length]
+        if base_address != 0:
+            _read(base_address + start * base_width, base_width, origin)
+        for k in range(addresses.size):
+            _read(addresses[k] + start * widths[k], widths[k], x)
+            if base_address != 0:
+                _subtract(x, origin)
+            if k == 0:
+                _multiply(x, factors[k], total)
+            elif rounds_products:
+                _add_rounded(x, factors[k], total)
+            else:
+                _add_fused(x, factors[k], total)
+        if divisor != np.float32(1.0):
+            _divide(total, divisor)
+        if scale != np.float32(1.0):
+            _multiply(total, scale, total)
+        if base_address != 0:
+            _add(origin, total)
+        is_finite &= _store(total, out_address + start * out_width, out_width)
+    return is_finite
 
 
 @compiled
-def add_scaled(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
-    """``total += factor * x``."""
-    for i in range(x.size):
-        total[i] = fma(float32_of(np.uint32(np.uint32(x[i]) << shift)), factor, total[i])
+def interpolation(addresses: Addresses, widths: Widths, t: np.float32, out: Place, size: int) -> bool:
+    """``a + t (b - a)`` of two tensors, from the nearer end, as ``torch.lerp`` has it.
+
+    Arguments are those of `weighted_sum`.
+    """
+    out_address, out_width = out
+    block = min(_BLOCK, size)
+    a_block, b_block = np.empty(block, np.float32), np.empty(block, np.float32)
+    is_near = abs(t) < np.float32(0.5)
+    back = np.float32(t - np.float32(1.0))
+    is_finite = True
+    for start in range(0, size, _BLOCK):
+        length = min(_BLOCK, size - start)
+        a, b = a_block[:length], b_block[:length]
+        _read(addresses[0] + start * widths[0], widths[0], a)
+        _read(addresses[1] + start * widths[1], widths[1], b)
+        if is_near:
+            for i in range(length):
+                a[i] = fma(t, b[i] - a[i], a[i])
+        else:
+            for i in range(length):
+                a[i] = fma(back, b[i] - a[i], b[i])
+        is_finite &= _store(a, out_address + start * out_width, out_width)
+    return is_finite
 
 
 @compiled
-def add_rounded(x: Bits, shift: np.uint32, factor: np.float32, total: Floats) -> None:
-    """``total += factor * x``, the product rounded before it is added."""
-    for i in range(x.size):
-        total[i] += float32_of(np.uint32(np.uint32(x[i]) << shift)) * factor
+def held(addresses: Addresses, widths: Widths, t: np.float32, out: Place, size: int) -> bool:
+    """The second of two tensors held within ``t`` of the first; where both are zero, the bound.
+
+    Arguments are those of `weighted_sum`.
+    """
+    out_address, out_width = out
+    block = min(_BLOCK, size)
+    base_block, x_block = np.empty(block, np.float32), np.empty(block, np.float32)
+    is_finite = True
+    for start in range(0, size, _BLOCK):
+        length = min(_BLOCK, size - start)
+        base, x = base_block[:length], x_block[:length]
+        _read(addresses[0] + start * widths[0], widths[0], base)
+        _read(addresses[1] + start * widths[1], widths[1], x)
+        for i in range(length):
+            low, high = base[i] - t, base[i] + t
+            least = max(low, x[i])
+            x[i] = min(high, least)
+        is_finite &= _store(x, out_address + start * out_width, out_width)
+    return is_finite
 
 
 @compiled
-def difference(x: Bits, shift: np.uint32, base: Floats, out: Floats) -> None:
-    """``out = x - base``."""
-    for i in range(x.size):
-        out[i] = float32_of(np.uint32(np.uint32(x[i]) << shift)) - base[i]
-
-
-@compiled
-def add(total: Floats, x: Floats) -> None:
-    """``total += x``."""
-    for i in range(total.size):
-        total[i] += x[i]
-
-
-@compiled
-def multiply(total: Floats, factor: np.float32) -> None:
-    """``total *= factor``."""
-    for i in range(total.size):
-        total[i] *= factor
-
-
-@compiled
-def interpolate(a: Floats, b: Floats, t: np.float32, total: Floats) -> None:
-    """``a + t (b - a)``, from the nearer end, as ``torch.lerp`` has it."""
-    if abs(t) < np.float32(0.5):
-        for i in range(a.size):
-            total[i] = fma(t, b[i] - a[i], a[i])
-    else:
-        back = np.float32(t - np.float32(1.0))
-        for i in range(a.size):
-            total[i] = fma(back, b[i] - a[i], b[i])
-
-
-@compiled
-def hold(x: Floats, base: Floats, t: np.float32, out: Floats) -> None:
-    """``x`` held within ``base ± t``; where both are zero, the bound."""
-    for i in range(x.size):
-        low, high = base[i] - t, base[i] + t
-        least = max(low, x[i])
-        out[i] = min(high, least)
-
-
-@compiled
-def all_finite(x: Bits, shift: np.uint32) -> bool:
-    """Whether no number is a NaN or an infinity."""
+def all_finite(address: int, width: int, size: int) -> bool:
+    """Whether no number of a run is a NaN or an infinity."""
     spoiled = np.uint32(0)
-    for i in range(x.size):
-        spoiled |= np.uint32((np.uint32(np.uint32(x[i]) << shift) & _EXPONENT) == _EXPONENT)
+    if width == 2:
+        bits = carray(pointer_to(address), size, np.uint16)
+        for i in range(size):
+            spoiled |= np.uint32((bits[i] & _UPPER_EXPONENT) == _UPPER_EXPONENT)
+    else:
+        words = carray(pointer_to(address), size, np.uint32)
+        for i in range(size):
+            spoiled |= np.uint32((words[i] & _EXPONENT) == _EXPONENT)
     return bool(spoiled == 0)
+
+
+@compiled
+def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int, part: int, found: Doubles) -> None:
+    """Partial sums of ``Σ x_i y_i`` of each pair of tensors, or of their changes ``x - base``, as `dot` has them.
+
+    Args:
+        addresses: of the first element of each tensor's run.
+        widths: bytes.
+        base: where its run is; address 0 without a base.
+        size: elements.
+        part: elements in a partial sum, a multiple of 512.
+        found: filled with ``[parts, pairs]``, pairs ``i <= j`` row by row of the upper triangle.
+    """
+    base_address, base_width = base
+    number = addresses.size
+    block = min(_BLOCK, size)
+    origin_block, runs = np.empty(block, np.float32), np.empty((number, block), np.float32)
+    lanes = np.empty((found.shape[1], LANES))
+    for index in range(found.shape[0]):
+        lanes[:] = 0.0
+        for start in range(index * part, min((index + 1) * part, size), _BLOCK):
+            length = min(_BLOCK, size - start)
+            if base_address != 0:
+                _read(base_address + start * base_width, base_width, origin_block[:length])
+            for k in range(number):
+                _read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
+                if base_address != 0:
+                    _subtract(runs[k, :length], origin_block[:length])
+            pair = 0
+            for i in range(number):
+                for j in range(i, number):
+                    _add_products(runs[i, :length], runs[j, :length], lanes[pair])
+                    pair += 1
+        for pair in range(found.shape[1]):
+            found[index, pair] = lanes[pair].sum()
 
 
 @compiled
 def dot(x: Floats, y: Floats) -> float:
     """``Σ x_i y_i`` in float64, where products of float32 numbers are exact."""
-    lanes = np.zeros(_LANES)
-    even = x.size // _LANES * _LANES
-    for start in range(0, even, _LANES):
-        for lane in range(_LANES):
-            lanes[lane] += np.float64(x[start + lane]) * np.float64(y[start + lane])
-    for i in range(even, x.size):
-        lanes[0] += np.float64(x[i]) * np.float64(y[i])
+    lanes = np.zeros(LANES)
+    _add_products(x, y, lanes)
     return float(lanes.sum())
 
 
 @compiled
-def divide(total: Floats, divisor: np.float32) -> None:
-    """``total /= divisor``."""
+def _add_products(x: Floats, y: Floats, lanes: Doubles) -> None:
+    rounds = x.size // LANES
+    add_products(x.ctypes.data, y.ctypes.data, rounds, lanes.ctypes.data)
+    for i in range(rounds * LANES, x.size):
+        lanes[0] += np.float64(x[i]) * np.float64(y[i])
+
+
+@compiled
+def _read(address: int, width: int, out: Floats) -> None:
+    """As float32."""
+    if width == 2:
+        bits = carray(pointer_to(address), out.size, np.uint16)
+        for i in range(out.size):
+            out[i] = float32_of(np.uint32(np.uint32(bits[i]) << _SIXTEEN))
+    else:
+        words = carray(pointer_to(address), out.size, np.uint32)
+        for i in range(out.size):
+            out[i] = float32_of(words[i])
+
+
+@compiled
+def _store(total: Floats, address: int, width: int) -> bool:
+    """Rounded to bfloat16, to nearest and to even, or as it is; whether it and the result are all finite."""
+    largest = np.uint32(0)
+    if width == 2:
+        upper_halves = carray(pointer_to(address), total.size, np.uint16)
+        for i in range(total.size):
+            bits = uint32_of(total[i])
+            largest = max(largest, np.uint32(bits & _MAGNITUDE))
+            upper_halves[i] = np.uint32((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
+        return bool(largest <= _LARGEST_ROUNDED)
+    words = carray(pointer_to(address), total.size, np.uint32)
+    for i in range(total.size):
+        whole = uint32_of(total[i])
+        largest = max(largest, np.uint32(whole & _MAGNITUDE))
+        words[i] = whole
+    return bool(largest < _EXPONENT)
+
+
+@compiled
+def _multiply(x: Floats, factor: np.float32, out: Floats) -> None:
+    for i in range(x.size):
+        out[i] = x[i] * factor
+
+
+@compiled
+def _add_fused(x: Floats, factor: np.float32, total: Floats) -> None:
+    for i in range(x.size):
+        total[i] = fma(x[i], factor, total[i])
+
+
+@compiled
+def _add_rounded(x: Floats, factor: np.float32, total: Floats) -> None:
+    for i in range(x.size):
+        total[i] += x[i] * factor
+
+
+@compiled
+def _subtract(x: Floats, base: Floats) -> None:
+    for i in range(x.size):
+        x[i] -= base[i]
+
+
+@compiled
+def _add(x: Floats, total: Floats) -> None:
+    for i in range(x.size):
+        total[i] += x[i]
+
+
+@compiled
+def _divide(total: Floats, divisor: np.float32) -> None:
     for i in range(total.size):
         total[i] /= divisor
-
-
-@compiled
-def rounded(total: Floats, out: Bits) -> bool:
-    """``total`` rounded to bfloat16, to nearest and to even; whether it and the result are all finite."""
-    spoiled = np.uint32(0)
-    for i in range(total.size):
-        bits = uint32_of(total[i])
-        upper = (bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN
-        spoiled |= np.uint32((upper & _UPPER_EXPONENT) == _UPPER_EXPONENT)
-        spoiled |= np.uint32((bits & _EXPONENT) == _EXPONENT)
-        out[i] = upper
-    return bool(spoiled == 0)
-
-
-@compiled
-def copied(total: Floats, out: Bits) -> bool:
-    """The bits of ``total``; whether all of it is finite."""
-    spoiled = np.uint32(0)
-    for i in range(total.size):
-        bits = uint32_of(total[i])
-        spoiled |= np.uint32((bits & _EXPONENT) == _EXPONENT)
-        out[i] = bits
-    return bool(spoiled == 0)

@@ -52,7 +52,7 @@ def filled(
     data = {load: (piece.data.view(torch.uint8).numpy(), piece.start) for load, piece in pieces.items()}
     pool = ComputePool(num_threads)
     try:
-        is_finite = how.fill(data, start, out, pool)
+        is_finite = how.start(data, start, out, pool)()
     finally:
         pool.close()
     return torch.from_numpy(out).view(TORCH_DTYPES[expression.spec.dtype]), is_finite
@@ -124,6 +124,22 @@ def test_bits_of_methods(name: str, kind: torch.dtype, distance: float) -> None:
             found, is_finite = filled(expression, inputs, num_threads=num_threads)
             assert is_finite
             assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("kind", DTYPES_16_AND_32)
+def test_numbers_at_odd_addresses_are_left_to_the_evaluator(kind: torch.dtype) -> None:
+    inputs = Inputs()
+    expression = linear(inputs, [torch.ones(1000, dtype=kind), torch.ones(1000, dtype=kind)], [1.0, 2.0], DType.BF16)
+    how = fused(expression)
+    assert how is not None
+    for offset in (0, 1):
+        data = {}
+        for load, piece in inputs.pieces(expression).items():
+            room = np.empty(piece.data.numel() * kind.itemsize + 8, np.uint8)
+            bytes_ = room[offset : room.size - 8 + offset]
+            bytes_[:] = piece.data.view(torch.uint8).numpy()
+            data[load] = (bytes_, 0)
+        assert how.start(data, 0, np.empty(2000, np.uint8), ComputePool(1))() == (offset == 0)
 
 
 def test_zeros_keep_their_signs() -> None:

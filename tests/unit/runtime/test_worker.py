@@ -77,9 +77,11 @@ def test_a_plan_carried_out_is_the_weighted_mean(plan: Plan, tmp_path: Path) -> 
         assert ShardRecord.from_json(stored) == record
 
 
-def big_model(folder: Path, *tensors: torch.Tensor) -> InputModel:
+def big_model(folder: Path, *tensors: torch.Tensor, content: bytes | None = None) -> InputModel:
     names = [f"t{i}" for i in range(len(tensors))]
     write_model(folder, dict(zip(names, tensors, strict=True)), {})
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
     stat = LocalSource(folder).stat("model.safetensors")
     assert stat is not None
     file = InputFile(stat.name, stat.num_bytes, stat.version)
@@ -123,6 +125,27 @@ def pair(tmp_path: Path) -> tuple[dict[str, InputModel], Shard]:
         ("last", load_of(b, "t1")),
     )
     return {"a": a, "b": b}, shard
+
+
+def test_tensors_at_odd_places_of_a_file(tmp_path: Path) -> None:
+    """The format allows headers of any length; numbers then lie where no processor would put them."""
+    data = [torch.randn(90_001, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16) for i in range(2)]
+    models = []
+    for name, tensor in zip("ab", data, strict=True):
+        big_model(tmp_path / "even" / name, tensor)
+        content = (tmp_path / "even" / name / "model.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        spaced = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :]
+        models.append(big_model(tmp_path / name, tensor, content=spaced))
+    loads = [load_of(model, "t0") for model in models]
+    assert all(load.location.start % 2 for load in loads)
+    shard = shard_of(("t0", merged("t0", *loads)))
+    worker = make_worker({model.key: model for model in models}, tmp_path / "out")
+    worker.run(shard)
+    worker.close()
+    exact = (data[0].double() + 2 * data[1].double()) / 3
+    found = load_file(tmp_path / "out" / shard.file)["t0"]
+    assert (found.double() - exact).abs().le(exact.abs() * 2.0**-8 * 1.001 + 1e-6).all()
 
 
 BUDGETS = {"tiny": FIXED_BYTES + 3 * 500_000, "one byte": FIXED_BYTES + 1, "ample": FIXED_BYTES + 64 * MIB}
