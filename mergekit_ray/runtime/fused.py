@@ -42,8 +42,8 @@ _RUN_ELEMENTS: Final = 1 << 14
 class Fused(Protocol):
     """An expression that can be computed so."""
 
-    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion:
-        """Begin to write a run of elements.
+    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion | None:
+        """Begin to write a run of elements; None if that is for the evaluator after all.
 
         Args:
             pieces: of each input.
@@ -92,7 +92,7 @@ class FusedSum:
         *inputs, base = loads
         return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
 
-    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion:
+    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion | None:
         """See `Fused.start`."""
         method = METHODS.get(self._merge.method)
         assert issubclass(method, SumMethod)  # seen to by `of`
@@ -100,13 +100,13 @@ class FusedSum:
         base = None if self._base is None else _Runs.of([self._base], pieces)
         inputs = [vectors, *([] if base is None else [base])]
         if not all(runs.are_aligned for runs in inputs):
-            return _is_not_finite
+            return None
         try:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
         except MergeError:
-            return _is_not_finite  # the evaluator says it, and of which tensor
+            return None  # the evaluator says it, and of which tensor
         if how is None:
-            return _is_not_finite
+            return None
         width = self._merge.spec.dtype.itemsize
         num_elements = out.size // width
 
@@ -119,10 +119,6 @@ class FusedSum:
 
         results = pool.start_runs(-(-num_elements // _RUN_ELEMENTS), run)
         return lambda: all(results())
-
-
-def _is_not_finite() -> bool:
-    return False
 
 
 @dataclass(frozen=True, slots=True)

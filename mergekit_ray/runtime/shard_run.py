@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
@@ -247,12 +248,11 @@ class ShardRun:
         data = out[: window.write_bytes]
         # NaN and infinities that are let pass have bits that are torch's.
         how = None if self._options.allow_non_finite else fused(expression)
-        if how is not None:
-            completion = how.start(ready.data(), window.start, data, self._pool)
+        completion = None if how is None else how.start(ready.data(), window.start, data, self._pool)
+        if completion is not None:
             buffers = [out, *held.buffers, *held.shared]
-            return _Output(
-                data, buffers, window.memory_bytes, ends_tensor, lambda: self._complete(completion, ready, data)
-            )
+            finish = partial(self._complete, completion, ready, data)
+            return _Output(data, buffers, window.memory_bytes, ends_tensor, finish)
         self._fill(ready, data)
         for buffer in held.buffers:
             self._buffers.give(buffer)
