@@ -7,7 +7,7 @@ finite, is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -32,9 +32,6 @@ Combination: TypeAlias = Sum | Interpolation | Held
 Pieces: TypeAlias = Mapping[Load, tuple[Bytes, int]]
 """Of each load the bytes of a window, and the flat index of its first element."""
 
-Completion: TypeAlias = Callable[[], bool]
-"""Waits, in any thread, and tells whether the result is finite. If not, what was written is not the result."""
-
 _RUN_ELEMENTS: Final = 1 << 14
 """Elements that a thread is given at least."""
 
@@ -42,14 +39,17 @@ _RUN_ELEMENTS: Final = 1 << 14
 class Fused(Protocol):
     """An expression that can be computed so."""
 
-    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion | None:
-        """Begin to write a run of elements; None if that is for the evaluator after all.
+    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
+        """Write a run of elements.
 
         Args:
             pieces: of each input.
             start: flat index of the first element.
             out: as many bytes as the run has.
             pool: threads to compute on.
+
+        Returns:
+            Whether the result is finite. If not, ``out`` is not the result.
         """
         ...
 
@@ -92,21 +92,21 @@ class FusedSum:
         *inputs, base = loads
         return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
 
-    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion | None:
-        """See `Fused.start`."""
+    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
+        """See `Fused.fill`."""
         method = METHODS.get(self._merge.method)
         assert issubclass(method, SumMethod)  # seen to by `of`
         vectors = _Runs.of(self._vectors, pieces)
         base = None if self._base is None else _Runs.of([self._base], pieces)
         inputs = [vectors, *([] if base is None else [base])]
         if not all(runs.are_aligned for runs in inputs):
-            return None
+            return False
         try:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
         except MergeError:
-            return None  # the evaluator says it, and of which tensor
+            return False  # the evaluator says it, and of which tensor
         if how is None:
-            return None
+            return False
         width = self._merge.spec.dtype.itemsize
         num_elements = out.size // width
 
@@ -117,8 +117,7 @@ class FusedSum:
                 return False
             return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
 
-        results = pool.start_runs(-(-num_elements // _RUN_ELEMENTS), run)
-        return lambda: all(results())
+        return all(pool.map_runs(-(-num_elements // _RUN_ELEMENTS), run))
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +250,8 @@ class FusedValues:
         around = expression.x
         return cls(expression) if isinstance(around, Constant) and around.spec.dtype is DType.F32 else None
 
-    def start(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> Completion:
-        """See `Fused.start`. It is done at once."""
+    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
+        """See `Fused.fill`."""
         del pieces, pool
         result = out.view(_BITS[self.expression.spec.dtype])
         held = np.frombuffer(self.expression.data, "<f4") if isinstance(self.expression, Literal) else None
@@ -262,7 +261,7 @@ class FusedValues:
             last = min(first + noise.RUN_ELEMENTS, stop)
             values = self._noise(first, last) if held is None else held[first:last]
             is_finite &= _round(values, result[first - start : last - start])
-        return lambda: is_finite
+        return is_finite
 
     def _noise(self, start: int, stop: int) -> Floats:
         assert isinstance(self.expression, Noise)

@@ -68,17 +68,12 @@ class ComputePool:
 
     def map_runs(self, num_items: int, function: Callable[[int, int], R]) -> list[R]:
         """``function(first, last)`` over a few contiguous runs of ``range(num_items)``; results in order."""
-        return self.start_runs(num_items, function)()
-
-    def start_runs(self, num_items: int, function: Callable[[int, int], R]) -> Callable[[], list[R]]:
-        """Begin with `map_runs`, and return what waits for its results, in any thread."""
         num_runs = min(_RUNS_PER_THREAD * self.num_threads, num_items)
         if num_runs <= 1 or self._executor is None:
-            results = [function(0, num_items)] if num_items else []
-            return lambda: results
+            return [function(0, num_items)] if num_items else []
         bounds = [num_items * i // num_runs for i in range(num_runs + 1)]
         futures = [self._executor.submit(function, a, b) for a, b in itertools.pairwise(bounds)]
-        return lambda: [future.result() for future in futures]
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """End the threads."""

@@ -2,7 +2,8 @@
 
     reader thread     batches of byte ranges -> input buffers; from stores, several batches at once
     stager thread     input buffers -> device, where there is one
-    calling thread    windows: expression over input buffers -> output buffer (arithmetic on the compute pool)
+    calling thread    windows in order: output buffers, and who fills them
+    merge threads     expression over input buffers -> output buffer (arithmetic on the compute pool)
     writer thread     output buffers -> shard file, hashed on the way
 
 On a device the calling thread only hands work over, and what the writer waits for is its way back.
@@ -19,8 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
@@ -32,7 +32,7 @@ from mergekit_ray.planning.windows import FIXED_BYTES, READS_AHEAD, Window, batc
 from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.buffers import Bytes
 from mergekit_ray.runtime.copies import check_copy_finite
-from mergekit_ray.runtime.fused import Completion, fused
+from mergekit_ray.runtime.fused import fused
 from mergekit_ray.runtime.threads import hold_torch
 from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs
 
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from mergekit_ray.runtime.device_evaluate import DeviceSession, Staged
     from mergekit_ray.runtime.nodes.base import Piece
     from mergekit_ray.runtime.worker import Worker
+
+_MERGED_AT_ONCE: Final = 2
+"""Windows in work on the compute pool: while one waits for its last run, or is between two passes, the other's keep the
+threads busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +92,21 @@ class _Ready:
 
 @dataclass(slots=True)
 class _Output:
-    """A window's result, complete once ``finish`` has returned."""
+    """A window's result.
+
+    Attributes:
+        merging: what it is complete with on the CPU, and how many seconds that took.
+        finish: once this has returned it is complete, on a device.
+        seconds: spent computing it.
+    """
 
     data: Bytes
     buffers: list[Bytes]
     held_bytes: int
     ends_tensor: bool
+    merging: Future[float] | None = None
     finish: Callable[[], None] | None = None
+    seconds: float = 0.0
 
 
 class ShardRun:
@@ -124,7 +136,8 @@ class ShardRun:
         self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
         self._read: queue.Queue[_Batch | None] = queue.Queue()
         self._read_until = 0.0
-        self._completing_seconds = 0.0
+        num_merged = _MERGED_AT_ONCE if worker.pool.num_threads > 1 else 1
+        self._merging = ThreadPoolExecutor(num_merged, thread_name_prefix="merge")
         is_far = any("://" in model.uri for model in worker.inputs.values())
         self._readers = ThreadPoolExecutor(READS_AHEAD if is_far else 1, thread_name_prefix="batch")
         self._staged: queue.Queue[_Ready | None] = queue.Queue()
@@ -158,9 +171,9 @@ class ShardRun:
             self._written.put(None)
             for thread in threads:
                 thread.join()
-            # Nothing may be read into buffers that others are given.
+            # Nothing may be read or written in buffers that others are given.
             self._readers.shutdown(cancel_futures=True)
-        self._progress.compute_seconds += self._completing_seconds
+            self._merging.shutdown(cancel_futures=True)
         if self._errors:
             raise self._errors[0]
         self._inputs.check_unchanged()
@@ -230,7 +243,7 @@ class ShardRun:
                 return
             began = time.perf_counter()
             output = self._compute(ready)
-            self._progress.compute_seconds += time.perf_counter() - began
+            output.seconds = time.perf_counter() - began
             self._written.put(output)
 
     def _compute(self, ready: _Ready) -> _Output:
@@ -246,25 +259,18 @@ class ShardRun:
             return self._hand_over(ready, self._session)
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
-        # NaN and infinities that are let pass have bits that are torch's.
-        how = None if self._options.allow_non_finite else fused(expression)
-        completion = None if how is None else how.start(ready.data(), window.start, data, self._pool)
-        if completion is not None:
-            buffers = [out, *held.buffers, *held.shared]
-            finish = partial(self._complete, completion, ready, data)
-            return _Output(data, buffers, window.memory_bytes, ends_tensor, finish)
-        self._fill(ready, data)
-        for buffer in held.buffers:
-            self._buffers.give(buffer)
-        self._budget.give(window.memory_bytes - window.write_bytes)
-        return _Output(data, [out, *held.shared], window.write_bytes, ends_tensor)
+        merging = self._merging.submit(self._merge, ready, data)
+        buffers = [out, *held.buffers, *held.shared]
+        return _Output(data, buffers, window.memory_bytes, ends_tensor, merging=merging)
 
-    def _complete(self, completion: Completion, ready: _Ready, out: Bytes) -> None:
-        """Wait for what has been started; what did not turn out finite is left to the evaluator."""
+    def _merge(self, ready: _Ready, out: Bytes) -> float:
+        """The seconds that it took."""
         began = time.perf_counter()
-        if not completion():
+        # NaN and infinities that are let pass have bits that are torch's.
+        how = None if self._options.allow_non_finite else fused(ready.window.tensor.expression)
+        if how is None or not how.fill(ready.data(), ready.window.start, out, self._pool):
             self._fill(ready, out)
-        self._completing_seconds += time.perf_counter() - began
+        return time.perf_counter() - began
 
     def _fill(self, ready: _Ready, out: Bytes) -> None:
         from mergekit_ray.runtime.evaluate import Evaluation  # noqa: PLC0415 - imports torch
@@ -300,7 +306,9 @@ class ShardRun:
         evaluation.start(window.start, window.stop, _tensor(data, window.tensor.spec.dtype))
         self._progress.num_on_cpu += evaluation.lacked_memory
         ends_tensor = window.stop == window.tensor.spec.num_elements
-        return _Output(data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, evaluation.finish)
+        return _Output(
+            data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, finish=evaluation.finish
+        )
 
     def _references(self) -> dict[str, str]:
         return {key: model.reference for key, model in self._model_inputs.items()}
@@ -309,8 +317,11 @@ class ShardRun:
         while (output := self._written.get()) is not None:
             if not self._check():
                 continue
+            if output.merging is not None:
+                output.seconds += output.merging.result()
             if output.finish is not None:
                 output.finish()
+            self._progress.compute_seconds += output.seconds
             began = time.perf_counter()
             self._writer.write(output.data.data)
             self._progress.write_seconds += time.perf_counter() - began

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 
+_lock = threading.Lock()
 _inside = 0
 _before: int | None = None
 
@@ -38,5 +40,7 @@ def hold_torch() -> None:
         return
     import torch  # noqa: PLC0415 - the caller uses it
 
-    _before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _lock:
+        if _before is None:
+            _before = torch.get_num_threads()
+            torch.set_num_threads(1)
