@@ -77,17 +77,16 @@ class ArceeFusion(ReduceMethod):
         """See `ElementwiseMethod.combine`; ``statistics`` is the `Importance`."""
         del operands
         found: Importance = statistics
-        assert chunk.base is not None  # held by the declaration: base REQUIRED
-        if is_compiled_for(chunk.base):
+        x, base = _pair(chunk)
+        weighed = _importance(chunk, found.rows, found.divergence)
+        if is_compiled_for(x):
             from mergekit_ray.methods.compiled import divergence  # noqa: PLC0415 - compilers load where they are needed
 
-            x = chunk.inputs[0]
-            of_rows, row_length = found.divergence.numpy(), found.rows.num_columns
-            divergence.take_important(x.numpy(), chunk.base.numpy(), chunk.start, row_length, of_rows, found.threshold)
+            divergence.take_important(x.numpy(), base.numpy(), weighed.numpy(), found.threshold)
             return x
-        kept = _importance(chunk, found.rows, found.divergence).ge_(found.threshold)
-        x = chunk.inputs[0].mul_(kept)
-        return chunk.base.mul_(kept.neg_().add_(1.0)).add_(x)
+        kept = weighed.ge_(found.threshold)
+        x.mul_(kept)
+        return base.mul_(kept.neg_().add_(1.0)).add_(x)
 
 
 def divergences(operands: Operands, rows: Lines) -> torch.Tensor:

@@ -219,10 +219,8 @@ def _fill(how: Combination, vectors: _Runs, base: _Runs | None, start: int, out:
     from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
 
     inputs = vectors.at(start), vectors.widths
-    if isinstance(how, Held):
-        return bool(sums.held(*inputs, np.float32(how.t), out, size))
-    if isinstance(how, Interpolation):
-        return bool(sums.interpolation(*inputs, np.float32(how.t), out, size))
+    if not isinstance(how, Sum):
+        return bool(sums.of_two(*inputs, isinstance(how, Held), np.float32(how.t), out, size))
     steps = (how.rounds_products, np.float32(how.divisor), np.float32(how.scale))
     factors = np.array(how.factors, np.float32)
     return bool(sums.weighted_sum(*inputs, _place_of(base, start), factors, steps, out, size))

@@ -88,20 +88,7 @@ def _exp(x: float) -> float:
     shifted = fma(x, _LOG2_E, _ROUNDER)
     octaves = shifted - _ROUNDER
     rest = fma(octaves, -_LN_2_LOW, fma(octaves, -_LN_2_HIGH, x))
-    power = _EXP[13]
-    power = fma(power, rest, _EXP[12])
-    power = fma(power, rest, _EXP[11])
-    power = fma(power, rest, _EXP[10])
-    power = fma(power, rest, _EXP[9])
-    power = fma(power, rest, _EXP[8])
-    power = fma(power, rest, _EXP[7])
-    power = fma(power, rest, _EXP[6])
-    power = fma(power, rest, _EXP[5])
-    power = fma(power, rest, _EXP[4])
-    power = fma(power, rest, _EXP[3])
-    power = fma(power, rest, _EXP[2])
-    power = fma(power, rest, 1.0)
-    power = fma(power, rest, 1.0)
+    power = _polynomial(_EXP, rest)
     return float(float64_of(int64_of(power) + (int64_of(shifted) << _MANTISSA_BITS)))
 
 
@@ -116,21 +103,19 @@ def _term(p: float, q: float) -> float:
     near = float64_of(int64_of(p) - (octaves << _MANTISSA_BITS))
     s = (near - q) / (near + q)
     square = s * s
-    tail = _ATANH[11]
-    tail = fma(tail, square, _ATANH[10])
-    tail = fma(tail, square, _ATANH[9])
-    tail = fma(tail, square, _ATANH[8])
-    tail = fma(tail, square, _ATANH[7])
-    tail = fma(tail, square, _ATANH[6])
-    tail = fma(tail, square, _ATANH[5])
-    tail = fma(tail, square, _ATANH[4])
-    tail = fma(tail, square, _ATANH[3])
-    tail = fma(tail, square, _ATANH[2])
-    tail = fma(tail, square, _ATANH[1])
-    tail = fma(tail, square, _ATANH[0])
+    tail = _polynomial(_ATANH, square)
     change = p - q
     whole = s * change if octaves == 0 else fma(p, fma(np.float64(octaves), _LN_2, 2.0 * s), -change)
     return float(fma(2.0 * p, tail * square * s, whole))
+
+
+@compiled
+def _polynomial(coefficients: tuple[float, ...], x: float) -> float:
+    """``Σ c_k x^k``, by Horner's rule."""
+    total = coefficients[len(coefficients) - 1]
+    for power in range(len(coefficients) - 2, -1, -1):
+        total = fma(total, x, coefficients[power])
+    return total
 
 
 @compiled
@@ -166,19 +151,18 @@ def importance(x: Floats, base: Floats, start: int, length: int, factors: Floats
 
 
 @compiled
-def take_important(x: Floats, base: Floats, start: int, length: int, factors: Floats, threshold: float) -> None:
+def take_important(x: Floats, base: Floats, weighed: Floats, threshold: float) -> None:
     """Of ``x`` what is at least as important as ``threshold``, of ``base`` the rest, in place of ``x``.
 
-    Where importance is not a number, nor is the result. Arguments are those of `importance`.
+    Where importance is not a number, nor is the result.
+
+    Args:
+        x: 1-D.
+        base: as many.
+        weighed: `importance` of each.
+        threshold: of the dtype of ``x``.
     """
     limit = x.dtype.type(threshold)
-    place = 0
-    while place < x.size:
-        row, column = divmod(start + place, length)
-        stop, factor = min(x.size, place + length - column), factors[row]
-        run, run_base = x[place:stop], base[place:stop]
-        for i in range(run.size):
-            weighed = abs(run[i] - run_base[i]) * factor
-            otherwise = run_base[i] if weighed == weighed else weighed  # noqa: PLR0124 - that is, if it is a number
-            run[i] = run[i] if weighed >= limit else otherwise
-        place = stop
+    for i in range(x.size):
+        otherwise = weighed[i] if np.isnan(weighed[i]) else base[i]
+        x[i] = x[i] if weighed[i] >= limit else otherwise

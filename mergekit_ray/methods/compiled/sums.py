@@ -95,52 +95,34 @@ def weighted_sum(
 
 
 @compiled
-def interpolation(addresses: Addresses, widths: Widths, t: np.float32, out: Place, size: int) -> bool:
-    """``a + t (b - a)`` of two tensors, from the nearer end, as ``torch.lerp`` has it.
+def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out: Place, size: int) -> bool:
+    """``a + t (b - a)`` of two tensors, or ``b`` held within ``a ± t``.
 
-    Arguments are those of `weighted_sum`.
+    Args:
+        addresses: of the first element of each tensor's run.
+        widths: of their elements, bytes.
+        holds: the latter.
+        t: see above.
+        out: where as many elements go.
+        size: elements.
+
+    Returns:
+        Whether the result is finite, and still is as it was stored.
     """
     out_address, out_width = out
     block = min(_BLOCK, size)
     a_block, b_block = np.empty(block, np.float32), np.empty(block, np.float32)
-    is_near = abs(t) < np.float32(0.5)
-    back = np.float32(t - np.float32(1.0))
     is_finite = True
     for start in range(0, size, _BLOCK):
         length = min(_BLOCK, size - start)
         a, b = a_block[:length], b_block[:length]
         _read(addresses[0] + start * widths[0], widths[0], a)
         _read(addresses[1] + start * widths[1], widths[1], b)
-        if is_near:
-            for i in range(length):
-                a[i] = fma(t, b[i] - a[i], a[i])
+        if holds:
+            _hold(a, b, t)
         else:
-            for i in range(length):
-                a[i] = fma(back, b[i] - a[i], b[i])
+            _interpolate(a, b, t)
         is_finite &= _store(a, out_address + start * out_width, out_width)
-    return is_finite
-
-
-@compiled
-def held(addresses: Addresses, widths: Widths, t: np.float32, out: Place, size: int) -> bool:
-    """The second of two tensors held within ``t`` of the first; where both are zero, the bound.
-
-    Arguments are those of `weighted_sum`.
-    """
-    out_address, out_width = out
-    block = min(_BLOCK, size)
-    base_block, x_block = np.empty(block, np.float32), np.empty(block, np.float32)
-    is_finite = True
-    for start in range(0, size, _BLOCK):
-        length = min(_BLOCK, size - start)
-        base, x = base_block[:length], x_block[:length]
-        _read(addresses[0] + start * widths[0], widths[0], base)
-        _read(addresses[1] + start * widths[1], widths[1], x)
-        for i in range(length):
-            low, high = base[i] - t, base[i] + t
-            least = max(low, x[i])
-            x[i] = min(high, least)
-        is_finite &= _store(x, out_address + start * out_width, out_width)
     return is_finite
 
 
@@ -277,3 +259,24 @@ def _add(x: Floats, total: Floats) -> None:
 def _divide(total: Floats, divisor: np.float32) -> None:
     for i in range(total.size):
         total[i] /= divisor
+
+
+@compiled
+def _interpolate(a: Floats, b: Floats, t: np.float32) -> None:
+    """From the nearer end, as ``torch.lerp`` has it; in place of ``a``."""
+    if abs(t) < np.float32(0.5):
+        for i in range(a.size):
+            a[i] = fma(t, b[i] - a[i], a[i])
+    else:
+        back = np.float32(t - np.float32(1.0))
+        for i in range(a.size):
+            a[i] = fma(back, b[i] - a[i], b[i])
+
+
+@compiled
+def _hold(a: Floats, b: Floats, t: np.float32) -> None:
+    """``b`` within ``a ± t``, where both are zero the bound; in place of ``a``."""
+    for i in range(a.size):
+        low, high = a[i] - t, a[i] + t
+        least = max(low, b[i])
+        a[i] = min(high, least)

@@ -82,13 +82,14 @@ def test_importance_of_runs_that_begin_anywhere(dtype: type[np.floating], start:
     assert np.array_equal(out, np.abs(run - run_base) * factors.repeat(7)[start : start + size])
     limit = float(np.median(out))
     wanted = np.where(out >= limit, run, run_base)
-    divergence.take_important(run, run_base, start, 7, factors, limit)
+    divergence.take_important(run, run_base, out, limit)
     assert np.array_equal(run, wanted)
 
 
 @pytest.mark.parametrize(("x", "base"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
 def test_what_is_not_finite_shows(x: float, base: float) -> None:
     """Its row's divergence is not a number."""
-    run = np.array([x, 2.0])
-    divergence.take_important(run, np.array([base, 1.0]), 0, 2, np.array([math.nan]), 0.5)
+    run, run_base, weighed = np.array([x, 2.0]), np.array([base, 1.0]), np.empty(2)
+    divergence.importance(run, run_base, 0, 2, np.array([math.nan]), weighed)
+    divergence.take_important(run, run_base, weighed, 0.5)
     assert np.isnan(run).all()
