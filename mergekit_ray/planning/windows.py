@@ -29,9 +29,9 @@ more, those that are wanted first come no sooner than the rest, and nothing is c
 _BATCHES_IN_WORK = 4
 """Batches beside those being read, where inputs are far: computed, or on their way to the store."""
 
-FIXED_BYTES = 256 << 20
+FIXED_BYTES = 320 << 20
 """Allowance of a worker beside its windows: scratch of up to eight compute threads (about 20 MiB each) and parts being
-uploaded (80 MiB for shards up to 150 GB)."""
+uploaded (80 MiB for shards up to 150 GB, of the shard that ends and the one that begins)."""
 
 _WINDOW_ALIGNMENT = 1 << 16
 """Windows start at multiples of this many elements."""

@@ -37,3 +37,37 @@ class Budget:
         with self._condition:
             self._held -= num_bytes
             self._condition.notify_all()
+
+
+class Share:
+    """What one of several users of a budget holds of it, so that it can give back all at once when it ends.
+
+    Args:
+        budget: taken from.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._held = 0
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """What this user holds now."""
+        return self._held
+
+    def take(self, num_bytes: int, stopped: threading.Event) -> None:
+        """See `Budget.take`."""
+        self._budget.take(num_bytes, stopped)
+        with self._lock:
+            self._held += num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        """See `Budget.give`."""
+        with self._lock:
+            self._held -= num_bytes
+        self._budget.give(num_bytes)
+
+    def give_all(self) -> None:
+        """Give back what is left."""
+        self.give(self._held)

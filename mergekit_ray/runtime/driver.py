@@ -83,15 +83,15 @@ class Executor(Protocol):
         ...
 
     def idle(self) -> int:
-        """How many more shards may be submitted now."""
+        """How many more shards may be submitted now: one for each worker that has none, or has read all that it has."""
         ...
 
     def submit(self, shard: Shard) -> None:
-        """Give a shard to an idle worker."""
+        """Give a shard to an idle worker, one that has none if there is one."""
         ...
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        """What has ended, waiting at most ``seconds`` for the first."""
+        """What has ended, waiting at most ``seconds`` for the first, or until a worker is idle."""
         ...
 
     def progress(self, *, settled: bool = False) -> Progress:

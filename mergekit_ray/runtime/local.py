@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from mergekit_ray.core.errors import InternalError, MergekitRayError
@@ -12,7 +13,7 @@ from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.runtime.device import resolve
 from mergekit_ray.runtime.driver import Job, Outcome
 from mergekit_ray.runtime.progress import Progress
-from mergekit_ray.runtime.worker import Worker
+from mergekit_ray.runtime.worker import SHARDS_IN_WORK, Worker
 from mergekit_ray.storage.opening import open_sink, open_source
 from mergekit_ray.storage.protocols import Source
 
@@ -25,25 +26,44 @@ def open_sources(inputs: Mapping[str, InputModel]) -> dict[str, Source]:
     return {key: open_source(model.uri) for key, model in inputs.items()}
 
 
+@dataclass(slots=True)
+class _Seat:
+    """A worker as the driver's thread sees it, which alone writes here, and the threads that its shards run on.
+
+    Attributes:
+        shards: to be run; None ends a thread.
+        is_reading: the last shard that was given has not been read to its end.
+        num_running: shards that were given and have not ended.
+    """
+
+    name: str
+    worker: Worker
+    shards: queue.Queue[Shard | None] = field(default_factory=queue.Queue)
+    threads: list[threading.Thread] = field(default_factory=list)
+    is_reading: bool = False
+    num_running: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.is_reading and self.num_running < SHARDS_IN_WORK
+
+
 class LocalExecutor:
     """Runs shards on threads of this process.
 
     Args:
-        num_workers: shards in work at the same time.
+        num_workers: shards being read at the same time.
     """
 
     def __init__(self, num_workers: int = 1) -> None:
         self._num_workers = num_workers
-        self._shards: queue.Queue[Shard | None] = queue.Queue()
-        self._outcomes: queue.Queue[Outcome] = queue.Queue()
-        self._workers: list[Worker] = []
-        self._threads: list[threading.Thread] = []
+        self._events: queue.Queue[tuple[_Seat, Outcome | None]] = queue.Queue()
+        self._seats: list[_Seat] = []
         self._stop = threading.Event()
-        self._num_running = 0
 
     @property
     def num_workers(self) -> int:
-        """Threads that run shards."""
+        """Workers that run shards."""
         return self._num_workers
 
     def start(self, job: Job, num_shards: int) -> None:
@@ -55,36 +75,45 @@ class LocalExecutor:
         for i, device in enumerate(devices):
             sharing = devices.count(device)
             worker = Worker(job.inputs, sources, sink, job.record_folder, job.options, number=i, num_sharing=sharing)
-            thread = threading.Thread(target=self._serve, args=(worker,), name=f"worker-{i}", daemon=True)
-            self._workers.append(worker)
-            self._threads.append(thread)
-            thread.start()
+            seat = _Seat(f"worker-{i}", worker)
+            self._seats.append(seat)
+            for k in range(SHARDS_IN_WORK):
+                thread = threading.Thread(target=self._serve, args=(seat,), name=f"{seat.name}-{k}", daemon=True)
+                seat.threads.append(thread)
+                thread.start()
 
     def idle(self) -> int:
-        """Threads without a shard."""
-        return self._num_workers - self._num_running
+        """Workers that have no shard to read."""
+        return sum(seat.is_idle for seat in self._seats)
 
     def submit(self, shard: Shard) -> None:
-        """Give a shard to the next free thread."""
-        self._num_running += 1
-        self._shards.put(shard)
+        """Give a shard to the worker that has least to do."""
+        seat = min((seat for seat in self._seats if seat.is_idle), key=lambda seat: seat.num_running)
+        seat.is_reading = True
+        seat.num_running += 1
+        seat.shards.put(shard)
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
-        """Outcomes since the last call."""
+        """Outcomes since the last call; none when a worker has become idle first."""
         outcomes = []
         try:
-            outcomes.append(self._outcomes.get(timeout=seconds))
+            event = self._events.get(timeout=seconds)
             while True:
-                outcomes.append(self._outcomes.get_nowait())
+                seat, outcome = event
+                if outcome is None:
+                    seat.is_reading = False
+                else:
+                    seat.num_running -= 1
+                    outcomes.append(outcome)
+                event = self._events.get_nowait()
         except queue.Empty:
             pass
-        self._num_running -= len(outcomes)
         return outcomes
 
     def progress(self, *, settled: bool = False) -> Progress:
-        """Sum over the threads; always as it is."""
+        """Sum over the workers; always as it is."""
         del settled
-        return Progress.total([worker.progress for worker in self._workers])
+        return Progress.total([seat.worker.progress for seat in self._seats])
 
     def stop(self) -> None:
         """Ask all threads to abandon their shards."""
@@ -92,21 +121,24 @@ class LocalExecutor:
 
     def close(self) -> None:
         """End the threads. After `stop`, those that hang are left alone: whoever stopped has waited for them."""
-        for _ in self._threads:
-            self._shards.put(None)
-        for worker, thread in zip(self._workers, self._threads, strict=True):
-            thread.join(_HANGING_SECONDS if self._stop.is_set() else None)
-            if not thread.is_alive():
-                worker.close()
+        for seat in self._seats:
+            for _ in seat.threads:
+                seat.shards.put(None)
+        for seat in self._seats:
+            for thread in seat.threads:
+                thread.join(_HANGING_SECONDS if self._stop.is_set() else None)
+            if not any(thread.is_alive() for thread in seat.threads):
+                seat.worker.close()
 
-    def _serve(self, worker: Worker) -> None:
-        name = threading.current_thread().name
-        while (shard := self._shards.get()) is not None:
-            try:
-                record = worker.run(shard, self._stop)
-            except MergekitRayError as error:
-                self._outcomes.put(Outcome(shard.file, name, error=error))
-            except BaseException as error:  # noqa: BLE001 - the driver must hear of it, whatever it is
-                self._outcomes.put(Outcome(shard.file, name, error=InternalError.wrap(error)))
-            else:
-                self._outcomes.put(Outcome(shard.file, name, record=record))
+    def _serve(self, seat: _Seat) -> None:
+        while (shard := seat.shards.get()) is not None:
+            self._events.put((seat, self._run(seat, shard)))
+
+    def _run(self, seat: _Seat, shard: Shard) -> Outcome:
+        try:
+            record = seat.worker.run(shard, self._stop, lambda: self._events.put((seat, None)))
+        except MergekitRayError as error:
+            return Outcome(shard.file, seat.name, error=error)
+        except BaseException as error:  # noqa: BLE001 - the driver must hear of it, whatever it is
+            return Outcome(shard.file, seat.name, error=InternalError.wrap(error))
+        return Outcome(shard.file, seat.name, record=record)

@@ -38,7 +38,7 @@ from mergekit_ray.runtime.ray_cluster import (
 from mergekit_ray.runtime.ray_metrics import RayMetrics
 from mergekit_ray.runtime.signals import RESUME
 from mergekit_ray.runtime.threads import single_threaded_torch
-from mergekit_ray.runtime.worker import Worker
+from mergekit_ray.runtime.worker import SHARDS_IN_WORK, Worker
 from mergekit_ray.storage.opening import open_sink
 
 _SPREAD: Final[SchedulingStrategyT] = "SPREAD"
@@ -50,9 +50,14 @@ _NO_HEAD_SECONDS: Final = 40.0
 _HEAD_CHECK_SECONDS: Final = 2.0
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"control": 2})
+@ray.remote(
+    max_restarts=-1,
+    max_task_retries=0,
+    max_concurrency=SHARDS_IN_WORK,
+    concurrency_groups={"control": 2, "reading": SHARDS_IN_WORK},
+)
 class RayWorker:
-    """A `Worker` with an address. ``run`` calls are one at a time; control calls get through meanwhile.
+    """A `Worker` with an address. The driver calls ``run`` again once ``has_read`` has returned for the shard before.
 
     Args:
         version: of mergekit-ray, where the driver runs.
@@ -61,6 +66,7 @@ class RayWorker:
 
     def __init__(self, version: str, jobs: list[Any]) -> None:
         self._stop = threading.Event()
+        self._read = Arrivals()
         self._address = str(ray.util.get_node_ip_address())
         self._threads = single_threaded_torch()
         self._threads.__enter__()
@@ -78,11 +84,17 @@ class RayWorker:
     def run(self, shard: dict[str, Any]) -> ShardRecord | MergekitRayError:
         """Write one shard. Errors come back as values, so that they arrive as they were raised."""
         try:
-            return self._worker.run(Shard.from_json(shard), self._stop)
+            return self._worker.run(Shard.from_json(shard), self._stop, lambda: self._read.add(shard["file"]))
         except MergekitRayError as error:
             return error
         except Exception as error:  # noqa: BLE001 - the driver must hear of it, whatever it is
             return InternalError.wrap(error)
+
+    @ray.method(concurrency_group="reading")
+    def has_read(self, file: str) -> str | MergekitRayError:
+        """As `node`, once the running shard ``file`` has been read and there may be another."""
+        self._read.wait_for(file)
+        return self._address
 
     @ray.method(concurrency_group="control")
     def node(self) -> str | MergekitRayError:
@@ -96,27 +108,32 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
-        """Abandon the running shard, leaving nothing behind."""
+        """Abandon the running shards, leaving nothing behind."""
         self._stop.set()
 
 
 @dataclass
 class _Actor:
-    """An actor as the driver sees it: starting (``ready`` pending), idle, or busy with ``shard``."""
+    """An actor as the driver sees it.
+
+    Attributes:
+        ready: pending while it starts, or reads the last shard that it was given.
+        node: where it runs, None while it starts.
+        shards: it has in work, by their pending results.
+    """
 
     name: str
     handle: Any
     ready: Any
     node: str | None = None
-    shard: Shard | None = None
-    result: Any = None
+    shards: dict[Any, Shard] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     progress_call: Any = None
     base: Progress = field(default_factory=Progress)
 
     @property
     def is_idle(self) -> bool:
-        return self.ready is None and self.shard is None
+        return self.ready is None and len(self.shards) < SHARDS_IN_WORK
 
 
 class RayExecutor:
@@ -154,7 +171,7 @@ class RayExecutor:
     @property
     def num_workers(self) -> int:
         """Actors that are up."""
-        return sum(actor.ready is None for actor in self._actors)
+        return sum(actor.node is not None for actor in self._actors)
 
     def start(self, job: Job, num_shards: int) -> None:
         """Create the actors.
@@ -171,14 +188,14 @@ class RayExecutor:
         self._scale()
 
     def idle(self) -> int:
-        """Actors that are up and have no shard."""
+        """Actors that are up and have no shard to read."""
         return sum(actor.is_idle for actor in self._actors)
 
     def submit(self, shard: Shard) -> None:
-        """Give a shard to an idle actor."""
-        actor = next(actor for actor in self._actors if actor.is_idle)
-        actor.shard = shard
-        actor.result = actor.handle.run.remote(shard.to_json())
+        """Give a shard to the actor that has least to do."""
+        actor = min((actor for actor in self._actors if actor.is_idle), key=lambda actor: len(actor.shards))
+        actor.shards[actor.handle.run.remote(shard.to_json())] = shard
+        actor.ready = actor.handle.has_read.remote(shard.file)
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
         """What has ended; notices actors that came up or were lost.
@@ -188,18 +205,20 @@ class RayExecutor:
         """
         self._has_head()
         self._scale()
-        refs = [ref for actor in self._actors for ref in (actor.ready, actor.result) if ref is not None]
+        refs = [ref for actor in self._actors for ref in (actor.ready, *actor.shards) if ref is not None]
         if not refs:
             time.sleep(seconds)
             return []
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=seconds)
+        done, _ = ray.wait(refs, num_returns=1, timeout=seconds)
         finished = set(done)
+        if len(refs) > 1:
+            finished |= set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
         outcomes = []
         for actor in self._actors:
+            for result in [result for result in actor.shards if result in finished]:
+                outcomes += self._outcomes(actor, result)
             if actor.ready in finished:
                 self._note_ready(actor)
-            elif actor.result in finished:
-                outcomes.append(self._outcome(actor))
         for outcome in outcomes:
             if self._metrics is not None:
                 self._metrics.ended(outcome)
@@ -217,9 +236,9 @@ class RayExecutor:
     def progress(self, *, settled: bool = False) -> Progress:
         """Sum over all actors, as of their last answers; ``settled`` waits for new ones of those that have no shard."""
         for actor in self._actors:
-            if actor.ready is not None:
+            if actor.node is None:
                 continue
-            if settled and actor.shard is None:
+            if settled and not actor.shards:
                 with contextlib.suppress(RayError):
                     actor.progress = ray.get(actor.handle.progress.remote(), timeout=_SETTLE_SECONDS)
                 continue
@@ -234,14 +253,14 @@ class RayExecutor:
                 actor.progress_call = None
         total = Progress.total([part for actor in self._actors for part in (actor.base, actor.progress)])
         if self._metrics is not None:
-            self._metrics.update(total, self.num_workers, sum(actor.shard is not None for actor in self._actors))
+            self._metrics.update(total, self.num_workers, sum(bool(actor.shards) for actor in self._actors))
         return total
 
     def stop(self) -> None:
         """Ask all actors to abandon their shards."""
         self._is_stopping = True
         for actor in self._actors:
-            if actor.ready is None:
+            if actor.node is not None:
                 actor.handle.stop.remote()
 
     def close(self) -> None:
@@ -314,7 +333,7 @@ class RayExecutor:
         try:
             found = ray.get(actor.ready)
         except RayActorError:
-            # Died while starting: Ray restarts it.
+            # Died: Ray restarts it. What it had in work says so for itself.
             actor.ready = actor.handle.node.remote()
             time.sleep(0.1)
             return
@@ -322,21 +341,48 @@ class RayExecutor:
             raise found
         actor.node, actor.ready = found, None
 
-    def _outcome(self, actor: _Actor) -> Outcome:
-        shard, actor.shard = actor.shard, None
-        result, actor.result = actor.result, None
-        if shard is None:
-            raise InternalError("an actor without a shard gave a result", where=actor.name)
+    def _outcomes(self, actor: _Actor, result: Any) -> list[Outcome]:
+        """How the shard with this result has ended, and with a lost actor its others."""
+        shard = actor.shards.pop(result, None)
+        if shard is None:  # told of with another
+            return []
         name = f"{actor.name} on {actor.node}"
         try:
             value = ray.get(result)
         except RayError as error:
-            actor.base = Progress.total([actor.base, actor.progress.ended()])
-            actor.progress, actor.progress_call = Progress(), None
-            actor.ready = actor.handle.node.remote()
             reason = str(error).strip().splitlines()[0]
-            lost = StorageError(f"{name} was lost: {reason}", where=shard.file, remedy="see `ray status` and the logs")
-            return Outcome(shard.file, name, error=lost, lost=True)
+            lost = [shard]
+            if isinstance(error, RayActorError):
+                lost += actor.shards.values()
+                actor.shards.clear()
+                actor.base = Progress.total([actor.base, actor.progress.ended()])
+                actor.progress, actor.progress_call = Progress(), None
+                actor.ready, actor.node = actor.handle.node.remote(), None
+            return [Outcome(shard.file, name, error=_loss(name, reason, shard), lost=True) for shard in lost]
         if isinstance(value, ShardRecord):
-            return Outcome(shard.file, name, record=value)
-        return Outcome(shard.file, name, error=value)
+            return [Outcome(shard.file, name, record=value)]
+        return [Outcome(shard.file, name, error=value)]
+
+
+def _loss(name: str, reason: str, shard: Shard) -> StorageError:
+    return StorageError(f"{name} was lost: {reason}", where=shard.file, remedy="see `ray status` and the logs")
+
+
+class Arrivals:
+    """Names that one thread adds and another waits for, each as often."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._changed = threading.Condition()
+
+    def add(self, name: str) -> None:
+        """Let whoever waits for this name go on."""
+        with self._changed:
+            self._names.append(name)
+            self._changed.notify_all()
+
+    def wait_for(self, name: str) -> None:
+        """Wait until the name is there, and take it away."""
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._names)
+            self._names.remove(name)

@@ -9,7 +9,8 @@
 On a device the calling thread only hands work over, and what the writer waits for is its way back.
 
 Memory is taken from the budget before a batch is read and given back as its parts are done with, so a worker never
-holds more than its budget whatever the size of the model.
+holds more than its budget whatever the size of the model. The budget is the worker's: once all of a shard has been
+asked for, the next shard's reader may begin (`Worker.run`), and takes what this one's windows give back.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.expressions import Load, is_copy
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.planning.windows import FIXED_BYTES, READS_AHEAD, Window, batches
-from mergekit_ray.runtime.budget import Budget
+from mergekit_ray.runtime.budget import Share
 from mergekit_ray.runtime.buffers import Bytes
 from mergekit_ray.runtime.copies import check_copy_finite
 from mergekit_ray.runtime.fused import fused
+from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.threads import hold_torch
 from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs
 
@@ -117,13 +119,21 @@ class ShardRun:
         shard: to be computed.
         writer: where its bytes go.
         stop: when set, the shard is abandoned as soon as possible.
+        on_read: called when nothing more of the shard will be asked for, at the end at the latest; on a device, whose
+            session one shard has at a time, when all has been computed. Perhaps twice.
+
+    Attributes:
+        progress: of this shard.
     """
 
-    def __init__(self, worker: Worker, shard: Shard, writer: ShardWriter, stop: threading.Event) -> None:
+    def __init__(
+        self, worker: Worker, shard: Shard, writer: ShardWriter, stop: threading.Event, on_read: Callable[[], None]
+    ) -> None:
         self._options = worker.options
         self._model_inputs, self._sources = worker.inputs, worker.sources
         self._pool, self._buffers = worker.pool, worker.buffers
-        self._progress = worker.progress
+        self.progress = Progress()
+        self._on_read = on_read
         self._writer = writer
         self._user_stop = stop
         self._failed = threading.Event()
@@ -131,7 +141,7 @@ class ShardRun:
         self._batches = list(batches(shard, self._options.memory_bytes))
         limit_bytes = self._options.memory_bytes - FIXED_BYTES
         self._inputs = InputReader(worker.inputs, worker.sources, worker.buffers, self._batches, limit_bytes)
-        self._budget = Budget(limit_bytes - self._inputs.reserved_bytes)
+        self._budget = Share(worker.budget)
         # A device is not opened to copy bytes.
         self._session = None if all(is_copy(tensor.expression) for tensor in shard.tensors) else worker.session()
         self._read: queue.Queue[_Batch | None] = queue.Queue()
@@ -174,6 +184,8 @@ class ShardRun:
             # Nothing may be read or written in buffers that others are given.
             self._readers.shutdown(cancel_futures=True)
             self._merging.shutdown(cancel_futures=True)
+            self._budget.give_all()
+            self._on_read()
         if self._errors:
             raise self._errors[0]
         self._inputs.check_unchanged()
@@ -198,6 +210,8 @@ class ShardRun:
         return not self._failed.is_set()
 
     def _read_all(self) -> None:
+        # Given back at the end. Beside it there is room for the largest window.
+        self._budget.take(self._inputs.reserved_bytes, self._failed)
         for windows in self._batches:
             if not self._check():
                 return
@@ -209,6 +223,8 @@ class ShardRun:
             batch.inputs = [self._inputs.prepare(window, requests) for window in windows]
             batch.reading = self._readers.submit(self._read_batch, requests)
             self._read.put(batch)
+        if self._session is None:
+            self._on_read()
 
     def _read_batch(self, requests: list[ByteRange]) -> _Reading:
         began = time.perf_counter()
@@ -219,10 +235,10 @@ class ShardRun:
         """What has been read, in order."""
         for batch in iter(self._read.get, None):
             reading = batch.reading.result()
-            self._progress.fetched_bytes += reading.num_bytes
-            self._progress.read_bytes += sum(window.read_bytes for window in batch.windows)
+            self.progress.fetched_bytes += reading.num_bytes
+            self.progress.read_bytes += sum(window.read_bytes for window in batch.windows)
             # Batches that are read at the same time take their time once.
-            self._progress.read_seconds += max(0.0, reading.ended - max(reading.began, self._read_until))
+            self.progress.read_seconds += max(0.0, reading.ended - max(reading.began, self._read_until))
             self._read_until = max(self._read_until, reading.ended)
             for window, held in zip(batch.windows, batch.inputs, strict=True):
                 yield _Ready(window, held)
@@ -304,7 +320,7 @@ class ShardRun:
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
         evaluation.start(window.start, window.stop, _tensor(data, window.tensor.spec.dtype))
-        self._progress.num_on_cpu += evaluation.lacked_memory
+        self.progress.num_on_cpu += evaluation.lacked_memory
         ends_tensor = window.stop == window.tensor.spec.num_elements
         return _Output(
             data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, finish=evaluation.finish
@@ -321,12 +337,12 @@ class ShardRun:
                 output.seconds += output.merging.result()
             if output.finish is not None:
                 output.finish()
-            self._progress.compute_seconds += output.seconds
+            self.progress.compute_seconds += output.seconds
             began = time.perf_counter()
             self._writer.write(output.data.data)
-            self._progress.write_seconds += time.perf_counter() - began
-            self._progress.written_bytes += output.data.size
-            self._progress.num_tensors += output.ends_tensor
+            self.progress.write_seconds += time.perf_counter() - began
+            self.progress.written_bytes += output.data.size
+            self.progress.num_tensors += output.ends_tensor
             for buffer in output.buffers:
                 self._buffers.give(buffer)
             self._budget.give(output.held_bytes)

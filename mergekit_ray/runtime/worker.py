@@ -1,17 +1,22 @@
-"""A worker: the inputs, the sink, the memory and the threads that shards are run with, one after another."""
+"""A worker: the inputs, the sink, the memory and the threads that shards are run with, one after another.
+
+Where one shard ends the next begins: while the last windows of one are computed, sent and made durable, the next is
+already being read, so that neither the cores nor the way from or to a store lie idle between shards.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mergekit_ray.checkpoint.writer import ShardWriter
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.planning.windows import FIXED_BYTES
+from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.buffers import BufferPool
 from mergekit_ray.runtime.device import CPU, chosen_device, open_device, resolve
 from mergekit_ray.runtime.pool import CHUNK_ELEMENTS, ComputePool
@@ -21,6 +26,9 @@ from mergekit_ray.storage.protocols import Sink, Source
 
 if TYPE_CHECKING:
     from mergekit_ray.runtime.device_evaluate import DeviceSession
+
+SHARDS_IN_WORK: Final = 2
+"""Of a worker: one that is being read, and one that has been."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class WorkerOptions:
 
 
 class Worker:
-    """Runs shards one after another.
+    """Runs shards, `SHARDS_IN_WORK` at a time at most.
 
     Args:
         inputs: the plan's input models, by key.
@@ -78,14 +86,18 @@ class Worker:
         self.options = options
         self.pool = ComputePool(options.num_threads)
         self.buffers = BufferPool(options.memory_bytes - FIXED_BYTES)
-        self._progress = Progress()
-        self._run: ShardRun | None = None
+        self.budget = Budget(options.memory_bytes - FIXED_BYTES)
+        self._lock = threading.Lock()
+        self._ended = Progress()
+        self._runs: list[ShardRun] = []
 
     @property
     def progress(self) -> Progress:
         """What has been done so far, and what is held now."""
-        self._progress.held_bytes = 0 if self._run is None else self._run.held_bytes
-        return self._progress
+        with self._lock:
+            total = Progress.total([self._ended, *(run.progress for run in self._runs)])
+        total.held_bytes = self.budget.held_bytes
+        return total
 
     def session(self) -> DeviceSession | None:
         """What is done on the device, which is opened now if it was not yet; None on the CPU."""
@@ -99,12 +111,19 @@ class Worker:
         """End the compute threads."""
         self.pool.close()
 
-    def run(self, shard: Shard, stop: threading.Event | None = None) -> ShardRecord:
+    def run(
+        self, shard: Shard, stop: threading.Event | None = None, on_read: Callable[[], None] | None = None
+    ) -> ShardRecord:
         """Compute and store one shard.
+
+        Once ``on_read`` has been called another thread may run the next shard; until then there must be no other that
+        is still being read.
 
         Args:
             shard: of the plan that the inputs belong to.
             stop: when set, the shard is abandoned as soon as possible and nothing of it is left behind.
+            on_read: called once, before this returns or raises: no more of the shard will be read than has been asked
+                for. On any thread.
 
         Returns:
             What was written. The shard is complete and visible under its name, and its record is stored.
@@ -113,23 +132,56 @@ class Worker:
             Interrupted: ``stop`` was set.
             CheckpointError, MergeError, StorageError: nothing of the shard is left behind.
         """
-        writer = ShardWriter(self._sink, shard)
+        has_been_read = _Once(on_read or _nothing)
         try:
-            self._run = run = ShardRun(self, shard, writer, stop or threading.Event())
-            run.run()
-            record = replace(writer.finish(), device=self.device.partition(":")[0] if run.uses_device else CPU)
-        except BaseException:
-            writer.abort()
-            # What was in use is not given back one by one; the memory goes when the last reference does.
-            self._session = None
-            self.buffers = BufferPool(self.options.memory_bytes - FIXED_BYTES)
-            raise
+            writer = ShardWriter(self._sink, shard)
+            try:
+                uses_device = self._compute(ShardRun(self, shard, writer, stop or threading.Event(), has_been_read))
+                record = replace(writer.finish(), device=self.device.partition(":")[0] if uses_device else CPU)
+            except BaseException:
+                writer.abort()
+                # What was in use is not given back one by one; the memory goes when the last reference does.
+                self._session = None
+                self.buffers = BufferPool(self.options.memory_bytes - FIXED_BYTES)
+                raise
+            # Tensors without elements have no windows, and were written with the header.
+            with self._lock:
+                self._ended.num_tensors += sum(tensor.spec.num_elements == 0 for tensor in shard.tensors)
+            self._sink.put(record_name(self._record_folder, shard), json.dumps(record.to_json()).encode())
+            return record
         finally:
-            self._run = None
-        # Tensors without elements have no windows, and were written with the header.
-        self._progress.num_tensors += sum(tensor.spec.num_elements == 0 for tensor in shard.tensors)
-        self._sink.put(record_name(self._record_folder, shard), json.dumps(record.to_json()).encode())
-        return record
+            has_been_read()
+
+    def _compute(self, run: ShardRun) -> bool:
+        """Whether a device was used. What the run has counted stays counted."""
+        with self._lock:
+            self._runs.append(run)
+        try:
+            run.run()
+        finally:
+            with self._lock:
+                self._runs.remove(run)
+                self._ended = Progress.total([self._ended, run.progress])
+        return run.uses_device
+
+
+class _Once:
+    """Calls a function the first time."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._called = False
+
+    def __call__(self) -> None:
+        with self._lock:
+            called, self._called = self._called, True
+        if not called:
+            self._function()
+
+
+def _nothing() -> None:
+    pass
 
 
 def record_name(folder: str, shard: Shard) -> str:

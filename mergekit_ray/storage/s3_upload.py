@@ -33,8 +33,9 @@ class S3Upload:
     """See `mergekit_ray.storage.protocols.Upload`.
 
     An object no larger than a part is one request. Otherwise at most 4 parts are in flight while one is filled, so an
-    upload holds at most 5 buffers of `part_bytes_for`. A process that is killed leaves an unfinished multipart upload,
-    which no reader sees; a lifecycle rule (AbortIncompleteMultipartUpload) removes those.
+    upload holds at most 5 buffers of `part_bytes_for`; those of the last parts are let go as each has been sent. A
+    process that is killed leaves an unfinished multipart upload, which no reader sees; a lifecycle rule
+    (AbortIncompleteMultipartUpload) removes those.
 
     Args:
         client: a boto3 S3 client.
@@ -72,6 +73,7 @@ class S3Upload:
         self._in_flight: set[Future[None]] = set()
         self._parts: dict[int, dict[str, Any]] = {}
         self._upload_id: str | None = None
+        self._is_sent = False
         self._closed = False
 
     def write(self, data: memoryview | bytes) -> None:
@@ -107,7 +109,7 @@ class S3Upload:
             answer = self._call("writing", lambda _: self._client.put_object(**self._target, Body=body, **checksum))
             version = answer["ETag"].strip('"')
         else:
-            self._send()
+            self._send(last=True)
             self._collect(everything=True)
             version = self._complete(self._upload_id)
         self._close()
@@ -137,8 +139,8 @@ class S3Upload:
             if code_of(error) != "NoSuchUpload":
                 raise
 
-    def _send(self) -> None:
-        """Hand the filled buffer to the executor and take a free one."""
+    def _send(self, *, last: bool = False) -> None:
+        """Hand the filled buffer to the executor and, unless it is the last, take a free one."""
         if self._upload_id is None:
             begun = {**self._target, **self._checksums.of_upload}
             answer = self._call("writing", lambda _: self._client.create_multipart_upload(**begun))
@@ -147,15 +149,21 @@ class S3Upload:
             self._collect(everything=False)
         self._num_parts += 1
         self._in_flight.add(self._executor.submit(self._send_part, self._upload_id, self._num_parts, self._buffer))
-        self._buffer = self._free.pop() if self._free else bytearray(self._part_bytes)
         self._used = 0
+        if last:
+            self._is_sent = True
+            self._free.clear()
+            self._buffer = bytearray()
+        else:
+            self._buffer = self._free.pop() if self._free else bytearray(self._part_bytes)
 
     def _send_part(self, upload_id: str, number: int, buffer: bytearray) -> None:
         checksum = self._checksums.of_body(buffer)
         part = {**self._target, "UploadId": upload_id, "PartNumber": number, **checksum}
         answer = self._call(f"writing part {number}", lambda _: self._client.upload_part(**part, Body=buffer))
         self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **checksum}
-        self._free.append(buffer)
+        if not self._is_sent:
+            self._free.append(buffer)
 
     def _collect(self, *, everything: bool) -> None:
         """Wait for one part (or all) and raise what went wrong with it."""

@@ -347,8 +347,9 @@ class TestLostWorkers:
 
 
 def busy(cluster: RayCluster, node: Any = None) -> list[psutil.Process]:
-    """Workers that are in the middle of a shard."""
-    return [process for process in cluster.workers(node) if "RayWorker.run" in " ".join(process.cmdline())]
+    """Workers that were given a shard a moment ago: Ray titles a process after the call that began last."""
+    titles = {process: " ".join(process.cmdline()) for process in cluster.workers(node)}
+    return [process for process, title in titles.items() if "RayWorker.run" in title or "RayWorker.has_read" in title]
 
 
 def written(out: Path) -> list[Path]:

@@ -117,8 +117,9 @@ def test_a_merge_that_fails_leaves_the_old_model(out: Path, plan: Plan, wanted: 
     with pytest.raises(PlanError, match="--overwrite"):
         merge(plan, out, overwrite=False)
     events = merge(plan, out)
-    assert [event["num_done"] for event in events.of("resumed")] == [1]
-    assert len(events.of("shard_done")) == 2
+    [resumed] = events.of("resumed")
+    assert resumed["num_done"] in {1, 2}, "the one that was told of, and perhaps the next"
+    assert len(events.of("shard_done")) == 3 - resumed["num_done"]
     assert_new(out, wanted)
 
 

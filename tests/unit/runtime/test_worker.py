@@ -7,6 +7,8 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from mergekit_ray.planning import windows
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.runtime import shard_run, window_inputs
+from mergekit_ray.runtime import worker as worker_module
+from mergekit_ray.runtime.budget import Budget
 from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.threads import single_threaded_torch
@@ -197,7 +201,7 @@ def test_what_is_held_stays_within_the_budget(
     limit = 3 * 500_000
     held: list[int] = []
 
-    class Watched(shard_run.Budget):
+    class Watched(Budget):
         def take(self, num_bytes: int, stopped: threading.Event) -> None:
             super().take(num_bytes, stopped)
             held.append(self._held)
@@ -206,7 +210,7 @@ def test_what_is_held_stays_within_the_budget(
             super().give(num_bytes)
             held.append(self._held)
 
-    monkeypatch.setattr(shard_run, "Budget", Watched)
+    monkeypatch.setattr(worker_module, "Budget", Watched)
     worker = make_worker(pair[0], tmp_path / "out", memory_bytes=FIXED_BYTES + limit)
     worker.run(pair[1])
     worker.close()
@@ -216,8 +220,85 @@ def test_what_is_held_stays_within_the_budget(
     assert min(held) >= 0
 
 
+def begin(worker: Worker, shard: Shard) -> tuple[Future[ShardRecord], threading.Event]:
+    """A shard run on a thread of its own, and what is set when it has been read."""
+    read, future = threading.Event(), Future[ShardRecord]()
+
+    def work() -> None:
+        try:
+            future.set_result(worker.run(shard, on_read=read.set))
+        except BaseException as error:  # noqa: BLE001 - the test's
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future, read
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_the_next_shard_is_written_while_one_is_being_committed(
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    inputs, shard = pair
+    expected = make_worker(inputs, tmp_path / "expected").run(shard)
+    held: list[int] = []
+
+    class Watched(Budget):
+        def take(self, num_bytes: int, stopped: threading.Event) -> None:
+            super().take(num_bytes, stopped)
+            held.append(self._held)
+
+    commit, let_go = LocalUpload.commit, threading.Event()
+
+    def wait_and_commit(upload: LocalUpload) -> Any:
+        assert let_go.wait(60)
+        return commit(upload)
+
+    monkeypatch.setattr(worker_module, "Budget", Watched)
+    monkeypatch.setattr(LocalUpload, "commit", wait_and_commit)
+    worker = make_worker(inputs, tmp_path / "out", memory_bytes=budget)
+    first, first_read = begin(worker, replace(shard, file="first.safetensors"))
+    assert first_read.wait(60)
+    second, second_read = begin(worker, replace(shard, file="second.safetensors"))
+    assert second_read.wait(60), "though the first is not finished"
+    assert not first.done()
+    let_go.set()
+    assert first.result(60).sha256 == second.result(60).sha256 == expected.sha256
+    worker.close()
+    assert worker.budget.held_bytes == worker.progress.held_bytes == 0
+    assert worker.progress.read_bytes == 2 * shard.read_bytes
+    assert worker.progress.num_tensors == 2 * len(shard.tensors)
+    assert max(held) <= max(budget - FIXED_BYTES, *(tensor.spec.num_bytes * 2 for tensor in shard.tensors))
+
+
+def test_a_shard_that_fails_says_once_that_it_reads_no_more_and_gives_all_back(
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, shard = pair
+    read: list[str] = []
+    worker = make_worker(inputs, tmp_path / "out", memory_bytes=BUDGETS["tiny"])
+    worker.sources = {key: FailingSource(model.uri) for key, model in inputs.items()}
+    with pytest.raises(StorageError, match="the disk is on fire"):
+        worker.run(shard, on_read=lambda: read.append("in the middle"))
+    assert worker.budget.held_bytes == 0
+    monkeypatch.setattr(worker_module, "ShardWriter", fail)
+    with pytest.raises(StorageError, match="the disk is on fire"):
+        worker.run(shard, on_read=lambda: read.append("before it began"))
+    worker.close()
+    assert read == ["in the middle", "before it began"]
+
+
+def fail(*_: Any, **__: Any) -> int:
+    raise StorageError("the disk is on fire", where="here", remedy="run")
+
+
+class FailingSource(LocalSource):
+    """Cannot be read or mapped."""
+
+    read_ranges = map_range = fail
+
+
 def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
-    budget, never = shard_run.Budget(100), threading.Event()
+    budget, never = Budget(100), threading.Event()
     budget.take(500, never)  # alone: let in whatever its size
     entered = threading.Event()
 
@@ -235,7 +316,7 @@ def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
 
 
 def test_a_waiting_taker_is_let_go_when_the_shard_has_failed() -> None:
-    budget, failed = shard_run.Budget(100), threading.Event()
+    budget, failed = Budget(100), threading.Event()
     budget.take(100, failed)
     thread = threading.Thread(target=budget.take, args=(1, failed))
     thread.start()
