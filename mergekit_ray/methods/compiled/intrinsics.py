@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, Final
 
 from llvmlite import ir
@@ -51,34 +53,78 @@ LANES: Final = 32
 result: the same everywhere."""
 
 
+_PART: Final = 8
+"""Lanes that are one vector."""
+
+
 def _to_add_products(_typing: Any, x: Any, y: Any, number: Any, lanes: Any) -> Any:
-    return types.void(x, y, number, lanes), _emit_add_products
+    def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
+        _emit_products(builder, args[:2], [(0, 1)], args[2], args[3])
+
+    return types.void(x, y, number, lanes), emit
 
 
-def _emit_add_products(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
-    """The loop, in LLVM's language, since the sums that numba's own keep in an array are stored at each step."""
-    narrow, wide = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
-    index_type = args[2].type
-    x, y = (builder.inttoptr(arg, narrow.as_pointer()) for arg in args[:2])
-    lanes = builder.inttoptr(args[3], wide.as_pointer())
+def _to_add_pairs(num_runs: int) -> Any:
+    def to_add_pairs(_typing: Any, first: Any, stride: Any, number: Any, lanes: Any) -> Any:
+        def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
+            runs = [args[0]]
+            for _ in range(1, num_runs):
+                runs.append(builder.add(runs[-1], args[1]))
+            pairs = list(itertools.combinations_with_replacement(range(num_runs), 2))
+            _emit_products(builder, runs, pairs, args[2], args[3])
+
+        return types.void(first, stride, number, lanes), emit
+
+    return to_add_pairs
+
+
+def _emit_products(
+    builder: Any, runs: Sequence[Any], pairs: Sequence[tuple[int, int]], number: Any, lanes: Any
+) -> None:
+    """The loop, in LLVM's language, since the sums that numba's own keep in an array are stored at each step.
+
+    Each number is made a float64 once, whatever pairs it is in: that is what takes the time.
+
+    Args:
+        builder: where it goes.
+        runs: addresses of the first elements.
+        pairs: of runs.
+        number: of rounds of `LANES` elements.
+        lanes: address of the first lane of the first pair.
+    """
+    narrow, wide = ir.VectorType(ir.FloatType(), _PART), ir.VectorType(ir.DoubleType(), _PART)
+    index_type = number.type
+    num_parts = LANES // _PART
+    run_pointers = [builder.inttoptr(run, narrow.as_pointer()) for run in runs]
+    lane_pointer = builder.inttoptr(lanes, wide.as_pointer())
+    places = [builder.gep(lane_pointer, [index_type(i)]) for i in range(len(pairs) * num_parts)]
     before = builder.block
-    first = builder.load(lanes, align=8)
+    first = [builder.load(place, align=8) for place in places]
     loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
-    builder.cbranch(builder.icmp_signed(">", args[2], index_type(0)), loop, after)
+    builder.cbranch(builder.icmp_signed(">", number, index_type(0)), loop, after)
     builder.position_at_end(loop)
-    index, total = builder.phi(index_type), builder.phi(wide)
-    factors = (builder.fpext(builder.load(builder.gep(run, [index]), align=4), wide) for run in (x, y))
-    summed = builder.fadd(total, builder.fmul(*factors, flags=("contract",)), flags=("contract",))
+    index = builder.phi(index_type)
+    totals = [builder.phi(wide) for _ in places]
+    summed = list(totals)
+    for part in range(num_parts):
+        at = builder.add(builder.mul(index, index_type(num_parts)), index_type(part))
+        x = [builder.fpext(builder.load(builder.gep(run, [at]), align=4), wide) for run in run_pointers]
+        for pair, (i, j) in enumerate(pairs):
+            k = pair * num_parts + part
+            product = builder.fmul(x[i], x[j], flags=("contract",))
+            summed[k] = builder.fadd(totals[k], product, flags=("contract",))
     following = builder.add(index, index_type(1))
-    builder.cbranch(builder.icmp_signed("<", following, args[2]), loop, after)
-    for phi, at_first, later in ((index, index_type(0), following), (total, first, summed)):
+    builder.cbranch(builder.icmp_signed("<", following, number), loop, after)
+    for phi, at_first, later in ((index, index_type(0), following), *zip(totals, first, summed, strict=True)):
         phi.add_incoming(at_first, before)
         phi.add_incoming(later, loop)
     builder.position_at_end(after)
-    found = builder.phi(wide)
-    found.add_incoming(first, before)
-    found.add_incoming(summed, loop)
-    builder.store(found, lanes, align=8)
+    found = [builder.phi(wide) for _ in places]
+    for phi, at_first, later in zip(found, first, summed, strict=True):
+        phi.add_incoming(at_first, before)
+        phi.add_incoming(later, loop)
+    for phi, place in zip(found, places, strict=True):
+        builder.store(phi, place, align=8)
 
 
 add_products: Any = intrinsic(_to_add_products)
@@ -86,3 +132,13 @@ add_products: Any = intrinsic(_to_add_products)
 
 Arguments are addresses and a number: of the runs' first elements, of whole rounds of `LANES` elements, of the lanes.
 """
+
+add_pairs_of_two: Any = intrinsic(_to_add_pairs(2))
+"""`add_products` of every pair of two runs, each with itself and with the other, to as many rows of lanes.
+
+Arguments are the address of the first run, how many bytes further each next one is, whole rounds, and the address of
+the first row of lanes. Pairs are ``i <= j``, row by row of the upper triangle.
+"""
+
+add_pairs_of_three: Any = intrinsic(_to_add_pairs(3))
+"""The same for three runs, of which there are six pairs: as many lanes as an ordinary processor's registers hold."""

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
-from mergekit_ray.methods.compiled.intrinsics import LANES, add_products, float32_of, fma, pointer_to, uint32_of
+from mergekit_ray.methods.compiled.intrinsics import (
+    LANES,
+    add_pairs_of_three,
+    add_pairs_of_two,
+    add_products,
+    float32_of,
+    fma,
+    pointer_to,
+    uint32_of,
+)
 from mergekit_ray.methods.compiled.jit import compiled
 
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
@@ -75,9 +84,10 @@ def weighted_sum(
         if base_address != 0:
             _read(base_address + start * base_width, base_width, origin)
         for k in range(addresses.size):
-            _read(addresses[k] + start * widths[k], widths[k], x)
             if base_address != 0:
-                _subtract(x, origin)
+                _read_change(addresses[k] + start * widths[k], widths[k], origin, x)
+            else:
+                _read(addresses[k] + start * widths[k], widths[k], x)
             if k == 0:
                 _multiply(x, factors[k], total)
             elif rounds_products:
@@ -165,14 +175,11 @@ def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int,
             if base_address != 0:
                 _read(base_address + start * base_width, base_width, origin_block[:length])
             for k in range(number):
-                _read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
                 if base_address != 0:
-                    _subtract(runs[k, :length], origin_block[:length])
-            pair = 0
-            for i in range(number):
-                for j in range(i, number):
-                    _add_products(runs[i, :length], runs[j, :length], lanes[pair])
-                    pair += 1
+                    _read_change(addresses[k] + start * widths[k], widths[k], origin_block[:length], runs[k, :length])
+                else:
+                    _read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
+            _add_pairs(runs, length, lanes)
         for pair in range(found.shape[1]):
             found[index, pair] = lanes[pair].sum()
 
@@ -194,6 +201,22 @@ def _add_products(x: Floats, y: Floats, lanes: Doubles) -> None:
 
 
 @compiled
+def _add_pairs(runs: Floats, length: int, lanes: Doubles) -> None:
+    """`_add_products` of the first elements of all pairs of runs, two and three of them in one loop."""
+    number, rounds = runs.shape[0], length // LANES
+    if number == 2:
+        add_pairs_of_two(runs.ctypes.data, runs.strides[0], rounds, lanes.ctypes.data)
+    elif number == 3:
+        add_pairs_of_three(runs.ctypes.data, runs.strides[0], rounds, lanes.ctypes.data)
+    first = rounds * LANES if number in (2, 3) else 0
+    pair = 0
+    for i in range(number):
+        for j in range(i, number):
+            _add_products(runs[i, first:length], runs[j, first:length], lanes[pair])
+            pair += 1
+
+
+@compiled
 def _read(address: int, width: int, out: Floats) -> None:
     """As float32."""
     if width == 2:
@@ -204,6 +227,19 @@ def _read(address: int, width: int, out: Floats) -> None:
         words = carray(pointer_to(address), out.size, np.uint32)
         for i in range(out.size):
             out[i] = float32_of(words[i])
+
+
+@compiled
+def _read_change(address: int, width: int, base: Floats, out: Floats) -> None:
+    """As float32, without the base."""
+    if width == 2:
+        bits = carray(pointer_to(address), out.size, np.uint16)
+        for i in range(out.size):
+            out[i] = float32_of(np.uint32(np.uint32(bits[i]) << _SIXTEEN)) - base[i]
+    else:
+        words = carray(pointer_to(address), out.size, np.uint32)
+        for i in range(out.size):
+            out[i] = float32_of(words[i]) - base[i]
 
 
 @compiled
@@ -241,12 +277,6 @@ def _add_fused(x: Floats, factor: np.float32, total: Floats) -> None:
 def _add_rounded(x: Floats, factor: np.float32, total: Floats) -> None:
     for i in range(x.size):
         total[i] += x[i] * factor
-
-
-@compiled
-def _subtract(x: Floats, base: Floats) -> None:
-    for i in range(x.size):
-        x[i] -= base[i]
 
 
 @compiled

@@ -1,0 +1,49 @@
+"""Inner products of numbers as they lie in memory, beside a plain sum over the same lanes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mergekit_ray.methods.compiled.intrinsics import LANES
+from mergekit_ray.methods.compiled.sums import inner_products
+
+
+def lane_sums(x: np.ndarray, y: np.ndarray) -> float:
+    """``Σ x_i y_i``: element ``i`` of the whole rounds to lane ``i % LANES``, the rest to the first lane."""
+    products = x.astype(np.float64) * y.astype(np.float64)
+    even = products.size // LANES * LANES
+    lanes = np.zeros(LANES)
+    for row in products[:even].reshape(-1, LANES):
+        lanes += row
+    for product in products[even:]:
+        lanes[0] += product
+    return float(sum(lanes.tolist()))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("has_base", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("size", [1, 31, 32, 77, 512, 1300])
+def test_inner_products_of_all_pairs(number: int, size: int, has_base: bool, width: int) -> None:
+    rng = np.random.default_rng(1000 * number + size)
+    values = rng.standard_normal((number + 1, size)).astype(np.float32)
+    values.view(np.uint32)[:] &= np.uint32(0xFFFF0000)  # as a bfloat16 holds them
+    stored = values if width == 4 else (values.view(np.uint32) >> 16).astype(np.uint16)
+    addresses = np.array([row.ctypes.data for row in stored[1:]], dtype=np.int64)
+    widths = np.full(number, width, dtype=np.int64)
+    part = 512
+    found = np.empty((-(-size // part), number * (number + 1) // 2))
+    base = (stored[0].ctypes.data if has_base else 0, width)
+    inner_products(addresses, widths, base, size, part, found)
+    changes = values[1:] - values[0] if has_base else values[1:]
+    for index, sums in enumerate(found):
+        run = changes[:, index * part : (index + 1) * part]
+        pairs = itertools.combinations_with_replacement(range(number), 2)
+        expected = [lane_sums(run[i], run[j]) for i, j in pairs]
+        # float64 products of float32 numbers are exact, and lanes add in order: fused or not, with one rounding each.
+        np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-12 * size)
+        if size <= LANES:
+            assert sums.tolist() == pytest.approx(expected, rel=1e-15)
