@@ -51,11 +51,6 @@ class Share:
         self._held = 0
         self._lock = threading.Lock()
 
-    @property
-    def held_bytes(self) -> int:
-        """What this user holds now."""
-        return self._held
-
     def take(self, num_bytes: int, stopped: threading.Event) -> None:
         """See `Budget.take`."""
         self._budget.take(num_bytes, stopped)

@@ -91,8 +91,8 @@ class RayWorker:
             return InternalError.wrap(error)
 
     @ray.method(concurrency_group="reading")
-    def has_read(self, file: str) -> str | MergekitRayError:
-        """As `node`, once the running shard ``file`` has been read and there may be another."""
+    def has_read(self, file: str) -> str:
+        """Where this worker runs, once the shard ``file`` that is run has been read and there may be another."""
         self._read.wait_for(file)
         return self._address
 

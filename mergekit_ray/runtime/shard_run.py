@@ -154,11 +154,6 @@ class ShardRun:
         self._written: queue.Queue[_Output | None] = queue.Queue()
 
     @property
-    def held_bytes(self) -> int:
-        """Of the budget, what is held now."""
-        return self._budget.held_bytes
-
-    @property
     def uses_device(self) -> bool:
         """Whether anything is computed elsewhere than on the CPU."""
         return self._session is not None
