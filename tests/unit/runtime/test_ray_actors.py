@@ -87,6 +87,18 @@ def executor_of(num_workers: int) -> RayExecutor:
     return executor
 
 
+def with_two_shards(fake: FakeRay) -> RayExecutor:
+    """One actor, which has read its first shard and is reading its second."""
+    executor = executor_of(1)
+    fake.answer("a.node 0", "10.0.0.1")
+    executor.wait(0)
+    executor.submit(shard("first"))
+    fake.answer("a.has_read 0", "10.0.0.1")
+    executor.wait(0)
+    executor.submit(shard("second"))
+    return executor
+
+
 def shard(file: str) -> Shard:
     spec = TensorSpec("x", DType.F32, (2,))
     load = Load("m0", spec, Location("in.safetensors", 0, spec.num_bytes))
@@ -138,13 +150,7 @@ def test_with_an_actor_all_its_shards_are_lost(
     fake: FakeRay, monkeypatch: pytest.MonkeyPatch, is_told_first: str
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    executor = executor_of(1)
-    fake.answer("a.node 0", "10.0.0.1")
-    executor.wait(0)
-    executor.submit(shard("first"))
-    fake.answer("a.has_read 0", "10.0.0.1")
-    executor.wait(0)
-    executor.submit(shard("second"))
+    executor = with_two_shards(fake)
     died = RayActorError()
     if is_told_first == "has_read":
         fake.answer("a.has_read 1", died)
@@ -165,13 +171,7 @@ def test_with_an_actor_all_its_shards_are_lost(
 
 
 def test_what_was_finished_before_the_actor_died_counts(fake: FakeRay) -> None:
-    executor = executor_of(1)
-    fake.answer("a.node 0", "10.0.0.1")
-    executor.wait(0)
-    executor.submit(shard("first"))
-    fake.answer("a.has_read 0", "10.0.0.1")
-    executor.wait(0)
-    executor.submit(shard("second"))
+    executor = with_two_shards(fake)
     fake.answer("a.run 0", record("first"))
     fake.answer("a.run 1", RayActorError())
     outcomes = executor.wait(0)

@@ -297,34 +297,6 @@ class FailingSource(LocalSource):
     read_ranges = map_range = fail
 
 
-def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
-    budget, never = Budget(100), threading.Event()
-    budget.take(500, never)  # alone: let in whatever its size
-    entered = threading.Event()
-
-    def second() -> None:
-        budget.take(60, never)
-        entered.set()
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    assert not entered.wait(0.15)
-    budget.give(500)
-    assert entered.wait(5)
-    thread.join()
-    assert budget._held == 60
-
-
-def test_a_waiting_taker_is_let_go_when_the_shard_has_failed() -> None:
-    budget, failed = Budget(100), threading.Event()
-    budget.take(100, failed)
-    thread = threading.Thread(target=budget.take, args=(1, failed))
-    thread.start()
-    failed.set()
-    thread.join(5)
-    assert not thread.is_alive()
-
-
 def test_a_damaged_input_leaves_nothing_and_names_the_model(tmp_path: Path) -> None:
     tensors = long_tensors(0)
     tensors[0][200_000] = float("nan")
