@@ -328,10 +328,11 @@ class TestLostWorkers:
         self, cluster: RayCluster, many: dict[str, Any], many_expected: dict[str, bytes], tmp_path: Path
     ) -> None:
         running = Background(many, tmp_path / "out", MergeOptions(executor="ray"))
-        wait_until(lambda: running.events.of("shard_done"))
-        frozen = wait_until(lambda: len(found := busy(cluster)) == 2 and found)
-        for process in frozen:
-            freeze(process)
+        # One after the other: alone, the first could end the merge before the second is up.
+        frozen: list[psutil.Process] = []
+        while len(frozen) < 2:
+            frozen.append(wait_until(lambda: [process for process in busy(cluster) if process not in frozen])[0])
+            freeze(frozen[-1])
         num_done = len(written(tmp_path / "out"))
         node = cluster.add_node()
         try:
