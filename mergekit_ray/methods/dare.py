@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divisor, rounded_sum_
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.accumulate import divisor, rounded_sum_, single_divisor
+from mergekit_ray.methods.combinations import Elected, Kept, Sum
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 from mergekit_ray.methods.random_mask import MaskSpace, RandomMask
 from mergekit_ray.methods.sign import add_elected_
 from mergekit_ray.methods.sums import total
@@ -30,7 +32,7 @@ class DareParameters(ScaledParameters):
     rescale: bool = Field(True, description="scale what is kept to the task vector's L1 norm")
 
 
-class _Dare(ReduceMethod):
+class _Dare(SumMethod, ReduceMethod):
     """Random trim of task vectors: each element is kept with probability ``density`` (Yu et al. 2024)."""
 
     reference = "https://arxiv.org/abs/2311.03099"
@@ -44,32 +46,60 @@ class _Dare(ReduceMethod):
         rescale = cls.global_parameters.model_validate(parameters).model_dump()["rescale"]
         return Access.REDUCE if rescale else Access.ELEMENTWISE
 
+    @classmethod
+    def sum_of(cls, tensor: SummedTensor) -> Kept:
+        """See `SumMethod.sum_of`."""
+        masks = _masks(tensor)
+        norms = tensor.masked_norms(masks) if _rescaled(masks, tensor.parameters) else []
+        weights = [each.weight for each in tensor.input_parameters]
+        factors = [w * r for w, r in zip(weights, _factors(dict(enumerate(norms)), len(masks)), strict=True)]
+        return Kept(masks, cls._sum_of_kept(factors, weights, tensor.parameters))
+
+    @classmethod
+    @abstractmethod
+    def _sum_of_kept(
+        cls, factors: Sequence[float], weights: Sequence[float], settings: DareParameters
+    ) -> Sum | Elected:
+        """What is made of what is kept."""
+
     def statistics(self, operands: Operands) -> list[float]:
         """What is kept is scaled by ``‖δ‖₁ / ‖δ̃‖₁``, 1 where either is below `NEGLIGIBLE_NORM`: a factor per model."""
-        factors = [1.0] * operands.num_inputs
         masks = _masks(operands)
-        trimmed = [index for index, mask in enumerate(masks) if not mask.keeps_all and mask.density > 0]
-        if not operands.parameters.rescale or not trimmed:
-            return factors
+        trimmed = _rescaled(masks, operands.parameters)
+        if not trimmed:
+            return _factors({}, operands.num_inputs)
 
         def measure(chunk: Chunk) -> list[tuple[torch.Tensor, torch.Tensor]]:
             space = MaskSpace.like(chunk.inputs[0], chunk.scratch)
             return [masks[index].l1_sums(task_vector(chunk, index), chunk.start, space) for index in trimmed]
 
         blocks = operands.map_blocks(measure)
-        for place, index in enumerate(trimmed):
-            whole = total(block[place][0] for block in blocks)
-            kept = total(block[place][1] for block in blocks)
-            if whole >= NEGLIGIBLE_NORM and kept >= NEGLIGIBLE_NORM:
-                factors[index] = whole / kept
-        return factors
+        norms = {
+            index: (total(block[place][0] for block in blocks), total(block[place][1] for block in blocks))
+            for place, index in enumerate(trimmed)
+        }
+        return _factors(norms, operands.num_inputs)
 
 
-def _masks(operands: Operands) -> list[RandomMask]:
+def _masks(operands: Operands | SummedTensor) -> list[RandomMask]:
     return [
         RandomMask(key, parameters.density)
         for key, parameters in zip(operands.keys, operands.input_parameters, strict=True)
     ]
+
+
+def _rescaled(masks: Sequence[RandomMask], settings: DareParameters) -> list[int]:
+    """Which models have something dropped and something left, to be rescaled."""
+    return [index for index, mask in enumerate(masks) if settings.rescale and mask.drops_some]
+
+
+def _factors(norms: Mapping[int, tuple[float, float]], num_models: int) -> list[float]:
+    """By which the models' changes are multiplied, from the norms before and after of those that are rescaled."""
+    factors = [1.0] * num_models
+    for index, (whole, kept) in norms.items():
+        if whole >= NEGLIGIBLE_NORM and kept >= NEGLIGIBLE_NORM:
+            factors[index] = whole / kept
+    return factors
 
 
 def _trimmed(chunk: Chunk, operands: Operands) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
@@ -94,6 +124,11 @@ class DareLinear(_Dare):
     summary = "Drop changes at random, rescale, weighted sum."
     formula = "b + λ·Σ w_i·δ̃_i, divided by Σ w_i if normalize; δ̃ keeps each element with probability density"
 
+    @classmethod
+    def _sum_of_kept(cls, factors: Sequence[float], weights: Sequence[float], settings: DareParameters) -> Sum:
+        divisor = single_divisor(weights) if settings.normalize else 1.0
+        return Sum(factors, divisor, settings.lambda_, rounds_products=True)
+
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`; ``statistics`` are the factors, or None without rescaling.
 
@@ -115,6 +150,10 @@ class DareTies(_Dare):
     name = "dare_ties"
     summary = "Drop changes at random, rescale, elect a sign per element, merge what agrees."
     formula = "b + λ·Σ m_i·w_i·δ̃_i, over Σ m_i·w_i if normalize; m_i = [sign(w_i·δ̃_i) = elected sign]"
+
+    @classmethod
+    def _sum_of_kept(cls, factors: Sequence[float], weights: Sequence[float], settings: DareParameters) -> Elected:
+        return Elected(factors, weights, settings.lambda_, settings.normalize)
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`; ``statistics`` are the factors, or None without rescaling."""

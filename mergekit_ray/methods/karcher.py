@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.combinations import Sum
 from mergekit_ray.methods.gram import (
     Matrix,
     as_matrix,
@@ -20,7 +21,7 @@ from mergekit_ray.methods.gram import (
     span_coefficients,
     sum_of_vectors,
 )
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch

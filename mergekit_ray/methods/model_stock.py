@@ -11,8 +11,9 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.combinations import Sum
 from mergekit_ray.methods.gram import as_matrix, inner_products, norms, num_products, products, sum_of_vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 from mergekit_ray.methods.rows import Lines
 from mergekit_ray.methods.task_vectors import task_vectors
 

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Chunk, Held, Operands, Scratch, SummedTensor, SumMethod
+from mergekit_ray.methods.combinations import Held
+from mergekit_ray.methods.protocol import Chunk, Operands, Scratch, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch

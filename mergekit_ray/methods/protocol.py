@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from mergekit_ray.core.declaration import Access, MethodDeclaration
 
 if TYPE_CHECKING:
     import torch
+
+    from mergekit_ray.methods.combinations import Combination
+    from mergekit_ray.methods.random_mask import RandomMask
 
 R = TypeVar("R")
 
@@ -115,38 +117,6 @@ class ElementwiseMethod(MethodDeclaration):
         """The merged run: a 1-D tensor in compute dtype, which may be one of the chunk's own tensors."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """``scale · (Σ factor_i v_i) / divisor``, all steps in float32; where it is of changes, the base is added.
-
-    Attributes:
-        factors: one for each vector: the models, the base first if it is one of them (``base_is_input``); or, where the
-            method has a base beside them, the changes ``x_i - base``.
-        divisor: 1 to leave it out.
-        scale: 1 to leave it out.
-        rounds_products: before they are added; otherwise products are added fused.
-    """
-
-    factors: Sequence[float]
-    divisor: float = 1.0
-    scale: float = 1.0
-    rounds_products: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Interpolation:
-    """``a + t (b - a)`` of two vectors."""
-
-    t: float
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """The second of two vectors, held within ``t`` of the first, element by element."""
-
-    t: float
-
-
 class SummedTensor(Protocol):
     """A tensor of which a `SumMethod` is asked for the sum.
 
@@ -154,6 +124,7 @@ class SummedTensor(Protocol):
         shape: of the tensor.
         parameters: the method's global parameters here (an instance of its ``global_parameters``).
         input_parameters: per-model parameters, one per input.
+        keys: one string per input, to seed randomness with.
     """
 
     @property
@@ -165,10 +136,20 @@ class SummedTensor(Protocol):
     @property
     def input_parameters(self) -> Sequence[Any]: ...  # noqa: D102
 
+    @property
+    def keys(self) -> Sequence[str]: ...  # noqa: D102
+
     def inner_products(self) -> list[float]:
         """Of each pair ``i <= j`` of vectors over the whole tensor, row by row of the upper triangle, in float64.
 
         All NaN if any is not finite. To be asked for once, and only by a method that sees the whole tensor.
+        """
+        ...
+
+    def masked_norms(self, masks: Sequence[RandomMask]) -> list[tuple[float, float]]:
+        """Of each input's change ``‖δ‖₁``, and the same of what its mask keeps; NaN for masks that keep all or nothing.
+
+        To be asked for once, and only by a method that sees the whole tensor.
         """
         ...
 
@@ -178,7 +159,7 @@ class SumMethod(ElementwiseMethod):
 
     @classmethod
     @abstractmethod
-    def sum_of(cls, tensor: SummedTensor) -> Sum | Interpolation | Held | None:
+    def sum_of(cls, tensor: SummedTensor) -> Combination | None:
         """What `combine` does where the compute dtype is float32; None where it does something else.
 
         Raises:

@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ray.methods.compiled import is_compiled_for
-from mergekit_ray.methods.protocol import Scratch
 from mergekit_ray.methods.sums import partial_sums
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from mergekit_ray.methods.protocol import Scratch
 
     Words = np.ndarray[Any, np.dtype[np.uint32]]
 
@@ -73,6 +74,16 @@ class RandomMask:
         """Whether nothing is dropped."""
         return self.density >= 1.0
 
+    @property
+    def drops_some(self) -> bool:
+        """Whether some elements are kept and others are not."""
+        return 0 < self.limit < 1 << 32
+
+    @property
+    def limit(self) -> int:
+        """What a word must be below for its element to be kept: 0 keeps nothing, 2^32 all."""
+        return min(max(0, math.floor(self.density * (1 << 32))), 1 << 32)
+
     def apply_(self, values: torch.Tensor, start: int, space: MaskSpace) -> torch.Tensor:
         """Zero what is not kept, in place.
 
@@ -83,13 +94,13 @@ class RandomMask:
         """
         if self.keeps_all:
             return values
-        limit = math.floor(self.density * (1 << 32))
-        if limit <= 0:
+        limit = self.limit
+        if not limit:
             return values.zero_()
         if is_compiled_for(values):
             from mergekit_ray.methods.compiled import masks  # noqa: PLC0415 - compilers load where they are needed
 
-            masks.drop(values.numpy(), *_stream(self.key, start, values.numel()), limit)
+            masks.drop(values.numpy(), *stream(self.key, start, values.numel()), limit)
             return values
         words = hash_words(self.key, start, space.words, space.spare)
         return _zero_where_not_(values, words.lt_(limit - (1 << 31)))
@@ -104,11 +115,10 @@ class RandomMask:
         """
         import torch  # noqa: PLC0415 - declarations are read without torch
 
-        limit = math.floor(self.density * (1 << 32))
-        if is_compiled_for(values) and 0 < limit < 1 << 32:
+        if is_compiled_for(values) and self.drops_some:
             from mergekit_ray.methods.compiled import masks  # noqa: PLC0415 - compilers load where they are needed
 
-            whole, kept = masks.masked_norms(values.numpy(), *_stream(self.key, start, values.numel()), limit)
+            whole, kept = masks.masked_norms(values.numpy(), *stream(self.key, start, values.numel()), self.limit)
             return torch.tensor([whole], dtype=torch.float64), torch.tensor([kept], dtype=torch.float64)
         magnitudes = values.abs_()
         wide = magnitudes if magnitudes.dtype == torch.float64 else torch.empty_like(magnitudes, dtype=torch.float64)
@@ -140,7 +150,7 @@ def hash_words(key: str, start: int, out: torch.Tensor, scratch: torch.Tensor) -
 
         from mergekit_ray.methods.compiled import masks  # noqa: PLC0415 - compilers load where they are needed
 
-        masks.fill_words(out.numpy().view(np.uint32), *_stream(key, start, out.numel()))
+        masks.fill_words(out.numpy().view(np.uint32), *stream(key, start, out.numel()))
         return out
     return words_by_torch(key, start, out, scratch)
 
@@ -165,8 +175,14 @@ def words_by_torch(key: str, start: int, out: torch.Tensor, scratch: torch.Tenso
     return out
 
 
-def _stream(key: str, start: int, length: int) -> tuple[int, Words, Words]:
-    """What a compiled loop needs: the offset in the first block, the mixed offsets, the blocks' key words."""
+def stream(key: str, start: int, length: int) -> tuple[int, Words, Words]:
+    """What a compiled loop needs: the offset in the first block, the mixed offsets, the blocks' key words.
+
+    Args:
+        key: names the stream.
+        start: flat index of the first element.
+        length: elements.
+    """
     first, offset = divmod(start, HASH_BLOCK)
     num_blocks = -(-(offset + length) // HASH_BLOCK)
     return offset, mixed_offsets(), block_keys(key, first, num_blocks)

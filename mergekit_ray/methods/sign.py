@@ -68,7 +68,7 @@ def _add_compiled(
         np.array(factors, dtype=run.dtype),
         np.array(weights, dtype=run.dtype),
         run.dtype.type(scale),
-        run.dtype.type(_zero_divisor(weights, base) if normalize else math.inf),
+        run.dtype.type(zero_divisor(weights, float(np.finfo(run.dtype).eps)) if normalize else math.inf),
     )
     return base
 
@@ -99,7 +99,7 @@ def add_elected_by_torch_(
         if divisor is not None:
             add_scaled_(divisor, term.gt_(0), weights[place])
     if divisor is not None:
-        merged.div_(divisor.masked_fill_(divisor.abs() <= _zero_divisor(weights, base), 1.0))
+        merged.div_(divisor.masked_fill_(divisor.abs() <= zero_divisor(weights, torch.finfo(base.dtype).eps), 1.0))
     return base.addcmul_(merged, elected, value=scale)
 
 
@@ -111,11 +111,7 @@ def _elected_sign(weighted: Sequence[torch.Tensor], scratch: Scratch) -> torch.T
     return sign.ge_(0).mul_(2).sub_(1)
 
 
-def _zero_divisor(weights: Sequence[float], like: torch.Tensor) -> float:
-    """Up to this magnitude a sum of weights is a zero."""
-    import torch  # noqa: PLC0415 - declarations are read without torch
-
-    if min(weights) >= 0:
-        return 0.0
+def zero_divisor(weights: Sequence[float], eps: float) -> float:
+    """Up to this magnitude a sum of weights is a zero, in a dtype of that relative precision."""
     # Weights of both signs may cancel up to rounding.
-    return 2 * len(weights) * torch.finfo(like.dtype).eps * sum(abs(weight) for weight in weights)
+    return 0.0 if min(weights) >= 0 else 2 * len(weights) * eps * sum(abs(weight) for weight in weights)

@@ -11,9 +11,10 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.accumulate import weighted_sum_
+from mergekit_ray.methods.combinations import Interpolation, Sum
 from mergekit_ray.methods.compiled import is_single_on_cpu
 from mergekit_ray.methods.gram import dots
-from mergekit_ray.methods.protocol import Chunk, Interpolation, Operands, ReduceMethod, Sum, SummedTensor, SumMethod
+from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 from mergekit_ray.methods.sums import partial_sums, total
 
 if TYPE_CHECKING:

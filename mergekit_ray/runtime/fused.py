@@ -7,33 +7,19 @@ finite, is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Constant, Expression, Literal, Load, Merge, Noise
-from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.gram import DOT_ELEMENTS, num_products, summed_products
-from mergekit_ray.methods.protocol import Held, Interpolation, Sum, SumMethod
+from mergekit_ray.core.expressions import Constant, Expression, Literal, Noise
 from mergekit_ray.runtime import noise
 from mergekit_ray.runtime.buffers import Bytes
+from mergekit_ray.runtime.fused_sums import BITS, FusedSum, Pieces
 from mergekit_ray.runtime.pool import ComputePool
 
-_BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
-"""Dtypes that the loops read and write, and what carries their bits."""
-
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-Combination: TypeAlias = Sum | Interpolation | Held
-
-Pieces: TypeAlias = Mapping[Load, tuple[Bytes, int]]
-"""Of each load the bytes of a window, and the flat index of its first element."""
-
-_RUN_ELEMENTS: Final = 1 << 14
-"""Elements that a thread is given at least."""
 
 
 class Fused(Protocol):
@@ -59,173 +45,6 @@ def fused(expression: Expression) -> Fused | None:
     return FusedSum.of(expression) or FusedValues.of(expression)
 
 
-class FusedSum:
-    """A sum of tensors as they lie in files, or of their changes.
-
-    Args:
-        merge: by a `SumMethod`.
-        vectors: what is summed: the inputs, after the base if that is one of them.
-        base: what is subtracted from each, and added to the sum; None without one.
-    """
-
-    def __init__(self, merge: Merge, vectors: Sequence[Load], base: Load | None) -> None:
-        self._merge = merge
-        self._vectors = vectors
-        self._base = base
-
-    @classmethod
-    def of(cls, expression: Expression) -> Self | None:
-        """The same as an expression; None if it is not of this kind."""
-        if (
-            not isinstance(expression, Merge)
-            or expression.compute_dtype is not DType.F32
-            or expression.spec.dtype not in _BITS
-        ):
-            return None
-        method = METHODS.get(expression.method)
-        read = [*expression.inputs, *([] if expression.base is None else [expression.base])]
-        loads = [x for x in read if isinstance(x, Load) and x.spec.dtype in _BITS]
-        if len(loads) < len(read) or not issubclass(method, SumMethod):
-            return None
-        if expression.base is None:
-            return cls(expression, loads, None)
-        *inputs, base = loads
-        return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
-
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """See `Fused.fill`."""
-        method = METHODS.get(self._merge.method)
-        assert issubclass(method, SumMethod)  # seen to by `of`
-        vectors = _Runs.of(self._vectors, pieces)
-        base = None if self._base is None else _Runs.of([self._base], pieces)
-        inputs = [vectors, *([] if base is None else [base])]
-        if not all(runs.are_aligned for runs in inputs):
-            return False
-        try:
-            how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
-        except MergeError:
-            return False  # the evaluator says it, and of which tensor
-        if how is None:
-            return False
-        width = self._merge.spec.dtype.itemsize
-        num_elements = out.size // width
-
-        def run(first: int, last: int) -> bool:
-            low = first * _RUN_ELEMENTS
-            size = min(last * _RUN_ELEMENTS, num_elements) - low
-            if not method.propagates_non_finite and not all(x.all_finite(start + low, size) for x in inputs):
-                return False
-            return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
-
-        return all(pool.map_runs(-(-num_elements // _RUN_ELEMENTS), run))
-
-
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """What was read of some tensors.
-
-    Attributes:
-        addresses: of the first element that each tensor has, or would have, in memory: int64.
-        widths: of their elements, bytes: int64.
-        data: the memory itself, which is there as long as this is.
-    """
-
-    addresses: np.ndarray[Any, np.dtype[np.int64]]
-    widths: np.ndarray[Any, np.dtype[np.int64]]
-    data: Sequence[Bytes]
-
-    @classmethod
-    def of(cls, loads: Sequence[Load], pieces: Pieces) -> Self:
-        widths = [load.spec.dtype.itemsize for load in loads]
-        data, starts = zip(*(pieces[load] for load in loads), strict=True)
-        addresses = [_address(x) - start * width for x, start, width in zip(data, starts, widths, strict=True)]
-        return cls(np.array(addresses, np.int64), np.array(widths, np.int64), data)
-
-    @property
-    def are_aligned(self) -> bool:
-        """Whether every element lies where the processor would have it."""
-        return not (self.addresses % self.widths).any()
-
-    def at(self, element: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The addresses of the elements with a flat index."""
-        return self.addresses + element * self.widths
-
-    def all_finite(self, start: int, size: int) -> bool:
-        """Whether no element from flat index ``start`` on is a NaN or an infinity."""
-        from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-        return all(
-            sums.all_finite(address, width, size) for address, width in zip(self.at(start), self.widths, strict=True)
-        )
-
-
-def _address(data: Bytes) -> int:
-    address: int = data.__array_interface__["data"][0]
-    return address
-
-
-class _Tensor:
-    """See `SummedTensor`."""
-
-    def __init__(self, merge: Merge, vectors: _Runs, base: _Runs | None, pool: ComputePool) -> None:
-        method = METHODS.get(merge.method)
-        self.shape = merge.spec.shape
-        self.parameters: Any = method.global_parameters.model_validate(dict(merge.parameters))
-        self.input_parameters: Sequence[Any] = [
-            method.model_parameters.model_validate(dict(each)) for each in merge.input_parameters
-        ]
-        self._num_elements = merge.spec.num_elements
-        self._vectors, self._base, self._pool = vectors, base, pool
-
-    def inner_products(self) -> list[float]:
-        """See `SummedTensor.inner_products`."""
-        from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-        num_pairs = num_products(len(self._vectors.widths))
-
-        def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-            found = np.empty((last - first, num_pairs))
-            start = first * DOT_ELEMENTS
-            sums.inner_products(
-                self._vectors.at(start),
-                self._vectors.widths,
-                _place_of(self._base, start),
-                min(last * DOT_ELEMENTS, self._num_elements) - start,
-                DOT_ELEMENTS,
-                found,
-            )
-            return found
-
-        parts = np.concatenate(self._pool.map_runs(-(-self._num_elements // DOT_ELEMENTS), run))
-        return summed_products([parts.T.tolist()], num_pairs)
-
-
-def _place_of(base: _Runs | None, element: int) -> tuple[int, int]:
-    """The address of an element of the base, and the width; 0 and 0 without one."""
-    return (0, 0) if base is None else (int(base.at(element)[0]), int(base.widths[0]))
-
-
-def _fill(how: Combination, vectors: _Runs, base: _Runs | None, start: int, out: tuple[int, int], size: int) -> bool:
-    """Write the result of so many elements; whether it is finite.
-
-    Args:
-        how: it is made.
-        vectors: that it is made of.
-        base: see `FusedSum`.
-        start: flat index of the first element.
-        out: address for it, and width of a result in bytes.
-        size: elements.
-    """
-    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-    inputs = vectors.at(start), vectors.widths
-    if not isinstance(how, Sum):
-        return bool(sums.of_two(*inputs, isinstance(how, Held), np.float32(how.t), out, size))
-    steps = (how.rounds_products, np.float32(how.divisor), np.float32(how.scale))
-    factors = np.array(how.factors, np.float32)
-    return bool(sums.weighted_sum(*inputs, _place_of(base, start), factors, steps, out, size))
-
-
 @dataclass(frozen=True, slots=True)
 class FusedValues:
     """Values that the plan holds, or noise around a constant: what routers are made of.
@@ -239,7 +58,7 @@ class FusedValues:
     @classmethod
     def of(cls, expression: Expression) -> Self | None:
         """The same as an expression; None if it is not of this kind."""
-        if expression.spec.dtype not in _BITS:
+        if expression.spec.dtype not in BITS:
             return None
         if isinstance(expression, Literal):
             return cls(expression)
@@ -251,7 +70,7 @@ class FusedValues:
     def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
         """See `Fused.fill`."""
         del pieces, pool
-        result = out.view(_BITS[self.expression.spec.dtype])
+        result = out.view(BITS[self.expression.spec.dtype])
         held = np.frombuffer(self.expression.data, "<f4") if isinstance(self.expression, Literal) else None
         is_finite = True
         stop = start + result.size

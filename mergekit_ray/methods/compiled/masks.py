@@ -9,9 +9,10 @@ import numpy as np
 from mergekit_ray.methods.compiled.jit import compiled
 
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 
-_LANES = 16
+LANES = 16
 """Independent partial sums, which the processor adds in parallel. Part of the result: the same everywhere."""
 
 
@@ -48,34 +49,62 @@ def fill_words(out: Words, offset: int, table: Words, keys: Words) -> None:
 @compiled
 def drop(values: Floats, offset: int, table: Words, keys: Words, limit: int) -> None:
     """Zero the ``values`` whose word, its top bit turned over, is not below ``limit``; the rest as for `fill_words`."""
-    bound, turn, zero = np.uint32(limit), np.uint32(1 << 31), values.dtype.type(0)
     place, first = 0, offset
     for block in range(keys.shape[0]):
         length = min(table.size - first, values.size - place)
-        run, mixed, a, b = values[place : place + length], table[first : first + length], keys[block, 0], keys[block, 1]
-        for i in range(length):
-            run[i] = run[i] if np.uint32(_word(mixed[i], a, b) ^ turn) < bound else zero
+        drop_in_block(values[place : place + length], table[first : first + length], keys[block], limit)
         place, first = place + length, 0
+
+
+@compiled
+def drop_in_block(values: Floats, mixed: Words, key: Words, limit: int) -> None:
+    """`drop` of values within one hash block.
+
+    Args:
+        values: changed in place.
+        mixed: ``mix(i)`` of the offset of each.
+        key: the block's two words.
+        limit: see `drop`.
+    """
+    bound, turn, zero, a, b = np.uint32(limit), np.uint32(1 << 31), values.dtype.type(0), key[0], key[1]
+    for i in range(values.size):
+        values[i] = values[i] if np.uint32(_word(mixed[i], a, b) ^ turn) < bound else zero
 
 
 @compiled
 def masked_norms(values: Floats, offset: int, table: Words, keys: Words, limit: int) -> tuple[float, float]:
     """``Σ|v|`` over all values and over those that `drop` would keep, in float64; nothing is changed."""
-    bound, turn, zero = np.uint32(limit), np.uint32(1 << 31), values.dtype.type(0)
-    whole, kept = np.zeros(_LANES), np.zeros(_LANES)
+    whole, kept = np.zeros(LANES), np.zeros(LANES)
     place, first = 0, offset
     for block in range(keys.shape[0]):
         length = min(table.size - first, values.size - place)
-        run, mixed, a, b = values[place : place + length], table[first : first + length], keys[block, 0], keys[block, 1]
-        even = length // _LANES * _LANES
-        for start in range(0, even, _LANES):
-            for lane in range(_LANES):
-                magnitude = abs(run[start + lane])
-                whole[lane] += magnitude
-                kept[lane] += magnitude if np.uint32(_word(mixed[start + lane], a, b) ^ turn) < bound else zero
-        for i in range(even, length):
-            magnitude = abs(run[i])
-            whole[0] += magnitude
-            kept[0] += magnitude if np.uint32(_word(mixed[i], a, b) ^ turn) < bound else zero
+        add_norms(values[place : place + length], table[first : first + length], keys[block], limit, whole, kept)
         place, first = place + length, 0
     return whole.sum(), kept.sum()
+
+
+@compiled
+def add_norms(values: Floats, mixed: Words, key: Words, limit: int, whole: Doubles, kept: Doubles) -> None:
+    """Add the magnitudes of values within one hash block to partial sums: element ``i`` to lane ``i % LANES``.
+
+    What is left after whole rounds of `LANES` goes to the first lane.
+
+    Args:
+        values: not changed.
+        mixed: ``mix(i)`` of the offset of each.
+        key: the block's two words.
+        limit: see `drop`.
+        whole: lanes for all values.
+        kept: lanes for those that are kept.
+    """
+    bound, turn, zero, a, b = np.uint32(limit), np.uint32(1 << 31), values.dtype.type(0), key[0], key[1]
+    even = values.size // LANES * LANES
+    for start in range(0, even, LANES):
+        for lane in range(LANES):
+            magnitude = abs(values[start + lane])
+            whole[lane] += magnitude
+            kept[lane] += magnitude if np.uint32(_word(mixed[start + lane], a, b) ^ turn) < bound else zero
+    for i in range(even, values.size):
+        magnitude = abs(values[i])
+        whole[0] += magnitude
+        kept[0] += magnitude if np.uint32(_word(mixed[i], a, b) ^ turn) < bound else zero

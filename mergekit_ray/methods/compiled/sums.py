@@ -46,7 +46,7 @@ _HALF = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _SIXTEEN = np.uint32(16)
 
-_BLOCK = 1 << 9
+BLOCK = 1 << 9
 """Elements handled at a time: a few such runs stay in the nearest cache of a core. A multiple of `LANES`."""
 
 
@@ -68,39 +68,30 @@ def weighted_sum(
     Returns:
         Whether the sum is finite, and still is as it was stored.
     """
-    rounds_products, divisor, scale = steps
     base_address, base_width = base
     out_address, out_width = out
-    block = min(_BLOCK, size)
+    block = min(BLOCK, size)
     total_block, origin_block, x_block = (
         np.empty(block, np.float32),
         np.empty(block, np.float32),
         np.empty(block, np.float32),
     )
     is_finite = True
-    for start in range(0, size, _BLOCK):
-        length = min(_BLOCK, size - start)
+    for start in range(0, size, BLOCK):
+        length = min(BLOCK, size - start)
         total, origin, x = total_block[:length], origin_block[:length], x_block[:length]
         if base_address != 0:
-            _read(base_address + start * base_width, base_width, origin)
+            read(base_address + start * base_width, base_width, origin)
         for k in range(addresses.size):
             if base_address != 0:
-                _read_change(addresses[k] + start * widths[k], widths[k], origin, x)
+                read_change(addresses[k] + start * widths[k], widths[k], origin, x)
             else:
-                _read(addresses[k] + start * widths[k], widths[k], x)
-            if k == 0:
-                _multiply(x, factors[k], total)
-            elif rounds_products:
-                _add_rounded(x, factors[k], total)
-            else:
-                _add_fused(x, factors[k], total)
-        if divisor != np.float32(1.0):
-            _divide(total, divisor)
-        if scale != np.float32(1.0):
-            _multiply(total, scale, total)
+                read(addresses[k] + start * widths[k], widths[k], x)
+            add_term(x, factors[k], k == 0, steps, total)
+        finish(total, steps)
         if base_address != 0:
-            _add(origin, total)
-        is_finite &= _store(total, out_address + start * out_width, out_width)
+            add(origin, total)
+        is_finite &= store(total, out_address + start * out_width, out_width)
     return is_finite
 
 
@@ -120,19 +111,19 @@ def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out
         Whether the result is finite, and still is as it was stored.
     """
     out_address, out_width = out
-    block = min(_BLOCK, size)
+    block = min(BLOCK, size)
     a_block, b_block = np.empty(block, np.float32), np.empty(block, np.float32)
     is_finite = True
-    for start in range(0, size, _BLOCK):
-        length = min(_BLOCK, size - start)
+    for start in range(0, size, BLOCK):
+        length = min(BLOCK, size - start)
         a, b = a_block[:length], b_block[:length]
-        _read(addresses[0] + start * widths[0], widths[0], a)
-        _read(addresses[1] + start * widths[1], widths[1], b)
+        read(addresses[0] + start * widths[0], widths[0], a)
+        read(addresses[1] + start * widths[1], widths[1], b)
         if holds:
             _hold(a, b, t)
         else:
             _interpolate(a, b, t)
-        is_finite &= _store(a, out_address + start * out_width, out_width)
+        is_finite &= store(a, out_address + start * out_width, out_width)
     return is_finite
 
 
@@ -152,6 +143,15 @@ def all_finite(address: int, width: int, size: int) -> bool:
 
 
 @compiled
+def all_finite_floats(x: Floats) -> bool:
+    """Whether no number is a NaN or an infinity."""
+    largest = np.uint32(0)
+    for i in range(x.size):
+        largest = max(largest, np.uint32(uint32_of(x[i]) & _MAGNITUDE))
+    return bool(largest < _EXPONENT)
+
+
+@compiled
 def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int, part: int, found: Doubles) -> None:
     """Partial sums of ``Σ x_i y_i`` of each pair of tensors, or of their changes ``x - base``, as `dot` has them.
 
@@ -165,20 +165,20 @@ def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int,
     """
     base_address, base_width = base
     number = addresses.size
-    block = min(_BLOCK, size)
+    block = min(BLOCK, size)
     origin_block, runs = np.empty(block, np.float32), np.empty((number, block), np.float32)
     lanes = np.empty((found.shape[1], LANES))
     for index in range(found.shape[0]):
         lanes[:] = 0.0
-        for start in range(index * part, min((index + 1) * part, size), _BLOCK):
-            length = min(_BLOCK, size - start)
+        for start in range(index * part, min((index + 1) * part, size), BLOCK):
+            length = min(BLOCK, size - start)
             if base_address != 0:
-                _read(base_address + start * base_width, base_width, origin_block[:length])
+                read(base_address + start * base_width, base_width, origin_block[:length])
             for k in range(number):
                 if base_address != 0:
-                    _read_change(addresses[k] + start * widths[k], widths[k], origin_block[:length], runs[k, :length])
+                    read_change(addresses[k] + start * widths[k], widths[k], origin_block[:length], runs[k, :length])
                 else:
-                    _read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
+                    read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
             _add_pairs(runs, length, lanes)
         for pair in range(found.shape[1]):
             found[index, pair] = lanes[pair].sum()
@@ -217,7 +217,7 @@ def _add_pairs(runs: Floats, length: int, lanes: Doubles) -> None:
 
 
 @compiled
-def _read(address: int, width: int, out: Floats) -> None:
+def read(address: int, width: int, out: Floats) -> None:
     """As float32."""
     if width == 2:
         bits = carray(pointer_to(address), out.size, np.uint16)
@@ -230,7 +230,7 @@ def _read(address: int, width: int, out: Floats) -> None:
 
 
 @compiled
-def _read_change(address: int, width: int, base: Floats, out: Floats) -> None:
+def read_change(address: int, width: int, base: Floats, out: Floats) -> None:
     """As float32, without the base."""
     if width == 2:
         bits = carray(pointer_to(address), out.size, np.uint16)
@@ -243,7 +243,7 @@ def _read_change(address: int, width: int, base: Floats, out: Floats) -> None:
 
 
 @compiled
-def _store(total: Floats, address: int, width: int) -> bool:
+def store(total: Floats, address: int, width: int) -> bool:
     """Rounded to bfloat16, to nearest and to even, or as it is; whether it and the result are all finite."""
     largest = np.uint32(0)
     if width == 2:
@@ -259,6 +259,27 @@ def _store(total: Floats, address: int, width: int) -> bool:
         largest = max(largest, np.uint32(whole & _MAGNITUDE))
         words[i] = whole
     return bool(largest < _EXPONENT)
+
+
+@compiled
+def add_term(x: Floats, factor: np.float32, is_first: bool, steps: Steps, total: Floats) -> None:
+    """``factor · x`` onto a sum, or as the first term of one."""
+    if is_first:
+        _multiply(x, factor, total)
+    elif steps[0]:
+        _add_rounded(x, factor, total)
+    else:
+        _add_fused(x, factor, total)
+
+
+@compiled
+def finish(total: Floats, steps: Steps) -> None:
+    """Divide and multiply a sum."""
+    _, divisor, scale = steps
+    if divisor != np.float32(1.0):
+        _divide(total, divisor)
+    if scale != np.float32(1.0):
+        _multiply(total, scale, total)
 
 
 @compiled
@@ -280,7 +301,8 @@ def _add_rounded(x: Floats, factor: np.float32, total: Floats) -> None:
 
 
 @compiled
-def _add(x: Floats, total: Floats) -> None:
+def add(x: Floats, total: Floats) -> None:
+    """``x`` onto a sum."""
     for i in range(x.size):
         total[i] += x[i]
 

@@ -93,6 +93,24 @@ BASED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], bool]] = {
     "multislerp, of one": ({}, [{"weight": 0.3}], True),
     "karcher": ({}, [{}, {}, {}], False),
     "model_stock": ({}, [{}, {}, {}], True),
+    "dare_linear": ({"lambda": 0.8}, [{"weight": 0.3, "density": 0.5}, {"weight": -0.7, "density": 0.1}], True),
+    "dare_linear, as it is kept": ({"rescale": False}, [{"weight": 0.3, "density": 0.5}] * 2, True),
+    "dare_linear, normalised": (
+        {"normalize": True},
+        [{"weight": 0.3, "density": density} for density in (0.0, 0.5, 1.0)],
+        True,
+    ),
+    "dare_ties": (
+        {"lambda": 0.8},
+        [{"weight": w, "density": d} for w, d in ((0.3, 0.5), (-0.7, 0.1), (0.2, 1.0))],
+        True,
+    ),
+    "dare_ties, as it is kept": ({"rescale": False}, [{"weight": 0.3, "density": 0.5}] * 3, True),
+    "dare_ties, normalised": (
+        {"normalize": True},
+        [{"weight": w, "density": d} for w, d in ((0.3, 0.5), (-0.3, 0.9), (0.3, 1.0), (0.4, 0.0), (0.2, 1e-12))],
+        True,
+    ),
     "nearswap": ({"t": 1e-3}, [{}], True),
     "nearswap, wide": ({"t": 0.5}, [{}], True),
 }
@@ -124,6 +142,27 @@ def test_bits_of_methods(name: str, kind: torch.dtype, distance: float) -> None:
             found, is_finite = filled(expression, inputs, num_threads=num_threads)
             assert is_finite
             assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("kind", DTYPES_16_AND_32)
+@pytest.mark.parametrize("name", ["dare_linear, as it is kept", "dare_ties, as it is kept"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (1001, 70_000), (65_535, 131_073), (131_072, 200_000)])
+def test_masks_are_the_same_in_every_window(name: str, kind: torch.dtype, start: int, stop: int) -> None:
+    parameters, input_parameters, _ = BASED[name]
+    inputs = Inputs()
+    base, *loads = (inputs.load(f"m{i}", torch.randn(200_000).to(kind)) for i in range(1 + len(input_parameters)))
+    expression = Merge(
+        name.partition(",")[0],
+        TensorSpec("w", DType.F32, (200_000,)),
+        tuple(loads),
+        base=base,
+        parameters=parameters,
+        input_parameters=tuple(input_parameters),
+        keys=tuple(load.model for load in loads),
+    )
+    found, is_finite = filled(expression, inputs, start=start, stop=stop, num_threads=2)
+    assert is_finite
+    assert torch.equal(bits(found), bits(evaluate(expression, inputs)[start:stop]))
 
 
 @pytest.mark.parametrize("kind", DTYPES_16_AND_32)
@@ -189,7 +228,7 @@ def test_what_is_not_finite_is_for_the_evaluator() -> None:
                 base=loads[-1] if has_base else None,
                 parameters=parameters,
                 input_parameters=tuple(input_parameters),
-                keys=tuple("abc"[: len(input_parameters)]),
+                keys=tuple("abcde"[: len(input_parameters)]),
             )
             assert filled(expression, inputs)[1] is False
 
