@@ -16,7 +16,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Constant, Expression, Literal, Noise
 from mergekit_ray.runtime import noise
 from mergekit_ray.runtime.buffers import Bytes
-from mergekit_ray.runtime.fused_sums import BITS, FusedSum, Pieces
+from mergekit_ray.runtime.fused_sums import BITS, Filling, FusedSum, Pieces
 from mergekit_ray.runtime.pool import ComputePool
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -25,17 +25,12 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 class Fused(Protocol):
     """An expression that can be computed so."""
 
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """Write a run of elements.
+    def begin(self, pieces: Pieces, pool: ComputePool) -> Filling | None:
+        """What writes any run of a window's elements; None where it is for the evaluator.
 
         Args:
             pieces: of each input.
-            start: flat index of the first element.
-            out: as many bytes as the run has.
             pool: threads to compute on.
-
-        Returns:
-            Whether the result is finite. If not, ``out`` is not the result.
         """
         ...
 
@@ -67,9 +62,12 @@ class FusedValues:
         around = expression.x
         return cls(expression) if isinstance(around, Constant) and around.spec.dtype is DType.F32 else None
 
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """See `Fused.fill`."""
+    def begin(self, pieces: Pieces, pool: ComputePool) -> Filling:
+        """See `Fused.begin`."""
         del pieces, pool
+        return self._fill
+
+    def _fill(self, start: int, out: Bytes) -> bool:
         result = out.view(BITS[self.expression.spec.dtype])
         held = np.frombuffer(self.expression.data, "<f4") if isinstance(self.expression, Literal) else None
         is_finite = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
 
@@ -28,6 +28,10 @@ _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 Pieces: TypeAlias = Mapping[Load, tuple[Bytes, int]]
 """Of each load the bytes of a window, and the flat index of its first element."""
+
+Filling: TypeAlias = Callable[[int, Bytes], bool]
+"""Writes the run of elements that begins with a flat index, as many bytes as there is room for; says whether all of it
+is finite. If not, what has been written is not the result."""
 
 _RUN_ELEMENTS: Final = 1 << 14
 """Elements that a thread is given at least."""
@@ -66,33 +70,37 @@ class FusedSum:
         *inputs, base = loads
         return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
 
-    def fill(self, pieces: Pieces, start: int, out: Bytes, pool: ComputePool) -> bool:
-        """See `Fused.fill`."""
+    def begin(self, pieces: Pieces, pool: ComputePool) -> Filling | None:
+        """See `Fused.begin`."""
         method = METHODS.get(self._merge.method)
         assert issubclass(method, SumMethod)  # seen to by `of`
         vectors = _Runs.of(self._vectors, pieces)
         base = None if self._base is None else _Runs.of([self._base], pieces)
         inputs = [vectors, *([] if base is None else [base])]
         if not all(runs.are_aligned for runs in inputs):
-            return False
+            return None
         try:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
         except MergeError:
-            return False  # the evaluator says it, and of which tensor
+            return None  # the evaluator says it, and of which tensor
         if how is None:
-            return False
+            return None
         width = self._merge.spec.dtype.itemsize
-        num_elements = out.size // width
+        shows_non_finite = method.propagates_non_finite or isinstance(how, Kept)
 
-        def run(first: int, last: int) -> bool:
-            low = first * _RUN_ELEMENTS
-            size = min(last * _RUN_ELEMENTS, num_elements) - low
-            shows_non_finite = method.propagates_non_finite or isinstance(how, Kept)
-            if not shows_non_finite and not all(x.all_finite(start + low, size) for x in inputs):
-                return False
-            return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
+        def fill(start: int, out: Bytes) -> bool:
+            num_elements = out.size // width
 
-        return all(pool.map_runs(-(-num_elements // _RUN_ELEMENTS), run))
+            def run(first: int, last: int) -> bool:
+                low = first * _RUN_ELEMENTS
+                size = min(last * _RUN_ELEMENTS, num_elements) - low
+                if not shows_non_finite and not all(x.all_finite(start + low, size) for x in inputs):
+                    return False
+                return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
+
+            return all(pool.map_runs(-(-num_elements // _RUN_ELEMENTS), run))
+
+        return fill
 
 
 @dataclass(frozen=True, slots=True)

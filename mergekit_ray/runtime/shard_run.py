@@ -2,9 +2,9 @@
 
     reader thread     batches of byte ranges -> input buffers; from stores, several batches at once
     stager thread     input buffers -> device, where there is one
-    calling thread    windows in order: output buffers, and who fills them
-    merge threads     expression over input buffers -> output buffer (arithmetic on the compute pool)
-    writer thread     output buffers -> shard file, hashed on the way
+    calling thread    windows in order: which are merged, and which are there already
+    merge threads     expression over input buffers -> parts of the output (arithmetic on the compute pool)
+    writer thread     output -> shard file, hashed on the way
 
 On a device the calling thread only hands work over, and what the writer waits for is its way back.
 
@@ -34,6 +34,7 @@ from mergekit_ray.runtime.budget import Share
 from mergekit_ray.runtime.buffers import Bytes
 from mergekit_ray.runtime.copies import check_copy_finite
 from mergekit_ray.runtime.fused import fused
+from mergekit_ray.runtime.parts import Parts, cut
 from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.threads import hold_torch
 from mergekit_ray.runtime.window_inputs import InputReader, WindowInputs
@@ -97,15 +98,21 @@ class _Output:
     """A window's result.
 
     Attributes:
-        merging: what it is complete with on the CPU, and how many seconds that took.
-        finish: once this has returned it is complete, on a device.
+        buffers: to be given back when it has been written.
+        held_bytes: of the budget, the same.
+        ends_tensor: whether it is the last of its tensor.
+        data: the bytes, where they are in one place.
+        parts: what they come in otherwise.
+        merging: how many seconds it took to compute these; there when they have ended.
+        finish: once this has returned ``data`` is complete, on a device.
         seconds: spent computing it.
     """
 
-    data: Bytes
     buffers: list[Bytes]
     held_bytes: int
     ends_tensor: bool
+    data: Bytes | None = None
+    parts: Parts | None = None
     merging: Future[float] | None = None
     finish: Callable[[], None] | None = None
     seconds: float = 0.0
@@ -265,38 +272,70 @@ class ShardRun:
             data = held.data[expression]
             if not self._options.allow_non_finite:
                 check_copy_finite(expression, data, window.start, self._model_inputs[expression.model].reference)
-            return _Output(data, [*held.buffers, *held.shared], window.memory_bytes, ends_tensor)
+            buffers = [*held.buffers, *held.shared]
+            return _Output(buffers, window.memory_bytes, ends_tensor, data)
         if self._session is not None:
             return self._hand_over(ready, self._session)
-        out = self._buffers.take(window.write_bytes)
-        data = out[: window.write_bytes]
-        merging = self._merging.submit(self._merge, ready, data)
-        buffers = [out, *held.buffers, *held.shared]
-        return _Output(data, buffers, window.memory_bytes, ends_tensor, merging=merging)
+        parts = Parts(self._buffers, self._failed)
+        merging = self._merging.submit(self._merge, ready, parts)
+        buffers = [*held.buffers, *held.shared]
+        return _Output(buffers, window.memory_bytes, ends_tensor, parts=parts, merging=merging)
 
-    def _merge(self, ready: _Ready, out: Bytes) -> float:
-        """The seconds that it took."""
-        began = time.perf_counter()
+    def _merge(self, ready: _Ready, parts: Parts) -> float:
+        """Compute a window's parts; the seconds that it took."""
+        window, seconds = ready.window, 0.0
+        itemsize = window.tensor.spec.dtype.itemsize
+        fill = None
+        try:
+            for start, stop in cut(window.start, window.stop, itemsize, self._pool.num_threads):
+                num_bytes = (stop - start) * itemsize
+                out = parts.take(num_bytes)
+                began = time.perf_counter()
+                fill = fill or self._filling(ready)
+                fill(start, out[:num_bytes])
+                seconds += time.perf_counter() - began
+                parts.put(out, num_bytes)
+        finally:
+            parts.end()
+        return seconds
+
+    def _filling(self, ready: _Ready) -> Callable[[int, Bytes], None]:
+        """What computes any run of a window: without torch if it can, and what is left by torch."""
         # NaN and infinities that are let pass have bits that are torch's.
         how = None if self._options.allow_non_finite else fused(ready.window.tensor.expression)
-        if how is None or not how.fill(ready.data(), ready.window.start, out, self._pool):
-            self._fill(ready, out)
-        return time.perf_counter() - began
+        quick = None if how is None else how.begin(ready.data(), self._pool)
+        thorough: Callable[[int, Bytes], None] | None = None
 
-    def _fill(self, ready: _Ready, out: Bytes) -> None:
+        def fill(start: int, out: Bytes) -> None:
+            nonlocal quick, thorough
+            if quick is not None:
+                if quick(start, out):
+                    return
+                quick = None
+            thorough = thorough or self._evaluating(ready)
+            thorough(start, out)
+
+        return fill
+
+    def _evaluating(self, ready: _Ready) -> Callable[[int, Bytes], None]:
+        """What computes any run of a window by torch."""
         from mergekit_ray.runtime.evaluate import Evaluation  # noqa: PLC0415 - imports torch
 
         hold_torch()
-        window = ready.window
+        spec = ready.window.tensor.spec
         evaluation = Evaluation(
-            window.tensor.expression,
+            ready.window.tensor.expression,
             ready.pieces(),
             self._pool,
             chunk_elements=self._options.chunk_elements,
             allow_non_finite=self._options.allow_non_finite,
             references=self._references(),
         )
-        evaluation.fill(window.start, window.stop, _tensor(out, window.tensor.spec.dtype))
+
+        def fill(start: int, out: Bytes) -> None:
+            evaluation.fill(start, start + out.size // spec.dtype.itemsize, _tensor(out, spec.dtype))
+
+        return fill
 
     def _hand_over(self, ready: _Ready, session: DeviceSession) -> _Output:
         """To the device. The inputs are kept until the result is there: for messages, and for another try."""
@@ -317,9 +356,8 @@ class ShardRun:
         evaluation.start(window.start, window.stop, _tensor(data, window.tensor.spec.dtype))
         self.progress.num_on_cpu += evaluation.lacked_memory
         ends_tensor = window.stop == window.tensor.spec.num_elements
-        return _Output(
-            data, [out, *held.buffers, *held.shared], window.memory_bytes, ends_tensor, finish=evaluation.finish
-        )
+        buffers = [out, *held.buffers, *held.shared]
+        return _Output(buffers, window.memory_bytes, ends_tensor, data, finish=evaluation.finish)
 
     def _references(self) -> dict[str, str]:
         return {key: model.reference for key, model in self._model_inputs.items()}
@@ -328,19 +366,24 @@ class ShardRun:
         while (output := self._written.get()) is not None:
             if not self._check():
                 continue
-            if output.merging is not None:
-                output.seconds += output.merging.result()
             if output.finish is not None:
                 output.finish()
+            if output.data is not None:
+                self._write(output.data.data)
+            if output.parts is not None and output.merging is not None:
+                output.parts.write(self._write)
+                output.seconds += output.merging.result()
             self.progress.compute_seconds += output.seconds
-            began = time.perf_counter()
-            self._writer.write(output.data.data)
-            self.progress.write_seconds += time.perf_counter() - began
-            self.progress.written_bytes += output.data.size
             self.progress.num_tensors += output.ends_tensor
             for buffer in output.buffers:
                 self._buffers.give(buffer)
             self._budget.give(output.held_bytes)
+
+    def _write(self, data: memoryview) -> None:
+        began = time.perf_counter()
+        self._writer.write(data)
+        self.progress.write_seconds += time.perf_counter() - began
+        self.progress.written_bytes += len(data)
 
 
 def _tensor(data: Bytes, dtype: DType) -> torch.Tensor:
