@@ -86,7 +86,7 @@ class FusedSum:
         if how is None:
             return None
         width = self._merge.spec.dtype.itemsize
-        shows_non_finite = method.propagates_non_finite or isinstance(how, Kept)
+        shows_non_finite = method.propagates_non_finite or not isinstance(how, Sum)
 
         def fill(start: int, out: Bytes) -> bool:
             num_elements = out.size // width

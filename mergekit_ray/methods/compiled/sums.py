@@ -13,6 +13,16 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
+from mergekit_ray.methods.compiled.half_loops import (
+    WIDTH,
+    change_fused,
+    change_rounded,
+    from_first,
+    from_second,
+    held,
+    sum_fused,
+    sum_rounded,
+)
 from mergekit_ray.methods.compiled.intrinsics import (
     LANES,
     add_pairs_of_three,
@@ -76,8 +86,12 @@ def weighted_sum(
         np.empty(block, np.float32),
         np.empty(block, np.float32),
     )
-    is_finite = True
-    for start in range(0, size, BLOCK):
+    first, is_finite = 0, True
+    if out_width == 2 and (base_address == 0 or base_width == 2) and (widths == 2).all():
+        num_steps = size // WIDTH
+        largest = _sum_of_halves(addresses, base_address, factors, steps, out_address, num_steps)
+        first, is_finite = num_steps * WIDTH, bool(largest <= _LARGEST_ROUNDED)
+    for start in range(first, size, BLOCK):
         length = min(BLOCK, size - start)
         total, origin, x = total_block[:length], origin_block[:length], x_block[:length]
         if base_address != 0:
@@ -96,6 +110,22 @@ def weighted_sum(
 
 
 @compiled
+def _sum_of_halves(
+    addresses: Addresses, base: int, factors: Floats, steps: Steps, out: int, num_steps: int
+) -> Any:
+    """`weighted_sum` of bfloat16 numbers to such; the largest magnitude."""
+    rounds_products, divisor, scale = steps
+    table, numbers, number = addresses.ctypes.data, factors.ctypes.data, addresses.size
+    if base != 0:
+        if rounds_products:
+            return change_rounded(table, base, numbers, number, divisor, scale, out, num_steps)
+        return change_fused(table, base, numbers, number, divisor, scale, out, num_steps)
+    if rounds_products:
+        return sum_rounded(table, base, numbers, number, divisor, scale, out, num_steps)
+    return sum_fused(table, base, numbers, number, divisor, scale, out, num_steps)
+
+
+@compiled
 def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out: Place, size: int) -> bool:
     """``a + t (b - a)`` of two tensors, or ``b`` held within ``a ± t``.
 
@@ -108,23 +138,38 @@ def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out
         size: elements.
 
     Returns:
-        Whether the result is finite, and still is as it was stored.
+        Whether the tensors and the result are finite, and it still is as it was stored.
     """
     out_address, out_width = out
     block = min(BLOCK, size)
     a_block, b_block = np.empty(block, np.float32), np.empty(block, np.float32)
-    is_finite = True
-    for start in range(0, size, BLOCK):
+    first, is_finite = 0, True
+    if out_width == 2 and (widths == 2).all():
+        num_steps = size // WIDTH
+        largest = _of_two_halves(addresses[0], addresses[1], holds, t, out_address, num_steps)
+        first, is_finite = num_steps * WIDTH, bool(largest <= _LARGEST_ROUNDED)
+    for start in range(first, size, BLOCK):
         length = min(BLOCK, size - start)
         a, b = a_block[:length], b_block[:length]
         read(addresses[0] + start * widths[0], widths[0], a)
         read(addresses[1] + start * widths[1], widths[1], b)
+        is_finite &= all_finite_floats(a) and all_finite_floats(b)
         if holds:
             _hold(a, b, t)
         else:
             _interpolate(a, b, t)
         is_finite &= store(a, out_address + start * out_width, out_width)
     return is_finite
+
+
+@compiled
+def _of_two_halves(a: int, b: int, holds: bool, t: np.float32, out: int, num_steps: int) -> Any:
+    """`of_two` of bfloat16 numbers to such; the largest magnitude."""
+    if holds:
+        return held(a, b, t, out, num_steps)
+    if abs(t) < np.float32(0.5):
+        return from_first(a, b, t, out, num_steps)
+    return from_second(a, b, np.float32(t - np.float32(1.0)), out, num_steps)
 
 
 @compiled

@@ -182,14 +182,16 @@ def test_numbers_at_odd_addresses_are_left_to_the_evaluator(kind: torch.dtype) -
         assert (how.begin(data, ComputePool(1)) is None) == (offset != 0)
 
 
-def test_zeros_keep_their_signs() -> None:
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+def test_zeros_keep_their_signs(dtype: DType) -> None:
     values = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0] * 8)
     for x, base in itertools.product(itertools.permutations(range(6)), [values, values.flip(0)]):
         inputs = Inputs()
-        loads = inputs.load("x", values[list(x) * 8]), inputs.load("base", base)
+        kind = TORCH_DTYPES[dtype]
+        loads = inputs.load("x", values[list(x) * 8].to(kind)), inputs.load("base", base.to(kind))
         expression = Merge(
             "nearswap",
-            TensorSpec("w", DType.F32, (48,)),
+            TensorSpec("w", dtype, (48,)),
             loads[:1],
             base=loads[1],
             parameters={"t": 0.5},
@@ -215,16 +217,19 @@ def test_vectors_within_a_tensor_are_for_the_evaluator(name: str) -> None:
     assert filled(expression, inputs)[1] is False
 
 
-def test_what_is_not_finite_is_for_the_evaluator() -> None:
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
+@pytest.mark.parametrize("place", [17, 999])
+def test_what_is_not_finite_is_for_the_evaluator(dtype: DType, place: int) -> None:
     for name, (parameters, input_parameters, has_base) in BASED.items():
         for damaged in range(len(input_parameters) + has_base):
             inputs = Inputs()
-            tensors = [torch.randn(1000) for _ in range(len(input_parameters) + has_base)]
-            tensors[damaged][17] = torch.inf
+            kind = TORCH_DTYPES[dtype]
+            tensors = [torch.randn(1000).to(kind) for _ in range(len(input_parameters) + has_base)]
+            tensors[damaged][place] = torch.inf
             loads = [inputs.load(f"m{i}", x) for i, x in enumerate(tensors)]
             expression = Merge(
                 name.partition(",")[0],
-                TensorSpec("w", DType.F32, (1000,)),
+                TensorSpec("w", dtype, (1000,)),
                 tuple(loads[: len(input_parameters)]),
                 base=loads[-1] if has_base else None,
                 parameters=parameters,
