@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from llvmlite import ir
@@ -56,10 +56,12 @@ result: the same everywhere."""
 _PART: Final = 8
 """Lanes that are one vector."""
 
+_NARROW: Final = ir.VectorType(ir.FloatType(), _PART)
+
 
 def _to_add_products(_typing: Any, x: Any, y: Any, number: Any, lanes: Any) -> Any:
     def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
-        _emit_products(builder, args[:2], [(0, 1)], args[2], args[3])
+        _emit_products(builder, _singles(builder, args[:2]), [(0, 1)], args[2], args[3])
 
     return types.void(x, y, number, lanes), emit
 
@@ -70,16 +72,59 @@ def _to_add_pairs(num_runs: int) -> Any:
             runs = [args[0]]
             for _ in range(1, num_runs):
                 runs.append(builder.add(runs[-1], args[1]))
-            pairs = list(itertools.combinations_with_replacement(range(num_runs), 2))
-            _emit_products(builder, runs, pairs, args[2], args[3])
+            _emit_products(builder, _singles(builder, runs), _all_pairs(num_runs), args[2], args[3])
 
         return types.void(first, stride, number, lanes), emit
 
     return to_add_pairs
 
 
+def _to_add_pairs_of_halves(num_runs: int, *, has_base: bool) -> Any:
+    def to_add_pairs(_typing: Any, addresses: Any, base: Any, start: Any, number: Any, lanes: Any) -> Any:
+        def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
+            addresses, base, start, number, lanes = args
+            offset = builder.mul(start, start.type(2))
+            table = builder.inttoptr(addresses, base.type.as_pointer())
+            runs = [builder.load(builder.gep(table, [base.type(k)])) for k in range(num_runs)]
+            origins = [builder.add(base, offset)] if has_base else []
+            read = _halves(builder, [builder.add(run, offset) for run in runs], origins)
+            _emit_products(builder, read, _all_pairs(num_runs), number, lanes)
+
+        return types.void(addresses, base, start, number, lanes), emit
+
+    return to_add_pairs
+
+
+def _all_pairs(num_runs: int) -> list[tuple[int, int]]:
+    return list(itertools.combinations_with_replacement(range(num_runs), 2))
+
+
+def _singles(builder: Any, runs: Sequence[Any]) -> Callable[[Any], list[Any]]:
+    """What reads `_PART` numbers of each run of float32."""
+    pointers = [builder.inttoptr(run, _NARROW.as_pointer()) for run in runs]
+
+    def read(at: Any) -> list[Any]:
+        return [builder.load(builder.gep(pointer, [at]), align=4) for pointer in pointers]
+
+    return read
+
+
+def _halves(builder: Any, runs: Sequence[Any], origins: Sequence[Any]) -> Callable[[Any], list[Any]]:
+    """What reads `_PART` numbers of each run of bfloat16 as float32, without those of an origin if there is one."""
+    halves, words = ir.VectorType(ir.IntType(16), _PART), ir.VectorType(ir.IntType(32), _PART)
+    pointers = [builder.inttoptr(run, halves.as_pointer()) for run in (*runs, *origins)]
+
+    def read(at: Any) -> list[Any]:
+        loaded = [builder.zext(builder.load(builder.gep(pointer, [at]), align=2), words) for pointer in pointers]
+        shift = ir.Constant(words, [16] * _PART)
+        numbers = [builder.bitcast(builder.shl(x, shift), _NARROW) for x in loaded]
+        return [builder.fsub(x, numbers[-1]) for x in numbers[:-1]] if origins else numbers
+
+    return read
+
+
 def _emit_products(
-    builder: Any, runs: Sequence[Any], pairs: Sequence[tuple[int, int]], number: Any, lanes: Any
+    builder: Any, read: Callable[[Any], list[Any]], pairs: Sequence[tuple[int, int]], number: Any, lanes: Any
 ) -> None:
     """The loop, in LLVM's language, since the sums that numba's own keep in an array are stored at each step.
 
@@ -87,15 +132,14 @@ def _emit_products(
 
     Args:
         builder: where it goes.
-        runs: addresses of the first elements.
+        read: emits what reads `_PART` float32 numbers of each run, given how many such parts in.
         pairs: of runs.
         number: of rounds of `LANES` elements.
         lanes: address of the first lane of the first pair.
     """
-    narrow, wide = ir.VectorType(ir.FloatType(), _PART), ir.VectorType(ir.DoubleType(), _PART)
+    wide = ir.VectorType(ir.DoubleType(), _PART)
     index_type = number.type
     num_parts = LANES // _PART
-    run_pointers = [builder.inttoptr(run, narrow.as_pointer()) for run in runs]
     lane_pointer = builder.inttoptr(lanes, wide.as_pointer())
     places = [builder.gep(lane_pointer, [index_type(i)]) for i in range(len(pairs) * num_parts)]
     before = builder.block
@@ -108,7 +152,7 @@ def _emit_products(
     summed = list(totals)
     for part in range(num_parts):
         at = builder.add(builder.mul(index, index_type(num_parts)), index_type(part))
-        x = [builder.fpext(builder.load(builder.gep(run, [at]), align=4), wide) for run in run_pointers]
+        x = [builder.fpext(part_of_run, wide) for part_of_run in read(at)]
         for pair, (i, j) in enumerate(pairs):
             k = pair * num_parts + part
             product = builder.fmul(x[i], x[j], flags=("contract",))
@@ -142,3 +186,19 @@ the first row of lanes. Pairs are ``i <= j``, row by row of the upper triangle.
 
 add_pairs_of_three: Any = intrinsic(_to_add_pairs(3))
 """The same for three runs, of which there are six pairs: as many lanes as an ordinary processor's registers hold."""
+
+add_pairs_of_two_halves: Any = intrinsic(_to_add_pairs_of_halves(2, has_base=False))
+"""`add_pairs_of_two` of runs of bfloat16 as they lie in memory.
+
+Arguments are the address of the runs' addresses (int64), the address of a base, which element begins, whole rounds, and
+the address of the first row of lanes.
+"""
+
+add_pairs_of_three_halves: Any = intrinsic(_to_add_pairs_of_halves(3, has_base=False))
+"""The same for three runs."""
+
+add_pairs_of_two_changes: Any = intrinsic(_to_add_pairs_of_halves(2, has_base=True))
+"""`add_pairs_of_two_halves` of what runs differ from the base by, in float32."""
+
+add_pairs_of_three_changes: Any = intrinsic(_to_add_pairs_of_halves(3, has_base=True))
+"""The same for three runs."""

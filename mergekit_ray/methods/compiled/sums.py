@@ -26,7 +26,11 @@ from mergekit_ray.methods.compiled.half_loops import (
 from mergekit_ray.methods.compiled.intrinsics import (
     LANES,
     add_pairs_of_three,
+    add_pairs_of_three_changes,
+    add_pairs_of_three_halves,
     add_pairs_of_two,
+    add_pairs_of_two_changes,
+    add_pairs_of_two_halves,
     add_products,
     float32_of,
     fma,
@@ -110,9 +114,7 @@ def weighted_sum(
 
 
 @compiled
-def _sum_of_halves(
-    addresses: Addresses, base: int, factors: Floats, steps: Steps, out: int, num_steps: int
-) -> Any:
+def _sum_of_halves(addresses: Addresses, base: int, factors: Floats, steps: Steps, out: int, num_steps: int) -> Any:
     """`weighted_sum` of bfloat16 numbers to such; the largest magnitude."""
     rounds_products, divisor, scale = steps
     table, numbers, number = addresses.ctypes.data, factors.ctypes.data, addresses.size
@@ -213,10 +215,16 @@ def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int,
     block = min(BLOCK, size)
     origin_block, runs = np.empty(block, np.float32), np.empty((number, block), np.float32)
     lanes = np.empty((found.shape[1], LANES))
+    are_halves = number in (2, 3) and (base_address == 0 or base_width == 2) and (widths == 2).all()
     for index in range(found.shape[0]):
         lanes[:] = 0.0
-        for start in range(index * part, min((index + 1) * part, size), BLOCK):
-            length = min(BLOCK, size - start)
+        first, last = index * part, min((index + 1) * part, size)
+        if are_halves:
+            num_rounds = (last - first) // LANES
+            _add_pairs_of_halves(addresses, base_address, first, num_rounds, lanes)
+            first += num_rounds * LANES
+        for start in range(first, last, BLOCK):
+            length = min(BLOCK, last - start)
             if base_address != 0:
                 read(base_address + start * base_width, base_width, origin_block[:length])
             for k in range(number):
@@ -227,6 +235,21 @@ def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int,
             _add_pairs(runs, length, lanes)
         for pair in range(found.shape[1]):
             found[index, pair] = lanes[pair].sum()
+
+
+@compiled
+def _add_pairs_of_halves(addresses: Addresses, base: int, start: int, num_rounds: int, lanes: Doubles) -> None:
+    """`_add_pairs` of whole rounds of two or three runs of bfloat16 numbers, or of their changes."""
+    table, place = addresses.ctypes.data, lanes.ctypes.data
+    if addresses.size == 2:
+        if base != 0:
+            add_pairs_of_two_changes(table, base, start, num_rounds, place)
+        else:
+            add_pairs_of_two_halves(table, base, start, num_rounds, place)
+    elif base != 0:
+        add_pairs_of_three_changes(table, base, start, num_rounds, place)
+    else:
+        add_pairs_of_three_halves(table, base, start, num_rounds, place)
 
 
 @compiled
