@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -82,7 +81,10 @@ class _Stages:
         import numpy as np  # noqa: PLC0415 - plans are made without it
 
         self._fd = fd
-        self._filling, self._spare = (np.frombuffer(mmap.mmap(-1, _STAGE_BYTES), dtype=np.uint8) for _ in range(2))
+        # numpy asks for huge pages, of which there are few to be found when a buffer is written.
+        memory = np.empty(2 * _STAGE_BYTES + _ALIGN_BYTES, np.uint8)
+        first = -memory.__array_interface__["data"][0] % _ALIGN_BYTES
+        self._filling, self._spare = memory[first : first + 2 * _STAGE_BYTES].reshape(2, _STAGE_BYTES)
         self._num_staged = 0
         self._offset = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="direct")
