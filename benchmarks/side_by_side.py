@@ -75,7 +75,7 @@ def _case(
         head + _models(names, parameters) + top + "dtype: bfloat16\n",
         len({*names, base} - {""}),
         contenders or (MERGEKIT, OURS),
-        mergekit_widens=method == "arcee_fusion",
+        mergekit_widens=method in ("arcee_fusion", "ramplus_tl"),
     )
 
 

@@ -1,0 +1,64 @@
+"""Parts of a window come in order, a few at a time, and nobody waits for what will not come."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from mergekit_ray.runtime.buffers import BufferPool
+from mergekit_ray.runtime.parts import Parts, cut
+
+
+@given(
+    start=st.integers(0, 1 << 40),
+    length=st.integers(1, 1 << 28),
+    itemsize=st.sampled_from([1, 2, 4, 8]),
+    num_threads=st.integers(1, 64),
+)
+def test_parts_cover_a_window_and_are_of_about_one_size(
+    start: int, length: int, itemsize: int, num_threads: int
+) -> None:
+    found = list(cut(start, start + length, itemsize, num_threads))
+    assert [first for first, _ in found] == [start, *(last for _, last in found[:-1])]
+    assert found[-1][1] == start + length
+    sizes = [last - first for first, last in found]
+    assert len(set(sizes[:-1])) <= 1
+    assert min(sizes) > 0
+    # As large as a thread's share times the threads, and what is rounded up.
+    assert max(sizes) * itemsize <= num_threads * (4 << 20) + itemsize * (1 << 16)
+
+
+def test_they_are_written_in_order_and_their_buffers_used_again() -> None:
+    buffers, written, given_out = BufferPool(1 << 30), [], set()
+    parts = Parts(buffers, threading.Event())
+
+    def make() -> None:
+        for i in range(50):
+            out = parts.take(5000)
+            given_out.add(out.__array_interface__["data"][0])
+            out[:5000] = i
+            parts.put(out, 5000)
+        parts.end()
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    parts.write(lambda data: written.append(bytes(data)))
+    maker.join()
+    assert written == [bytes([i]) * 5000 for i in range(50)]
+    assert len(given_out) <= 3
+
+
+def test_nobody_waits_for_room_once_all_has_failed() -> None:
+    failed = threading.Event()
+    parts = Parts(BufferPool(1 << 30), failed)
+    parts.put(parts.take(10), 10)
+    parts.put(parts.take(10), 10)
+    timer = threading.Timer(0.05, failed.set)
+    timer.start()
+    with pytest.raises(CancelledError):
+        parts.take(10)
+    timer.join()
