@@ -89,7 +89,13 @@ def test_help_imports_nothing_heavy(code: str, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [("linear", ["numba"]), ("passthrough", []), ("slerp", ["numba"]), ("dare_linear", ["numba", "torch"])],
+    [
+        ("linear", ["numba"]),
+        ("passthrough", []),
+        ("slerp", ["numba"]),
+        ("dare_linear", ["numba"]),
+        ("ties", ["numba", "torch"]),
+    ],
 )
 def test_a_local_merge_loads_what_it_uses(method: str, expected: list[str], tmp_path: Path) -> None:
     """No cluster, no clients of stores that are not asked; torch and a compiler where they compute."""
@@ -105,6 +111,7 @@ def test_a_local_merge_loads_what_it_uses(method: str, expected: list[str], tmp_
             "models": [{"model": model, "parameters": {"weight": 0.5, "density": 0.5}} for model in others],
         },
     }
+    recipes["ties"] = recipes["dare_linear"]
     recipe = {"merge_method": method, **recipes[method]}
     code = f"import mergekit_ray\nmergekit_ray.merge({recipe!r}, {str(tmp_path / 'out')!r})"
     names = ("ray", "transformers", "boto3", "botocore", "huggingface_hub", "numba", "scipy", "torch")
