@@ -90,11 +90,11 @@ def dots(runs: Sequence[np.ndarray]) -> list[Sequence[float]]:
 
     One for every `DOT_ELEMENTS` elements, so runs are to begin where a multiple of that does.
     """
-    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - compilers load where they are needed
+    from mergekit_ray.methods.compiled import products as loops  # noqa: PLC0415 - compilers load where they are needed
 
     places = range(0, runs[0].size, DOT_ELEMENTS)
     return [
-        [sums.dot(run[place : place + DOT_ELEMENTS], other[place : place + DOT_ELEMENTS]) for place in places]
+        [loops.dot(run[place : place + DOT_ELEMENTS], other[place : place + DOT_ELEMENTS]) for place in places]
         for i, run in enumerate(runs)
         for other in runs[i:]
     ]

@@ -135,10 +135,10 @@ class _Runs:
 
     def all_finite(self, start: int, size: int) -> bool:
         """Whether no element from flat index ``start`` on is a NaN or an infinity."""
-        from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
+        from mergekit_ray.methods.compiled import runs  # noqa: PLC0415 - numba is imported where something is computed
 
         return all(
-            sums.all_finite(address, width, size) for address, width in zip(self.at(start), self.widths, strict=True)
+            runs.all_finite(address, width, size) for address, width in zip(self.at(start), self.widths, strict=True)
         )
 
 
@@ -163,14 +163,14 @@ class _Tensor:
 
     def inner_products(self) -> list[float]:
         """See `SummedTensor.inner_products`."""
-        from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
+        from mergekit_ray.methods.compiled import products  # noqa: PLC0415 - as above
 
         num_pairs = num_products(len(self._vectors.widths))
 
         def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
             found = np.empty((last - first, num_pairs))
             start = first * DOT_ELEMENTS
-            sums.inner_products(
+            products.inner_products(
                 self._vectors.at(start),
                 self._vectors.widths,
                 _place_of(self._base, start),

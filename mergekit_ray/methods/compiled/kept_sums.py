@@ -1,6 +1,6 @@
 """Sums of changes of which random masks keep a part, from the numbers as they lie in memory, without torch.
 
-Beside `mergekit_ray.methods.compiled.sums`, whose arguments these are. What is dropped, elected and added is what
+Arguments are those of `mergekit_ray.methods.compiled.runs`. What is dropped, elected and added is what
 `masks`, `election` and `mergekit_ray.methods.accumulate` drop, elect and add, bit for bit.
 """
 
@@ -13,22 +13,19 @@ import numpy as np
 from mergekit_ray.methods.compiled.election import add_elected_block
 from mergekit_ray.methods.compiled.jit import compiled
 from mergekit_ray.methods.compiled.masks import LANES, Words, add_norms, drop_in_block
-from mergekit_ray.methods.compiled.sums import (
+from mergekit_ray.methods.compiled.runs import (
     BLOCK,
     Addresses,
     Doubles,
     Floats,
     Place,
-    Steps,
     Widths,
-    add,
-    add_term,
     all_finite_floats,
-    finish,
     read,
     read_change,
     store,
 )
+from mergekit_ray.methods.compiled.sums import Steps, add, add_term, finish
 
 Limits = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -1,7 +1,6 @@
-"""Sums and inner products of 16- and 32-bit numbers as they lie in memory, a long run in one call, without torch.
+"""Sums of tensors, or of their changes, from the numbers as they lie in memory, a long run in one call, without torch.
 
-Numbers are given by address, so that any number of tensors, of either width, is one kind of argument: a run of each is
-float32 (4 bytes wide) or bfloat16 (2 bytes), its upper half. Calls are few and long because a thread that returns from
+Arguments are those of `mergekit_ray.methods.compiled.runs`. Calls are few and long because a thread that returns from
 one waits for the interpreter. The operations and their order are those of `mergekit_ray.methods.accumulate`, bit for
 bit: products are added fused, as torch does it.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba.np.numpy_support import carray
 
 from mergekit_ray.methods.compiled.half_loops import (
     WIDTH,
@@ -23,45 +21,24 @@ from mergekit_ray.methods.compiled.half_loops import (
     sum_fused,
     sum_rounded,
 )
-from mergekit_ray.methods.compiled.intrinsics import (
-    LANES,
-    add_pairs_of_three,
-    add_pairs_of_three_changes,
-    add_pairs_of_three_halves,
-    add_pairs_of_two,
-    add_pairs_of_two_changes,
-    add_pairs_of_two_halves,
-    add_products,
-    float32_of,
-    fma,
-    pointer_to,
-    uint32_of,
-)
+from mergekit_ray.methods.compiled.intrinsics import fma
 from mergekit_ray.methods.compiled.jit import compiled
-
-Addresses = np.ndarray[Any, np.dtype[np.int64]]
-Widths = np.ndarray[Any, np.dtype[np.int64]]
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Doubles = np.ndarray[Any, np.dtype[np.float64]]
-
-Place = tuple[int, int]
-"""The address of the first element of a run, and the bytes of an element."""
+from mergekit_ray.methods.compiled.runs import (
+    BLOCK,
+    LARGEST_ROUNDED,
+    Addresses,
+    Floats,
+    Place,
+    Widths,
+    all_finite_floats,
+    read,
+    read_change,
+    store,
+)
 
 Steps = tuple[bool, np.float32, np.float32]
 """Whether products are rounded before they are added (otherwise they are added fused); what the sum is divided by, and
 what it is multiplied with then: 1 to leave that out."""
-
-_EXPONENT = np.uint32(0x7F800000)
-_UPPER_EXPONENT = np.uint32(0x7F80)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
-_LARGEST_ROUNDED = np.uint32(0x7F7F7FFF)
-"""Above are NaN, infinity, and what is rounded to a bfloat16 infinity."""
-_HALF = np.uint32(0x7FFF)
-_ONE = np.uint32(1)
-_SIXTEEN = np.uint32(16)
-
-BLOCK = 1 << 9
-"""Elements handled at a time: a few such runs stay in the nearest cache of a core. A multiple of `LANES`."""
 
 
 @compiled
@@ -94,7 +71,7 @@ def weighted_sum(
     if out_width == 2 and (base_address == 0 or base_width == 2) and (widths == 2).all():
         num_steps = size // WIDTH
         largest = _sum_of_halves(addresses, base_address, factors, steps, out_address, num_steps)
-        first, is_finite = num_steps * WIDTH, bool(largest <= _LARGEST_ROUNDED)
+        first, is_finite = num_steps * WIDTH, bool(largest <= LARGEST_ROUNDED)
     for start in range(first, size, BLOCK):
         length = min(BLOCK, size - start)
         total, origin, x = total_block[:length], origin_block[:length], x_block[:length]
@@ -149,7 +126,7 @@ def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out
     if out_width == 2 and (widths == 2).all():
         num_steps = size // WIDTH
         largest = _of_two_halves(addresses[0], addresses[1], holds, t, out_address, num_steps)
-        first, is_finite = num_steps * WIDTH, bool(largest <= _LARGEST_ROUNDED)
+        first, is_finite = num_steps * WIDTH, bool(largest <= LARGEST_ROUNDED)
     for start in range(first, size, BLOCK):
         length = min(BLOCK, size - start)
         a, b = a_block[:length], b_block[:length]
@@ -172,161 +149,6 @@ def _of_two_halves(a: int, b: int, holds: bool, t: np.float32, out: int, num_ste
     if abs(t) < np.float32(0.5):
         return from_first(a, b, t, out, num_steps)
     return from_second(a, b, np.float32(t - np.float32(1.0)), out, num_steps)
-
-
-@compiled
-def all_finite(address: int, width: int, size: int) -> bool:
-    """Whether no number of a run is a NaN or an infinity."""
-    spoiled = np.uint32(0)
-    if width == 2:
-        bits = carray(pointer_to(address), size, np.uint16)
-        for i in range(size):
-            spoiled |= np.uint32((bits[i] & _UPPER_EXPONENT) == _UPPER_EXPONENT)
-    else:
-        words = carray(pointer_to(address), size, np.uint32)
-        for i in range(size):
-            spoiled |= np.uint32((words[i] & _EXPONENT) == _EXPONENT)
-    return bool(spoiled == 0)
-
-
-@compiled
-def all_finite_floats(x: Floats) -> bool:
-    """Whether no number is a NaN or an infinity."""
-    largest = np.uint32(0)
-    for i in range(x.size):
-        largest = max(largest, np.uint32(uint32_of(x[i]) & _MAGNITUDE))
-    return bool(largest < _EXPONENT)
-
-
-@compiled
-def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int, part: int, found: Doubles) -> None:
-    """Partial sums of ``Σ x_i y_i`` of each pair of tensors, or of their changes ``x - base``, as `dot` has them.
-
-    Args:
-        addresses: of the first element of each tensor's run.
-        widths: bytes.
-        base: where its run is; address 0 without a base.
-        size: elements.
-        part: elements in a partial sum, a multiple of 512.
-        found: filled with ``[parts, pairs]``, pairs ``i <= j`` row by row of the upper triangle.
-    """
-    base_address, base_width = base
-    number = addresses.size
-    block = min(BLOCK, size)
-    origin_block, runs = np.empty(block, np.float32), np.empty((number, block), np.float32)
-    lanes = np.empty((found.shape[1], LANES))
-    are_halves = number in (2, 3) and (base_address == 0 or base_width == 2) and (widths == 2).all()
-    for index in range(found.shape[0]):
-        lanes[:] = 0.0
-        first, last = index * part, min((index + 1) * part, size)
-        if are_halves:
-            num_rounds = (last - first) // LANES
-            _add_pairs_of_halves(addresses, base_address, first, num_rounds, lanes)
-            first += num_rounds * LANES
-        for start in range(first, last, BLOCK):
-            length = min(BLOCK, last - start)
-            if base_address != 0:
-                read(base_address + start * base_width, base_width, origin_block[:length])
-            for k in range(number):
-                if base_address != 0:
-                    read_change(addresses[k] + start * widths[k], widths[k], origin_block[:length], runs[k, :length])
-                else:
-                    read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
-            _add_pairs(runs, length, lanes)
-        for pair in range(found.shape[1]):
-            found[index, pair] = lanes[pair].sum()
-
-
-@compiled
-def _add_pairs_of_halves(addresses: Addresses, base: int, start: int, num_rounds: int, lanes: Doubles) -> None:
-    """`_add_pairs` of whole rounds of two or three runs of bfloat16 numbers, or of their changes."""
-    table, place = addresses.ctypes.data, lanes.ctypes.data
-    if addresses.size == 2:
-        if base != 0:
-            add_pairs_of_two_changes(table, base, start, num_rounds, place)
-        else:
-            add_pairs_of_two_halves(table, base, start, num_rounds, place)
-    elif base != 0:
-        add_pairs_of_three_changes(table, base, start, num_rounds, place)
-    else:
-        add_pairs_of_three_halves(table, base, start, num_rounds, place)
-
-
-@compiled
-def dot(x: Floats, y: Floats) -> float:
-    """``Σ x_i y_i`` in float64, where products of float32 numbers are exact."""
-    lanes = np.zeros(LANES)
-    _add_products(x, y, lanes)
-    return float(lanes.sum())
-
-
-@compiled
-def _add_products(x: Floats, y: Floats, lanes: Doubles) -> None:
-    rounds = x.size // LANES
-    add_products(x.ctypes.data, y.ctypes.data, rounds, lanes.ctypes.data)
-    for i in range(rounds * LANES, x.size):
-        lanes[0] += np.float64(x[i]) * np.float64(y[i])
-
-
-@compiled
-def _add_pairs(runs: Floats, length: int, lanes: Doubles) -> None:
-    """`_add_products` of the first elements of all pairs of runs, two and three of them in one loop."""
-    number, rounds = runs.shape[0], length // LANES
-    if number == 2:
-        add_pairs_of_two(runs.ctypes.data, runs.strides[0], rounds, lanes.ctypes.data)
-    elif number == 3:
-        add_pairs_of_three(runs.ctypes.data, runs.strides[0], rounds, lanes.ctypes.data)
-    first = rounds * LANES if number in (2, 3) else 0
-    pair = 0
-    for i in range(number):
-        for j in range(i, number):
-            _add_products(runs[i, first:length], runs[j, first:length], lanes[pair])
-            pair += 1
-
-
-@compiled
-def read(address: int, width: int, out: Floats) -> None:
-    """As float32."""
-    if width == 2:
-        bits = carray(pointer_to(address), out.size, np.uint16)
-        for i in range(out.size):
-            out[i] = float32_of(np.uint32(np.uint32(bits[i]) << _SIXTEEN))
-    else:
-        words = carray(pointer_to(address), out.size, np.uint32)
-        for i in range(out.size):
-            out[i] = float32_of(words[i])
-
-
-@compiled
-def read_change(address: int, width: int, base: Floats, out: Floats) -> None:
-    """As float32, without the base."""
-    if width == 2:
-        bits = carray(pointer_to(address), out.size, np.uint16)
-        for i in range(out.size):
-            out[i] = float32_of(np.uint32(np.uint32(bits[i]) << _SIXTEEN)) - base[i]
-    else:
-        words = carray(pointer_to(address), out.size, np.uint32)
-        for i in range(out.size):
-            out[i] = float32_of(words[i]) - base[i]
-
-
-@compiled
-def store(total: Floats, address: int, width: int) -> bool:
-    """Rounded to bfloat16, to nearest and to even, or as it is; whether it and the result are all finite."""
-    largest = np.uint32(0)
-    if width == 2:
-        upper_halves = carray(pointer_to(address), total.size, np.uint16)
-        for i in range(total.size):
-            bits = uint32_of(total[i])
-            largest = max(largest, np.uint32(bits & _MAGNITUDE))
-            upper_halves[i] = np.uint32((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
-        return bool(largest <= _LARGEST_ROUNDED)
-    words = carray(pointer_to(address), total.size, np.uint32)
-    for i in range(total.size):
-        whole = uint32_of(total[i])
-        largest = max(largest, np.uint32(whole & _MAGNITUDE))
-        words[i] = whole
-    return bool(largest < _EXPONENT)
 
 
 @compiled

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mergekit_ray.methods.compiled.intrinsics import LANES
-from mergekit_ray.methods.compiled.sums import inner_products
+from mergekit_ray.methods.compiled.products import inner_products
 
 
 def lane_sums(x: np.ndarray, y: np.ndarray) -> float:
