@@ -1,4 +1,4 @@
-"""Two small models in folders, and the plan of their merge."""
+"""Two small models in folders, the plan of their merge, and a shard of all kinds of tensors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.expressions import Scale
+from mergekit_ray.core.plan import InputModel, Plan, Shard
 from mergekit_ray.runtime import api
 from support.memory_inputs import random_llama, write_model
+from support.shards import big_model, load_of, long_tensors, merged, shard_of
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False, "vocab_size": 20}
 
@@ -30,3 +33,19 @@ def plan(models: list[Path]) -> Plan:
     made = api.plan(recipe_text(models, "output: {max_shard_size: 400}\n"))
     assert len(made.shards) == 3
     return made
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[dict[str, InputModel], Shard]:
+    """A shard of windows smaller than tensors, empty tensors, copies, scalars and integers."""
+    a, b = (big_model(tmp_path / name, *long_tensors(i)) for i, name in enumerate("ab"))
+    shard = shard_of(
+        ("big", merged("big", load_of(a, "t0"), load_of(b, "t0"))),
+        ("empty", merged("empty", load_of(a, "t1"), load_of(b, "t1"))),
+        ("copied empty", load_of(a, "t1")),
+        ("integers", load_of(b, "t2")),
+        ("scalar", Scale(load_of(a, "t3"), 2.0, DType.F32)),
+        ("copy", load_of(b, "t0")),
+        ("last", load_of(b, "t1")),
+    )
+    return {"a": a, "b": b}, shard

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -17,33 +16,21 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from mergekit_ray.checkpoint.header import read_header
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import CheckpointError, Interrupted, MergeError, StorageError
-from mergekit_ray.core.expressions import Expression, Load, Merge, Scale
-from mergekit_ray.core.plan import InputFile, InputModel, Plan, Shard
+from mergekit_ray.core.errors import Interrupted, StorageError
+from mergekit_ray.core.plan import InputModel, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning import windows
-from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES
-from mergekit_ray.runtime import shard_run, window_inputs
 from mergekit_ray.runtime import worker as worker_module
 from mergekit_ray.runtime.budget import Budget
-from mergekit_ray.runtime.local import open_sources
 from mergekit_ray.runtime.progress import Progress
 from mergekit_ray.runtime.threads import single_threaded_torch
-from mergekit_ray.runtime.worker import Worker, WorkerOptions, record_name
-from mergekit_ray.storage.local import LocalSource, LocalStore
+from mergekit_ray.runtime.worker import Worker, record_name
+from mergekit_ray.storage.local import LocalSource
 from mergekit_ray.storage.local_upload import LocalUpload
-from support.memory_inputs import DTYPES, random_llama, write_model
-
-MIB = 1 << 20
-
-
-def make_worker(plan_inputs: dict[str, InputModel], output: Path, **options: Any) -> Worker:
-    chosen = WorkerOptions(**{"memory_bytes": FIXED_BYTES + 64 * MIB, **options})
-    return Worker(plan_inputs, open_sources(plan_inputs), LocalStore(output), "records", chosen)
+from support.memory_inputs import DTYPES, random_llama
+from support.shards import BUDGETS, files_below, long_tensors, make_worker
 
 
 def run(plan: Plan, output: Path, **options: Any) -> list[ShardRecord]:
@@ -52,10 +39,6 @@ def run(plan: Plan, output: Path, **options: Any) -> list[ShardRecord]:
         return [worker.run(shard) for shard in plan.shards]
     finally:
         worker.close()
-
-
-def files_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_plan_carried_out_is_the_weighted_mean(plan: Plan, tmp_path: Path) -> None:
@@ -79,112 +62,6 @@ def test_a_plan_carried_out_is_the_weighted_mean(plan: Plan, tmp_path: Path) -> 
         }
         stored = json.loads((tmp_path / "out" / record_name("records", shard)).read_text())
         assert ShardRecord.from_json(stored) == record
-
-
-def big_model(folder: Path, *tensors: torch.Tensor, content: bytes | None = None) -> InputModel:
-    names = [f"t{i}" for i in range(len(tensors))]
-    write_model(folder, dict(zip(names, tensors, strict=True)), {})
-    if content is not None:
-        (folder / "model.safetensors").write_bytes(content)
-    stat = LocalSource(folder).stat("model.safetensors")
-    assert stat is not None
-    file = InputFile(stat.name, stat.num_bytes, stat.version)
-    return InputModel(folder.name, f"org/{folder.name}", str(folder), {stat.name: file})
-
-
-def load_of(model: InputModel, name: str) -> Load:
-    spec, location = read_header(LocalSource(model.uri), "model.safetensors").tensors[name]
-    return Load(model.key, spec, location)
-
-
-def merged(name: str, *inputs: Load) -> Merge:
-    spec = TensorSpec(name, DType.BF16, inputs[0].spec.shape)
-    weights = tuple({"weight": float(i + 1)} for i in range(len(inputs)))
-    return Merge("linear", spec, inputs, None, {}, weights, ("",) * len(inputs))
-
-
-def shard_of(*expressions: tuple[str, Expression]) -> Shard:
-    specs = [TensorSpec(name, x.spec.dtype, x.spec.shape) for name, x in expressions]
-    [shard] = partition([specs], dict(expressions), 1 << 40)
-    return shard
-
-
-def long_tensors(seed: int, num_elements: int = 300_000) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    big = torch.randn(num_elements, generator=generator).to(torch.bfloat16)
-    return [big, torch.zeros(0, 3, dtype=torch.bfloat16), torch.arange(7), torch.tensor(2.5, dtype=torch.bfloat16)]
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[dict[str, InputModel], Shard]:
-    """A shard of windows smaller than tensors, empty tensors, copies, scalars and integers."""
-    a, b = (big_model(tmp_path / name, *long_tensors(i)) for i, name in enumerate("ab"))
-    shard = shard_of(
-        ("big", merged("big", load_of(a, "t0"), load_of(b, "t0"))),
-        ("empty", merged("empty", load_of(a, "t1"), load_of(b, "t1"))),
-        ("copied empty", load_of(a, "t1")),
-        ("integers", load_of(b, "t2")),
-        ("scalar", Scale(load_of(a, "t3"), 2.0, DType.F32)),
-        ("copy", load_of(b, "t0")),
-        ("last", load_of(b, "t1")),
-    )
-    return {"a": a, "b": b}, shard
-
-
-def karcher(name: str, *inputs: Load) -> Merge:
-    """What must be seen as a whole, and is one window."""
-    spec = TensorSpec(name, DType.BF16, inputs[0].spec.shape)
-    return Merge("karcher", spec, inputs, None, {}, ({},) * len(inputs), ("",) * len(inputs))
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_a_window_of_many_parts_is_the_same_as_one_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int
-) -> None:
-    models = [big_model(tmp_path / name, *long_tensors(i)) for i, name in enumerate("ab")]
-    inputs = {model.key: model for model in models}
-    shard = shard_of(("big", karcher("big", *(load_of(model, "t0") for model in models))))
-    whole = make_worker(inputs, tmp_path / "whole").run(shard)
-    assert whole.tensors
-    monkeypatch.setattr("mergekit_ray.runtime.parts._PART_BYTES", 1)
-    in_parts = make_worker(inputs, tmp_path / "cut", num_threads=num_threads).run(shard)
-    assert (in_parts.sha256, in_parts.tensors) == (whole.sha256, whole.tensors)
-
-
-@pytest.mark.parametrize("place", [0, 299_999])
-def test_what_is_not_finite_in_any_part_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr("mergekit_ray.runtime.parts._PART_BYTES", 1)
-    tensors = [long_tensors(i)[0] for i in range(2)]
-    tensors[1][place] = torch.nan
-    models = [big_model(tmp_path / name, tensor) for name, tensor in zip("ab", tensors, strict=True)]
-    shard = shard_of(("big", karcher("big", *(load_of(model, "t0") for model in models))))
-    with pytest.raises(MergeError, match=f"flat index {place} "):
-        make_worker({model.key: model for model in models}, tmp_path / "out").run(shard)
-    assert files_below(tmp_path / "out") == set()
-
-
-def test_tensors_at_odd_places_of_a_file(tmp_path: Path) -> None:
-    """The format allows headers of any length; numbers then lie where no processor would put them."""
-    data = [torch.randn(90_001, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16) for i in range(2)]
-    models = []
-    for name, tensor in zip("ab", data, strict=True):
-        big_model(tmp_path / "even" / name, tensor)
-        content = (tmp_path / "even" / name / "model.safetensors").read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        spaced = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :]
-        models.append(big_model(tmp_path / name, tensor, content=spaced))
-    loads = [load_of(model, "t0") for model in models]
-    assert all(load.location.start % 2 for load in loads)
-    shard = shard_of(("t0", merged("t0", *loads)))
-    worker = make_worker({model.key: model for model in models}, tmp_path / "out")
-    worker.run(shard)
-    worker.close()
-    exact = (data[0].double() + 2 * data[1].double()) / 3
-    found = load_file(tmp_path / "out" / shard.file)["t0"]
-    assert (found.double() - exact).abs().le(exact.abs() * 2.0**-8 * 1.001 + 1e-6).all()
-
-
-BUDGETS = {"tiny": FIXED_BYTES + 3 * 500_000, "one byte": FIXED_BYTES + 1, "ample": FIXED_BYTES + 64 * MIB}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -327,65 +204,6 @@ class FailingSource(LocalSource):
     """Cannot be read or mapped."""
 
     read_ranges = map_range = fail
-
-
-def test_a_damaged_input_leaves_nothing_and_names_the_model(tmp_path: Path) -> None:
-    tensors = long_tensors(0)
-    tensors[0][200_000] = float("nan")
-    model = big_model(tmp_path / "a", *tensors)
-    output = tmp_path / "out"
-    worker = make_worker({"a": model}, output, memory_bytes=BUDGETS["tiny"])
-    for expression in (merged("w", load_of(model, "t0")), load_of(model, "t0")):
-        with pytest.raises(MergeError, match="first at flat index 200000") as caught:
-            worker.run(shard_of(("w", expression)))
-        assert caught.value.where == "model org/a, tensor 't0'"
-        assert files_below(output) == set()
-    # The worker is fit for the next shard.
-    worker.run(shard_of(("fine", load_of(model, "t2"))))
-    assert worker.buffers._total_bytes <= 3 * 500_000
-    worker.close()
-    tolerant = make_worker({"a": model}, output, allow_non_finite=True)
-    tolerant.run(shard_of(("w", load_of(model, "t0"))))
-    tolerant.close()
-
-
-def test_an_input_that_changed_is_refused(pair: tuple[dict[str, InputModel], Shard], tmp_path: Path) -> None:
-    inputs, shard = pair
-    path = tmp_path / "a" / "model.safetensors"
-    path.write_bytes(path.read_bytes())
-    os.utime(path, ns=(1, 1))
-    worker = make_worker(inputs, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="changed"):
-        worker.run(shard)
-    worker.close()
-    assert files_below(tmp_path / "out") == set()
-
-
-@pytest.mark.parametrize("smallest", [0, 1 << 40], ids=["mapped", "copied"])
-def test_inputs_used_where_they_lie_give_the_same_bytes(
-    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest: int
-) -> None:
-    inputs, shard = pair
-    expected = make_worker(inputs, tmp_path / "expected").run(shard)
-    monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", smallest)
-    assert make_worker(inputs, tmp_path / "out").run(shard).sha256 == expected.sha256
-
-
-def test_an_input_that_changes_while_it_is_used_is_refused(
-    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs, shard = pair
-    monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", 0)
-    compute = shard_run.ShardRun._compute
-
-    def touch_and_compute(*args: Any) -> Any:
-        os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
-        return compute(*args)
-
-    monkeypatch.setattr(shard_run.ShardRun, "_compute", touch_and_compute)
-    with pytest.raises(CheckpointError, match="changed"):
-        make_worker(inputs, tmp_path / "out").run(shard)
-    assert files_below(tmp_path / "out") == set()
 
 
 class SlowSource(LocalSource):
