@@ -17,6 +17,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from mergekit_ray.methods.compiled.intrinsics import widened
+
 WIDTH: Final = 16
 """Elements of a step."""
 
@@ -57,8 +59,7 @@ class _Emitter:
 
     def load(self, pointer: Any, step: Any) -> Any:
         """A step, as float32."""
-        halves = self.builder.load(self.builder.gep(pointer, [step]), align=2)
-        return self.builder.bitcast(self.builder.shl(self.builder.zext(halves, _INT32), self.bits(16)), _FLOAT32)
+        return widened(self.builder, pointer, step, WIDTH)
 
     def store(self, x: Any, pointer: Any, step: Any) -> None:
         """A step, rounded to nearest and to even."""

@@ -109,15 +109,21 @@ def _singles(builder: Any, runs: Sequence[Any]) -> Callable[[Any], list[Any]]:
     return read
 
 
+def widened(builder: Any, pointer: Any, at: Any, width: int) -> Any:
+    """Emit what reads ``width`` bfloat16 numbers, so many times ``at`` from a pointer to as many, as float32."""
+    words = ir.VectorType(ir.IntType(32), width)
+    halves = builder.load(builder.gep(pointer, [at]), align=2)
+    shifted = builder.shl(builder.zext(halves, words), ir.Constant(words, [16] * width))
+    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), width))
+
+
 def _halves(builder: Any, runs: Sequence[Any], origins: Sequence[Any]) -> Callable[[Any], list[Any]]:
     """What reads `_PART` numbers of each run of bfloat16 as float32, without those of an origin if there is one."""
-    halves, words = ir.VectorType(ir.IntType(16), _PART), ir.VectorType(ir.IntType(32), _PART)
-    pointers = [builder.inttoptr(run, halves.as_pointer()) for run in (*runs, *origins)]
+    kind = ir.VectorType(ir.IntType(16), _PART).as_pointer()
+    pointers = [builder.inttoptr(run, kind) for run in (*runs, *origins)]
 
     def read(at: Any) -> list[Any]:
-        loaded = [builder.zext(builder.load(builder.gep(pointer, [at]), align=2), words) for pointer in pointers]
-        shift = ir.Constant(words, [16] * _PART)
-        numbers = [builder.bitcast(builder.shl(x, shift), _NARROW) for x in loaded]
+        numbers = [widened(builder, pointer, at, _PART) for pointer in pointers]
         return [builder.fsub(x, numbers[-1]) for x in numbers[:-1]] if origins else numbers
 
     return read
