@@ -79,7 +79,7 @@ gpu: $(READY)  ## tests on a CUDA device, which must be there (install a torch w
 	MERGEKIT_RAY_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 memory: $(READY)  ## what workers hold beside what plans say, on a machine that is idle (5 minutes, 8 GB)
-	$(BIN)/python -m pytest -m memory tests/integration/test_memory_budget.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m memory tests/integration/failures/test_memory_budget.py $(PYTEST_ARGS)
 
 ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's: the oldest, or RAY=2.50.0
 	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
@@ -88,7 +88,7 @@ ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's:
 	@cp .venv-ray/packages "$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/others.pth"
 	@.venv-ray/bin/python $(PIP_INSTALL) --no-deps "ray==$(RAY)" --editable .
 	PATH=$(CURDIR)/.venv-ray/bin:$(CURDIR)/$(BIN):$$PATH .venv-ray/bin/python -m pytest -m ray \
-		tests/integration/test_executors.py tests/integration/test_ray_job.py $(PYTEST_ARGS)
+		tests/integration/ray/test_executors.py tests/integration/ray/test_ray_job.py $(PYTEST_ARGS)
 
 fuzz: $(READY)  ## five minutes of coverage-guided fuzzing of each reader of files (atheris; Linux)
 	@$(BIN)/python $(PIP_INSTALL) atheris

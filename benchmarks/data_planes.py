@@ -30,7 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.machine import describe_machine
-from support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from support.servers.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 BUCKET, KEY = "planes", "object"
 GB, MB = 1e9, 1e6
@@ -46,10 +46,10 @@ def ranges(num_bytes: int) -> list[tuple[int, int]]:
 
 
 class Ours:
-    """What mergekit-ray does: `mergekit_ray.storage.s3`."""
+    """What mergekit-ray does: `mergekit_ray.storage.s3.store`."""
 
     def __init__(self) -> None:
-        from mergekit_ray.storage.s3 import S3Store  # noqa: PLC0415 - only in the measured process
+        from mergekit_ray.storage.s3.store import S3Store  # noqa: PLC0415 - only in the measured process
 
         self._store = S3Store(BUCKET)
         self._store.stat("warm")

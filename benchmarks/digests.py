@@ -65,7 +65,7 @@ def dense(folders: list[str], options: dict[str, Any]) -> Iterator[tuple[str, di
 def recipes(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """All recipes, by a name that says what they are."""
     library = ModelLibrary(work / "models")
-    sizes = {"num_layers": 2, "vocab_size": 2048, "hidden_size": 160}
+    sizes: dict[str, Any] = {"num_layers": 2, "vocab_size": 2048, "hidden_size": 160}
     models = {
         name: [str(library.get("llama", k, dtype=dtype, tied=False, **sizes)) for k in range(4)]
         for name, dtype in DTYPES.items()
@@ -83,7 +83,7 @@ def recipes(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     a, b, c, d = models["bf16"]
     torch.manual_seed(0)
     with quiet():
-        shape = {"num_hidden_layers": 2, "vocab_size": 2048, "hidden_size": 160}
+        shape: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 2048, "hidden_size": 160}
         adapter = make_adapter(build("llama", **shape), work / "adapter", target_modules=["q_proj", "down_proj"])
     yield "adapter", {"merge_method": "linear", "models": [{"model": f"{a}+{adapter}"}], "parameters": {"weight": 1.0}}
     yield (

@@ -31,14 +31,14 @@ from mergekit_ray.core.expressions import loads
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.executors import ray_executor as ray_runtime
+from mergekit_ray.executors.driver import Job, run_shards
 from mergekit_ray.planning.make import make_plan, referenced_models
-from mergekit_ray.runtime import ray as ray_runtime
-from mergekit_ray.runtime.driver import Job, run_shards
-from mergekit_ray.runtime.progress import Progress
-from mergekit_ray.runtime.reporting import SilentReporter
-from mergekit_ray.runtime.worker import WorkerOptions
-from mergekit_ray.storage.local import LocalSource
+from mergekit_ray.reporting.progress import Progress
+from mergekit_ray.reporting.reporters import SilentReporter
+from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.storage.protocols import FileStat
+from mergekit_ray.worker.resources import WorkerOptions
 
 MB = 1e6
 HIDDEN, VOCABULARY, NUM_LAYERS, NUM_DENSE = 7168, 129280, 61, 3
@@ -129,7 +129,7 @@ PLANS: Mapping[str, Callable[[], Plan]] = {"405b": plan_405, "671b": plan_671}
 
 
 class IdleWorker:
-    """Answers as `runtime.ray.RayWorker` does, and does nothing."""
+    """Answers as `executors.ray_executor.RayWorker` does, and does nothing."""
 
     def __init__(self, version: str, jobs: list[Any]) -> None:
         del version, jobs

@@ -23,12 +23,12 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Load, Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.methods.protocol import is_portable
-from mergekit_ray.runtime.device import CUDA, open_device, resolve
-from mergekit_ray.runtime.device_evaluate import DeviceEvaluation, DeviceSession
-from mergekit_ray.runtime.evaluate import Evaluation
-from mergekit_ray.runtime.nodes.base import Piece
-from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.evaluation.device.evaluate import DeviceEvaluation, DeviceSession
+from mergekit_ray.evaluation.device.names import CUDA, open_device, resolve
+from mergekit_ray.evaluation.evaluate import Evaluation
+from mergekit_ray.evaluation.nodes.base import Piece
+from mergekit_ray.evaluation.pool import ComputePool
+from mergekit_ray.methods.shared.protocol import is_portable
 
 GB: Final = 1e9
 COLUMNS: Final = 8192

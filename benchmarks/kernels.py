@@ -18,9 +18,9 @@ import torch
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Load, Merge
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.runtime.evaluate import Evaluation
-from mergekit_ray.runtime.nodes.base import Piece
-from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.evaluation.evaluate import Evaluation
+from mergekit_ray.evaluation.nodes.base import Piece
+from mergekit_ray.evaluation.pool import ComputePool
 
 REFERENCE_ELEMENTS = 64 << 20
 WEIGHTS = (0.3, 0.5, 0.4)

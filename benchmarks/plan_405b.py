@@ -25,7 +25,7 @@ from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.planning.make import make_plan, referenced_models
 from mergekit_ray.planning.windows import comfortable_memory
-from mergekit_ray.storage.local import LocalSource
+from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.storage.protocols import FileStat
 
 HIDDEN = 16384

@@ -36,8 +36,8 @@ def prompts(count: int) -> list[str]:
 def floor(model: Path, count: int) -> None:
     """Everything but weights and states."""
     from mergekit_ray.checkpoint.opening import open_checkpoint  # noqa: PLC0415 - only in the measured process
-    from mergekit_ray.runtime.routing_prompts import tokenize  # noqa: PLC0415
-    from mergekit_ray.runtime.routing_transformers import build_skeleton  # noqa: PLC0415
+    from mergekit_ray.routing.prompts import tokenize  # noqa: PLC0415
+    from mergekit_ray.routing.skeleton import build_skeleton  # noqa: PLC0415
     from mergekit_ray.storage.opening import open_source  # noqa: PLC0415
 
     checkpoint = open_checkpoint(open_source(str(model)), str(model))
@@ -47,9 +47,9 @@ def floor(model: Path, count: int) -> None:
 
 def by_layers(model: Path, count: int) -> None:
     """The router step."""
+    from mergekit_ray.checkpoint.models import open_models  # noqa: PLC0415
     from mergekit_ray.config.moe_recipe import MoeRecipe  # noqa: PLC0415 - only in the measured process
-    from mergekit_ray.runtime.api import open_models  # noqa: PLC0415
-    from mergekit_ray.runtime.routing import routers  # noqa: PLC0415
+    from mergekit_ray.routing.routers import routers  # noqa: PLC0415
 
     told = prompts(count)
     experts = [{"source_model": f"{model}-{i}", "positive_prompts": told[i::NUM_EXPERTS]} for i in range(NUM_EXPERTS)]

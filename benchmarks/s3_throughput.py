@@ -26,8 +26,8 @@ from pathlib import Path
 from benchmarks.llama_1b import make_models
 from benchmarks.machine import describe_machine, touch_memory
 from benchmarks.measure import Measurement, measure
-from support.s3_bucket import Bucket
-from support.s3_server import S3Server
+from support.servers.s3_bucket import Bucket
+from support.servers.s3_server import S3Server
 
 BUCKET = "throughput"
 PREFIX = f"s3://{BUCKET}/b"

@@ -32,9 +32,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import describe_machine
-from support.ray_cluster import ENVIRONMENT
-from support.s3_bucket import Bucket
-from support.s3_server import S3Server
+from support.servers.ray_cluster import ENVIRONMENT
+from support.servers.s3_bucket import Bucket
+from support.servers.s3_server import S3Server
 
 MB, MBIT = 1e6, 1e6 / 8
 NUM_LAYERS, WIDTH = 64, 4096
@@ -133,8 +133,8 @@ def make_models(folder: Path) -> list[Path]:
 def merge_in_job(recipe: Path, address: str, num_workers: int) -> None:
     """In the driver's process: prints the seconds of the merge."""
     import mergekit_ray  # noqa: PLC0415 - only in the measured process
-    from mergekit_ray.runtime import ray as ray_runtime  # noqa: PLC0415
-    from mergekit_ray.runtime.api import MergeOptions  # noqa: PLC0415
+    from mergekit_ray.executors import ray_executor as ray_runtime  # noqa: PLC0415
+    from mergekit_ray.operations.options import MergeOptions  # noqa: PLC0415
 
     began = time.perf_counter()
     ready = began

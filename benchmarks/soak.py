@@ -20,8 +20,8 @@ from pathlib import Path
 
 from benchmarks.machine import describe_machine
 from support.models import ModelLibrary
-from support.s3_bucket import Bucket
-from support.s3_server import S3Server
+from support.servers.s3_bucket import Bucket
+from support.servers.s3_server import S3Server
 from support.soak import Soak, recipe_of_five_shards, schedule_of
 
 _BUCKET = "soak"

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mergekit_ray
 from demo import smollm
 from demo.run import FOLDER, say
-from mergekit_ray.runtime.api import MergeOptions
+from mergekit_ray.operations.options import MergeOptions
 
 FRENCH: smollm.Lesson = (
     ("Quelle est la capitale de l'Espagne ?", "La capitale de l'Espagne est Madrid."),

@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 from demo import smollm
-from support.s3_server import S3Server
+from support.servers.s3_server import S3Server
 
 FOLDER = Path(".demo")
 RECIPE = Path(__file__).with_name("recipe.yml")

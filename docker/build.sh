@@ -52,7 +52,7 @@ locked=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "docker/requirements-$torch.txt")
 if [[ -z $torch_index && -n $wheels ]] && compgen -G "$wheels/torch-$locked-*.whl" >/dev/null; then
   torch_index=${index:-https://pypi.org/simple}
 fi
-version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mergekit_ray/__init__.py)
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mergekit_ray/core/version.py)
 revision=$(git rev-parse HEAD 2>/dev/null || true)
 if [[ -n $revision && -n $(git status --porcelain) ]]; then
   revision+=-dirty

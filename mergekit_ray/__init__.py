@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mergekit_ray.core.version import __version__ as __version__
 
 __all__ = ["__version__", "load_recipe", "merge", "plan"]
 
 if TYPE_CHECKING:
-    from mergekit_ray.runtime.api import merge, plan
-    from mergekit_ray.runtime.recipes import load_recipe
+    from mergekit_ray.operations.merge import merge
+    from mergekit_ray.operations.plan import plan
+    from mergekit_ray.operations.recipes import load_recipe
 
 _HOMES = {
-    "load_recipe": "mergekit_ray.runtime.recipes",
-    "merge": "mergekit_ray.runtime.api",
-    "plan": "mergekit_ray.runtime.api",
+    "load_recipe": "mergekit_ray.operations.recipes",
+    "merge": "mergekit_ray.operations.merge",
+    "plan": "mergekit_ray.operations.plan",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.s3_server import S3Server
+from support.servers.s3_server import S3Server
 
 BUCKET = "merges"
 

@@ -10,34 +10,23 @@ from typing import Annotated
 import typer
 
 from mergekit_ray.cli.options import (
-    Address,
+    AllowNonFinite,
     AsJson,
     Debug,
     Device,
-    Executor,
     FactorType,
     Lenient,
     LogFormat,
-    Memory,
     Names,
-    Overwrite,
+    PublishedModel,
     Quiet,
     RecipeArgument,
     Seed,
-    Workers,
+    takes_merge_options,
 )
-from mergekit_ray.cli.running import (
-    figures,
-    leaving,
-    load,
-    parse_memory,
-    reporter_for,
-    say,
-    stop_on_signals,
-    summary,
-    told_errors,
-)
-from mergekit_ray.runtime.signals import listening
+from mergekit_ray.cli.running import leaving, load, reporter, say, stop_on_signals, told_errors
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.reporting.signals import listening
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +37,7 @@ app = typer.Typer(
 
 
 @app.command()
+@takes_merge_options()
 def merge(
     recipe: RecipeArgument,
     output: Annotated[
@@ -55,15 +45,7 @@ def merge(
         typer.Argument(metavar="OUT", help="Folder, s3://bucket/prefix or hf://org/name; else the recipe's `output`."),
     ] = None,
     *,
-    executor: Executor = None,
-    address: Address = None,
-    workers: Workers = None,
-    memory: Memory = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    allow_non_finite: Annotated[
-        bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
-    ] = False,
+    options: MergeOptions,
     seed: Seed = None,
     lenient: Lenient = False,
     quiet: Quiet = False,
@@ -75,27 +57,11 @@ def merge(
     Running the same command again after a failure resumes; when the result is there already, nothing is done.
     """
     with told_errors(debug), listening(say) as signals:
-        from mergekit_ray.runtime.api import MergeOptions, prepare, run_plan, target_of
+        from mergekit_ray.operations.merge import merge as run
 
         loaded = load(recipe, lenient=lenient, quiet=quiet)
-        target = target_of(loaded, output)
-        prepared = prepare(loaded, seed=seed)
-        options = MergeOptions(
-            executor=None if executor is None else executor.value,
-            address=address,
-            num_workers=workers,
-            memory_bytes=parse_memory(memory),
-            device=device,
-            overwrite=overwrite,
-            allow_non_finite=allow_non_finite,
-        )
-        with reporter_for(prepared.plan, quiet=quiet, log_format=log_format) as reporter:
-            planned = prepared.routed_for(target, options, reporter)
-            for warning in planned.warnings:
-                reporter.event("warning", f"warning: {warning}")
-            reporter.event("planned", summary(planned), **figures(planned))
-            with signals.graceful() as stop:
-                result = run_plan(planned, target, options, reporter=reporter, stop=stop)
+        with reporter(quiet=quiet, log_format=log_format) as told:
+            result = run(loaded, output, seed=seed, options=options, reporter=told, stop=signals.graceful())
         if not quiet and log_format is LogFormat.text:
             typer.echo(result.uri)
 
@@ -109,22 +75,41 @@ def plan_command(
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="Also how long it takes there: nodes=8,link=25Gbit[,store=200Gbit].")
     ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="NAME", help="How a tensor is computed; a pattern such as '*.mlp.*' too."),
+    ] = None,
+    device: Device = "auto",
+    allow_non_finite: AllowNonFinite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a merge would read, write and need, without reading a weight."""
+    """Show what a merge would read, write and need, without reading a weight.
+
+    With --explain, show instead what tensors are made of and how they are computed on --device.
+    """
     with told_errors(debug):
+        from mergekit_ray.operations.plan import explained, plan
         from mergekit_ray.planning.estimate import Cluster, estimate
-        from mergekit_ray.runtime.api import plan
+        from mergekit_ray.planning.figures import figures
 
         shape = None if cluster is None else Cluster.parse(cluster)
         planned = plan(load(recipe, lenient=lenient), seed=seed, routing=False)
+        if explain is not None:
+            found = explained(planned, explain, device=device, allow_non_finite=allow_non_finite)
+            if as_json:
+                typer.echo(json.dumps([each.to_json() for each in found]))
+                return
+            from mergekit_ray.cli.tables import print_explanations
+
+            print_explanations(found)
+            return
         expected = None if shape is None else estimate(planned, shape)
         if as_json:
             more = {} if expected is None else {"estimate": asdict(expected)}
             typer.echo(json.dumps({**figures(planned), **more, "plan": planned.to_json()}))
             return
-        from mergekit_ray.runtime.tables import print_estimate, print_plan
+        from mergekit_ray.cli.tables import print_estimate, print_plan
 
         print_plan(planned)
         if shape is not None and expected is not None:
@@ -148,7 +133,8 @@ def validate(
         loaded = load(recipe, lenient=lenient)
         kind = "a Mixture-of-Experts recipe" if isinstance(loaded, MoeRecipe) else "a dense recipe"
         if models:
-            from mergekit_ray.runtime.api import plan
+            from mergekit_ray.operations.plan import plan
+            from mergekit_ray.planning.figures import summary
 
             planned = plan(loaded, routing=False)
             for warning in planned.warnings:
@@ -160,7 +146,7 @@ def validate(
 
 @app.command()
 def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A published model: folder or s3://bucket/prefix.")],
+    out: PublishedModel,
     *,
     sample: Annotated[
         int | None, typer.Option("--sample", min=0, help="Read so many tensors only, drawn at random.")
@@ -176,8 +162,8 @@ def verify(
     """
     with told_errors(debug):
         from mergekit_ray.core.sizes import format_bytes
-        from mergekit_ray.runtime.verify import VerifyOptions
-        from mergekit_ray.runtime.verify import verify as run
+        from mergekit_ray.operations.verify import VerifyOptions
+        from mergekit_ray.operations.verify import verify as run
         from mergekit_ray.storage.opening import open_source
 
         found = run(open_source(out), options=VerifyOptions(sample, seed, finite))
@@ -197,14 +183,14 @@ def verify(
 
 @app.command()
 def attest(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A published model: folder or s3://bucket/prefix.")],
+    out: PublishedModel,
     *,
     name: Annotated[str | None, typer.Option("--name", help="Of the model; else the last part of OUT.")] = None,
     debug: Debug = False,
 ) -> None:
     """Print what OpenSSF's model signing signs: the SHA-256 of every file. No weight is read again."""
     with told_errors(debug):
-        from mergekit_ray.runtime.attest import statement
+        from mergekit_ray.operations.attest import statement
         from mergekit_ray.storage.opening import open_source
 
         source = open_source(out)
@@ -212,16 +198,12 @@ def attest(
 
 
 @app.command("reproduce")
+@takes_merge_options(device="cpu")
 def reproduce_command(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="mergekit-ray.json, or the model it lies in.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix.")],
     *,
-    executor: Executor = None,
-    address: Address = None,
-    workers: Workers = None,
-    memory: Memory = None,
-    device: Device = "cpu",
-    overwrite: Overwrite = False,
+    options: MergeOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -231,21 +213,11 @@ def reproduce_command(
     Exit code 3 if an input is another than it was, or something comes out another.
     """
     with told_errors(debug), stop_on_signals() as stop:
-        from functools import partial
+        from mergekit_ray.operations.reproduce import reproduce
+        from mergekit_ray.output.manifest import read_manifest
 
-        from mergekit_ray.runtime.api import MergeOptions
-        from mergekit_ray.runtime.reproduce import read_manifest, reproduce
-
-        options = MergeOptions(
-            executor=None if executor is None else executor.value,
-            address=address,
-            num_workers=workers,
-            memory_bytes=parse_memory(memory),
-            device=device,
-            overwrite=overwrite,
-        )
-        reporter_of = partial(reporter_for, quiet=quiet or as_json, log_format=LogFormat.text)
-        found = reproduce(read_manifest(manifest), output, options, reporter_of=reporter_of, stop=stop)
+        with reporter(quiet=quiet or as_json) as told:
+            found = reproduce(read_manifest(manifest), output, options, reporter=told, stop=stop)
         if as_json:
             typer.echo(json.dumps({**asdict(found), "ok": not found.problems}))
         else:
@@ -258,6 +230,7 @@ def reproduce_command(
 
 
 @app.command("extract-lora")
+@takes_merge_options()
 def extract_lora_command(
     finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The fine-tuned model, as in a recipe.")],
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model it was tuned from.")],
@@ -271,12 +244,7 @@ def extract_lora_command(
     ] = None,
     exclude: Annotated[Names, typer.Option(metavar="NAME", help="Leave modules so named out; repeatable.")] = None,
     dtype: Annotated[FactorType, typer.Option("--dtype", help="What the factors are stored in.")] = FactorType.float32,
-    executor: Executor = None,
-    address: Address = None,
-    workers: Workers = None,
-    memory: Memory = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    options: MergeOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -286,26 +254,15 @@ def extract_lora_command(
     Prints how much of each difference the adapter holds, and every difference that it does not.
     """
     with told_errors(debug), stop_on_signals() as stop:
-        from functools import partial
-
         from mergekit_ray.core.dtypes import DType
+        from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
+        from mergekit_ray.operations.extraction_report import lines, to_data
         from mergekit_ray.planning.extraction import Coverage
-        from mergekit_ray.runtime.api import MergeOptions
-        from mergekit_ray.runtime.extract_lora import ExtractOptions, extract_lora
-        from mergekit_ray.runtime.extraction_report import lines, to_data
 
         coverage = Coverage(embeddings, tuple(modules_to_save or ()), tuple(exclude or ()))
-        options = MergeOptions(
-            executor=None if executor is None else executor.value,
-            address=address,
-            num_workers=workers,
-            memory_bytes=parse_memory(memory),
-            device=device,
-            overwrite=overwrite,
-        )
         wanted = ExtractOptions(rank, energy, coverage, DType.parse(dtype.value))
-        reporter_of = partial(reporter_for, quiet=quiet or as_json, log_format=LogFormat.text)
-        found = extract_lora(finetuned, base, output, wanted, options, reporter_of=reporter_of, stop=stop)
+        with reporter(quiet=quiet or as_json) as told:
+            found = extract_lora(finetuned, base, output, wanted, options, reporter=told, stop=stop)
         if as_json:
             typer.echo(json.dumps({"uri": found.uri, **to_data(found)}))
         elif not quiet:
@@ -323,7 +280,7 @@ def methods(
 ) -> None:
     """List the merge methods, or show the parameters of one."""
     with told_errors(debug):
-        from mergekit_ray.runtime.tables import describe_methods, methods_markdown, print_method, print_methods
+        from mergekit_ray.cli.tables import describe_methods, methods_markdown, print_method, print_methods
 
         if markdown:
             typer.echo(methods_markdown(), nl=False)

@@ -1,11 +1,16 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options that several commands take. Each is declared once."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
+
+from mergekit_ray.operations.options import MergeOptions
 
 
 class ExecutorName(StrEnum):
@@ -33,22 +38,107 @@ class LogFormat(StrEnum):
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path, or s3://bucket/recipe.yml.")
 ]
+PublishedModel = Annotated[
+    str, typer.Argument(metavar="OUT", help="A published model: folder, s3://bucket/prefix or hf://org/name.")
+]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown keys in the recipe are warnings, not errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all randomness; overrides the recipe's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Executor = Annotated[
-    ExecutorName | None,
-    typer.Option("--executor", help="Threads of this process, or Ray (the default inside a Ray job)."),
-]
-Address = Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Shards in work at a time; else what suits.")]
-Memory = Annotated[
-    str | None, typer.Option("--memory", help="Budget of each worker, e.g. 4GB; else what the plan needs.")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Names = list[str] | None
 Device = Annotated[
     str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, or one of them as cuda:1.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Names = list[str] | None
+AllowNonFinite = Annotated[
+    bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
+]
+
+
+def _parse_memory(text: str) -> int:
+    """Bytes of ``--memory``.
+
+    Raises:
+        BadParameter: it is no size.
+    """
+    from mergekit_ray.config.sizes import parse_size  # pydantic is slow to import
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+_MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "executor": (
+        Annotated[
+            ExecutorName | None,
+            typer.Option("--executor", help="Threads of this process, or Ray (the default inside a Ray job)."),
+        ],
+        None,
+    ),
+    "address": (Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")], None),
+    "workers": (
+        Annotated[int | None, typer.Option("--workers", min=1, help="Shards processed at once (default: automatic).")],
+        None,
+    ),
+    "memory": (
+        Annotated[
+            int | None,
+            typer.Option(
+                "--memory",
+                parser=_parse_memory,
+                metavar="SIZE",
+                help="Memory of each worker, e.g. 4GB (default: what the plan needs).",
+            ),
+        ],
+        None,
+    ),
+    "device": (Device, "auto"),
+    "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")], False),
+    "allow_non_finite": (AllowNonFinite, False),
+}
+"""Annotation and default of what becomes `MergeOptions`, by the command's parameter."""
+
+
+def takes_merge_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: give a command, in the place of its parameter ``options: MergeOptions``, the options that make one.
+
+    Args:
+        defaults: of options, where they are other than the usual ones.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            if parameter.name != "options":
+                parameters.append(parameter)
+                continue
+            parameters += [
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default), annotation=annotation
+                )
+                for name, (annotation, default) in _MERGE_OPTIONS.items()
+            ]
+
+        @functools.wraps(command)
+        def wrapped(*args: Any, **given: Any) -> None:
+            chosen = {name: given.pop(name) for name in _MERGE_OPTIONS}
+            options = MergeOptions(
+                executor=None if chosen["executor"] is None else chosen["executor"].value,
+                address=chosen["address"],
+                num_workers=chosen["workers"],
+                memory_bytes=chosen["memory"],
+                device=chosen["device"],
+                overwrite=chosen["overwrite"],
+                allow_non_finite=chosen["allow_non_finite"],
+            )
+            command(*args, options=options, **given)
+
+        # What typer reads: the signature, and the annotations with the names evaluated.
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate

@@ -16,10 +16,10 @@ import typer
 
 from mergekit_ray.cli.options import LogFormat
 from mergekit_ray.core.errors import ConfigError, InternalError, MergekitRayError
-from mergekit_ray.runtime.signals import listening
+from mergekit_ray.reporting.signals import listening
 
 if TYPE_CHECKING:
-    from mergekit_ray.core.plan import Plan
+    from mergekit_ray.reporting.reporters import Reporter
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
         ConfigError: there is no such file, or the recipe is wrong.
         StorageError: the store that should have it failed.
     """
-    from mergekit_ray.runtime.recipes import is_uri, load_recipe
+    from mergekit_ray.operations.recipes import is_uri, load_recipe
 
     source = recipe if is_uri(recipe) else Path(recipe)
     if isinstance(source, Path) and not source.is_file():
@@ -103,64 +103,21 @@ def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def reporter_for(planned: Plan, *, quiet: bool, log_format: LogFormat) -> Iterator[Any]:
+def reporter(*, quiet: bool, log_format: LogFormat = LogFormat.text) -> Iterator[Reporter]:
     """Nothing, JSON lines, a live bar on a terminal, or timed lines."""
+    from mergekit_ray.reporting.reporters import JsonReporter, LineReporter, SilentReporter
+
     if quiet:
-        from mergekit_ray.runtime.reporting import SilentReporter
-
         yield SilentReporter()
-        return
-    from mergekit_ray.runtime.reporting import JsonReporter, LineReporter, LiveReporter
-
-    if log_format is LogFormat.json:
-        yield JsonReporter(planned)
+    elif log_format is LogFormat.json:
+        yield JsonReporter()
     elif sys.stderr.isatty():
-        live = LiveReporter(planned)
+        from mergekit_ray.cli.live import LiveReporter
+
+        live = LiveReporter()
         try:
             yield live
         finally:
             live.close()
     else:
-        yield LineReporter(planned)
-
-
-def parse_memory(text: str | None) -> int | None:
-    """Bytes of ``--memory``.
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    if text is None:
-        return None
-    from mergekit_ray.config.sizes import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"--memory: {error}") from None
-
-
-def figures(planned: Plan) -> dict[str, Any]:
-    """What a plan comes to, as plain data."""
-    from mergekit_ray.planning.windows import comfortable_memory, memory_needed
-
-    return {
-        "num_shards": len(planned.shards),
-        "num_tensors": sum(len(shard.tensors) for shard in planned.shards),
-        "num_parameters": planned.num_parameters,
-        "read_bytes": planned.read_bytes,
-        "write_bytes": planned.num_bytes,
-        "min_memory_bytes": memory_needed(planned),
-        "memory_bytes": comfortable_memory(planned),
-        "plan_digest": planned.digest,
-    }
-
-
-def summary(planned: Plan) -> str:
-    """What a plan comes to, in a line."""
-    from mergekit_ray.core.sizes import format_bytes
-
-    return (
-        f"{planned.num_parameters:,} parameters in {len(planned.shards)} shards; "
-        f"{format_bytes(planned.read_bytes)} to read, {format_bytes(planned.num_bytes)} to write"
-    )
+        yield LineReporter()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.compiled import is_compiled_for
-from mergekit_ray.methods.order_statistics import kth_largest
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, Scratch
-from mergekit_ray.methods.rows import Lines
+from mergekit_ray.methods.shared.order_statistics import kth_largest
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.rows import Lines
+from mergekit_ray.methods.shared.scratch import Scratch
 
 if TYPE_CHECKING:
     import torch

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.rescaling import rescaling_factors
-from mergekit_ray.methods.selection import Band, select_next_largest
-from mergekit_ray.methods.sign import add_elected_
-from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
+from mergekit_ray.methods.shared.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.rescaling import rescaling_factors
+from mergekit_ray.methods.shared.selection import Band, select_next_largest
+from mergekit_ray.methods.shared.sign import add_elected_
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ class Breadcrumbs(_Breadcrumbs):
 
 @METHODS.register("breadcrumbs_ties")
 class BreadcrumbsTies(_Breadcrumbs):
-    """As `Breadcrumbs`, the sum taken by sign election (see `mergekit_ray.methods.sign`)."""
+    """As `Breadcrumbs`, the sum taken by sign election (see `mergekit_ray.methods.shared.sign`)."""
 
     name = "breadcrumbs_ties"
     summary = "Drop the largest and the smallest changes, elect a sign per element, merge what agrees."

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import add_scaled_
-from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.task_vectors import ScaledParameters, task_vectors
+from mergekit_ray.methods.shared.accumulate import add_scaled_
+from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, task_vectors
 
 if TYPE_CHECKING:
     import torch

@@ -10,16 +10,16 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import add_scaled_
-from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands, ReduceMethod
-from mergekit_ray.methods.selection import Selection, select_largest
-from mergekit_ray.methods.sign import add_elected_
-from mergekit_ray.methods.task_vectors import ScaledParameters, task_vector, task_vectors
+from mergekit_ray.methods.shared.accumulate import add_scaled_
+from mergekit_ray.methods.shared.protocol import Chunk, ElementwiseMethod, Operands, ReduceMethod
+from mergekit_ray.methods.shared.selection import Selection, select_largest
+from mergekit_ray.methods.shared.sign import add_elected_
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_ray.methods.protocol import Scratch
+    from mergekit_ray.methods.shared.scratch import Scratch
 
 
 class ConsensusTaModelParameters(Parameters):

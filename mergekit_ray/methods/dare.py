@@ -10,13 +10,13 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divisor, rounded_sum_, single_divisor
-from mergekit_ray.methods.combinations import Elected, Kept, Sum
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
-from mergekit_ray.methods.random_mask import MaskSpace, RandomMask
-from mergekit_ray.methods.sign import add_elected_
-from mergekit_ray.methods.sums import total
-from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
+from mergekit_ray.methods.shared.accumulate import divisor, rounded_sum_, single_divisor
+from mergekit_ray.methods.shared.combinations import Elected, Kept, Sum
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.random_mask import MaskSpace, RandomMask
+from mergekit_ray.methods.shared.sign import add_elected_
+from mergekit_ray.methods.shared.sums import total
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ class DareLinear(_Dare):
 
 @METHODS.register("dare_ties")
 class DareTies(_Dare):
-    """As `DareLinear`, the sum taken by sign election (see `mergekit_ray.methods.sign`)."""
+    """As `DareLinear`, the sum taken by sign election (see `mergekit_ray.methods.shared.sign`)."""
 
     name = "dare_ties"
     summary = "Drop changes at random, rescale, elect a sign per element, merge what agrees."

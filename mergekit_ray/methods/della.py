@@ -10,19 +10,19 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import coefficients, weighted_sum_
-from mergekit_ray.methods.packed_mask import PackedMask
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.rank_sampling import (
+from mergekit_ray.methods.shared.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.shared.packed_mask import PackedMask
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.rank_sampling import (
     MagnitudeSampling,
     Sampled,
     check_probabilities,
     row_length,
     run_elements,
 )
-from mergekit_ray.methods.rescaling import rescaling_factor
-from mergekit_ray.methods.sign import add_elected_
-from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
+from mergekit_ray.methods.shared.rescaling import rescaling_factor
+from mergekit_ray.methods.shared.sign import add_elected_
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class Samples:
 
 
 class _Della(ReduceMethod):
-    """Magnitude sampling of task vectors (see `mergekit_ray.methods.rank_sampling`).
+    """Magnitude sampling of task vectors (see `mergekit_ray.methods.shared.rank_sampling`).
 
     With ``rescale`` what is kept is scaled by ``‖δ‖₁ / ‖δ̃‖₁``, as in DARE; where either norm is below 1e-7 it stays as
     it is.
@@ -119,7 +119,7 @@ def _trimmed(chunk: Chunk, operands: Operands, samples: Samples) -> tuple[torch.
 
 @METHODS.register("della")
 class Della(_Della):
-    """As `DellaLinear`, the sum taken by sign election (see `mergekit_ray.methods.sign`)."""
+    """As `DellaLinear`, the sum taken by sign election (see `mergekit_ray.methods.shared.sign`)."""
 
     name = "della"
     summary = "Drop changes at random, small ones rather than large ones, rescale, elect a sign, merge what agrees."

@@ -12,9 +12,9 @@ from pydantic import Field
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import add_scaled_
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.sums import partial_sums, total
+from mergekit_ray.methods.shared.accumulate import add_scaled_
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.sums import partial_sums, total
 
 if TYPE_CHECKING:
     import numpy as np

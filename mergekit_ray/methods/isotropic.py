@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Operands
-from mergekit_ray.methods.spectral import (
+from mergekit_ray.methods.shared.protocol import Operands
+from mergekit_ray.methods.shared.spectral import (
     RowMap,
     SpectralMethod,
     Spectrum,
@@ -19,7 +19,7 @@ from mergekit_ray.methods.spectral import (
     spectrum,
     total,
 )
-from mergekit_ray.methods.task_vectors import ScaledParameters
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class IsoC(SpectralMethod):
     (see `SpectralMethod`). Low-rank task vectors stored in few bits are a caution: what rounding left in the other
     directions is raised to the mean along with what was learned.
 
-    One factorisation of the sum, see `mergekit_ray.methods.spectral`.
+    One factorisation of the sum, see `mergekit_ray.methods.shared.spectral`.
     """
 
     name = "iso_c"

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.combinations import Sum
-from mergekit_ray.methods.gram import (
+from mergekit_ray.methods.shared.combinations import Sum
+from mergekit_ray.methods.shared.gram import (
     Matrix,
     as_matrix,
     coefficients_by,
@@ -21,7 +21,7 @@ from mergekit_ray.methods.gram import (
     span_coefficients,
     sum_of_vectors,
 )
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch

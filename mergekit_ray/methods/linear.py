@@ -8,9 +8,9 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divide_, divisor, single_divisor, weighted_sum_
-from mergekit_ray.methods.combinations import Sum
-from mergekit_ray.methods.protocol import Chunk, Operands, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.accumulate import divide_, divisor, single_divisor, weighted_sum_
+from mergekit_ray.methods.shared.combinations import Sum
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.combinations import Sum
-from mergekit_ray.methods.gram import as_matrix, inner_products, norms, num_products, products, sum_of_vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
-from mergekit_ray.methods.rows import Lines
-from mergekit_ray.methods.task_vectors import task_vectors
+from mergekit_ray.methods.shared.combinations import Sum
+from mergekit_ray.methods.shared.gram import as_matrix, inner_products, norms, num_products, products, sum_of_vectors
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.rows import Lines
+from mergekit_ray.methods.shared.task_vectors import task_vectors
 
 if TYPE_CHECKING:
     import torch

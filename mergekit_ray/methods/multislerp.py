@@ -11,9 +11,9 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import coefficients
-from mergekit_ray.methods.combinations import Sum
-from mergekit_ray.methods.gram import (
+from mergekit_ray.methods.shared.accumulate import coefficients
+from mergekit_ray.methods.shared.combinations import Sum
+from mergekit_ray.methods.shared.gram import (
     Matrix,
     as_matrix,
     coefficients_by,
@@ -22,7 +22,7 @@ from mergekit_ray.methods.gram import (
     span_coefficients,
     sum_of_vectors,
 )
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.combinations import Held
-from mergekit_ray.methods.protocol import Chunk, Operands, Scratch, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.combinations import Clamped
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.scratch import Scratch
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +48,10 @@ class Nearswap(SumMethod):
     global_parameters = NearswapParameters
 
     @classmethod
-    def sum_of(cls, tensor: SummedTensor) -> Held | None:
+    def sum_of(cls, tensor: SummedTensor) -> Clamped | None:
         """See `SumMethod.sum_of`."""
         t = float(tensor.parameters.t)
-        return Held(t) if t >= SMALLEST_DIFFERENCE else None
+        return Clamped(t) if t >= SMALLEST_DIFFERENCE else None
 
     def combine(self, chunk: Chunk, operands: Operands, statistics: Any) -> torch.Tensor:
         """See `ElementwiseMethod.combine`."""

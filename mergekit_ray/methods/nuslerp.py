@@ -11,10 +11,10 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.combinations import Sum
-from mergekit_ray.methods.gram import inner_products, products, sum_of_vectors, vectors
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
-from mergekit_ray.methods.rows import Lines
+from mergekit_ray.methods.shared.combinations import Sum
+from mergekit_ray.methods.shared.gram import inner_products, products, sum_of_vectors, vectors
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.rows import Lines
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands
+from mergekit_ray.methods.shared.protocol import Chunk, ElementwiseMethod, Operands
 
 if TYPE_CHECKING:
     import torch

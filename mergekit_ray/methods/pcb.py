@@ -11,10 +11,10 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.selection import Selection, select_largest
-from mergekit_ray.methods.sums import partial_sums, total
-from mergekit_ray.methods.task_vectors import ScaledParameters, task_vectors
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.selection import Selection, select_largest
+from mergekit_ray.methods.shared.sums import partial_sums, total
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, task_vectors
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.compiled import is_compiled_for
-from mergekit_ray.methods.protocol import Chunk, ElementwiseMethod, Operands, ReduceMethod
-from mergekit_ray.methods.task_vectors import task_vectors
+from mergekit_ray.methods.shared.protocol import Chunk, ElementwiseMethod, Operands, ReduceMethod
+from mergekit_ray.methods.shared.task_vectors import task_vectors
 
 if TYPE_CHECKING:
     import torch

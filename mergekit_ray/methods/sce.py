@@ -11,13 +11,13 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divide_
 from mergekit_ray.methods.compiled import is_compiled_for
-from mergekit_ray.methods.packed_mask import MaskBuilder, PackedMask, trim_
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.selection import Selection, select_largest
-from mergekit_ray.methods.sums import partial_sums, total
-from mergekit_ray.methods.task_vectors import task_vector, task_vectors
+from mergekit_ray.methods.shared.accumulate import divide_
+from mergekit_ray.methods.shared.packed_mask import MaskBuilder, PackedMask, trim_
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.selection import Selection, select_largest
+from mergekit_ray.methods.shared.sums import partial_sums, total
+from mergekit_ray.methods.shared.task_vectors import task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch

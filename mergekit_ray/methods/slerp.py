@@ -10,12 +10,12 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import weighted_sum_
-from mergekit_ray.methods.combinations import Interpolation, Sum
 from mergekit_ray.methods.compiled import is_single_on_cpu
-from mergekit_ray.methods.gram import dots
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
-from mergekit_ray.methods.sums import partial_sums, total
+from mergekit_ray.methods.shared.accumulate import weighted_sum_
+from mergekit_ray.methods.shared.combinations import Interpolation, Sum
+from mergekit_ray.methods.shared.gram import dots
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.sums import partial_sums, total
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.accumulate import divisor, rounded_sum_, single_divisor
-from mergekit_ray.methods.combinations import Sum
-from mergekit_ray.methods.protocol import Chunk, Operands, SummedTensor, SumMethod
-from mergekit_ray.methods.task_vectors import ScaledParameters, WeightedParameters, task_vectors
+from mergekit_ray.methods.shared.accumulate import divisor, rounded_sum_, single_divisor
+from mergekit_ray.methods.shared.combinations import Sum
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, SummedTensor, SumMethod
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, WeightedParameters, task_vectors
 
 if TYPE_CHECKING:
     import torch

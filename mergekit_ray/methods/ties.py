@@ -9,10 +9,10 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Chunk, Operands, ReduceMethod
-from mergekit_ray.methods.selection import Selection, select_largest
-from mergekit_ray.methods.sign import add_elected_
-from mergekit_ray.methods.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
+from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
+from mergekit_ray.methods.shared.selection import Selection, select_largest
+from mergekit_ray.methods.shared.sign import add_elected_
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Operands
-from mergekit_ray.methods.spectral import RowMap, SpectralMethod, TaskMatrices, recombined, spectrum
+from mergekit_ray.methods.shared.protocol import Operands
+from mergekit_ray.methods.shared.spectral import RowMap, SpectralMethod, TaskMatrices, recombined, spectrum
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class TsvM(SpectralMethod):
     singular values of each task differ; otherwise, which of the equal directions are kept is up to the decomposition.
 
     Every two-dimensional weight is merged so, embeddings included; all others are averaged (see `SpectralMethod`).
-    ``N + 2`` factorisations, see `mergekit_ray.methods.spectral`.
+    ``N + 2`` factorisations, see `mergekit_ray.methods.shared.spectral`.
     """
 
     name = "tsv_m"

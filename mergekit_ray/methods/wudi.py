@@ -10,9 +10,9 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import Operands, WholeMethod
-from mergekit_ray.methods.spectral import TaskMatrices, TaskWeightParameters, decomposition_bytes, total
-from mergekit_ray.methods.task_vectors import ScaledParameters
+from mergekit_ray.methods.shared.protocol import Operands, WholeMethod
+from mergekit_ray.methods.shared.spectral import TaskMatrices, TaskWeightParameters, decomposition_bytes, total
+from mergekit_ray.methods.shared.task_vectors import ScaledParameters
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
+from mergekit_ray.core.plan import InputModel
 from mergekit_ray.storage.protocols import Sink, Source
 from mergekit_ray.storage.schemes import SCHEMES, SINKS, Opener
 
@@ -55,6 +57,11 @@ def open_source(reference: str, revision: str | None = None) -> Source:
         if folder
         else "give the folder that holds config.json and the safetensors files",
     )
+
+
+def open_sources(inputs: Mapping[str, InputModel]) -> dict[str, Source]:
+    """An open source for each input model of a plan, by its key. See `open_source` for the errors."""
+    return {key: open_source(model.uri) for key, model in inputs.items()}
 
 
 def open_sink(reference: str) -> Sink:

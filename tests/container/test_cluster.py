@@ -14,13 +14,13 @@ import mergekit_ray
 from container.engine import Image
 from container.kuberay import Cluster, Pods
 from helm.charts import Manifest, render
-from mergekit_ray.runtime.api import MergeOptions
-from support import hosts as hosts_module
-from support.hosts import Hosts
+from mergekit_ray.operations.options import MergeOptions
 from support.merging import command_environment, run_command, wait_until
 from support.models import ModelLibrary, contents
-from support.s3_bucket import Bucket
-from support.s3_server import ACCESS_KEY, REGION, SECRET_KEY, S3Server
+from support.servers import hosts as hosts_module
+from support.servers.hosts import Hosts
+from support.servers.s3_bucket import Bucket
+from support.servers.s3_server import ACCESS_KEY, REGION, SECRET_KEY, S3Server
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 

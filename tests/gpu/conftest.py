@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mergekit_ray.core.errors import ConfigError
-from mergekit_ray.runtime.device import CUDA, resolve
-from mergekit_ray.runtime.device_cuda import CudaDevice
+from mergekit_ray.evaluation.device.cuda import CudaDevice
+from mergekit_ray.evaluation.device.names import CUDA, resolve
 
 REQUIRED = "MERGEKIT_RAY_REQUIRE_GPU"
 """Set where there should be a device (`make gpu`): then it is an error that there is none."""

@@ -12,11 +12,11 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import is_portable
-from mergekit_ray.runtime.device_copies import SLOT_BYTES
-from mergekit_ray.runtime.device_cuda import CudaDevice
-from mergekit_ray.runtime.device_evaluate import MIN_CHUNK_ELEMENTS, DeviceSession
-from mergekit_ray.runtime.pool import ComputePool
+from mergekit_ray.evaluation.device.copies import SLOT_BYTES
+from mergekit_ray.evaluation.device.cuda import CudaDevice
+from mergekit_ray.evaluation.device.evaluate import MIN_CHUNK_ELEMENTS, DeviceSession
+from mergekit_ray.evaluation.pool import ComputePool
+from mergekit_ray.methods.shared.protocol import is_portable
 from support.device_cases import (
     FACTOR_CASES,
     KIND_CASES,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError
-from mergekit_ray.runtime.api import MergeOptions
+from mergekit_ray.operations.options import MergeOptions
 from support.device_cases import assert_close
 from support.memory_inputs import random_llama, write_model
 from support.merging import Events

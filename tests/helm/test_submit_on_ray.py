@@ -14,7 +14,7 @@ import pytest
 
 from helm.charts import CHART
 from support.merging import run_command
-from support.ray_head import RayHead
+from support.servers.ray_head import RayHead
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

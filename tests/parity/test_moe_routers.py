@@ -13,7 +13,7 @@ import yaml
 
 from mergekit_ray.checkpoint.opening import open_checkpoint
 from mergekit_ray.config.moe_recipe import MoeRecipe
-from mergekit_ray.runtime.routing import Routers, routers
+from mergekit_ray.routing.routers import Routers, routers
 from mergekit_ray.storage.opening import open_source
 from parity.checkpoints import SHAPE
 from parity.comparison import load_checkpoint

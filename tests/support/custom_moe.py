@@ -15,7 +15,7 @@ from torch import nn
 from transformers import dynamic_module_utils
 
 from support.models import load
-from support.moe_reference import SparseBlock
+from support.references.moe import SparseBlock
 
 
 @contextlib.contextmanager

@@ -27,10 +27,10 @@ from mergekit_ray.core.expressions import (
     SingularValues,
 )
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.runtime.device_evaluate import DeviceEvaluation, DeviceSession
-from mergekit_ray.runtime.scratch import TORCH_DTYPES
+from mergekit_ray.evaluation.device.evaluate import DeviceEvaluation, DeviceSession
+from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 from support.memory_inputs import DTYPES, Inputs
-from support.merge_reference import ulp
+from support.references.merge import ulp
 
 SHAPE = (263, 1009)
 """Of most tensors: 265,367 elements, a block and a bit, in rows and runs that end nowhere together."""

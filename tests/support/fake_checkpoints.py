@@ -15,7 +15,7 @@ from mergekit_ray.core.expressions import loads
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.planning.make import make_plan
-from mergekit_ray.storage.local import LocalSource
+from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.storage.protocols import FileStat
 
 FILE = "model.safetensors"

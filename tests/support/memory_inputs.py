@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Expression, Load
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.runtime.evaluate import Evaluation
-from mergekit_ray.runtime.nodes.base import Piece
-from mergekit_ray.runtime.pool import ComputePool
-from mergekit_ray.runtime.scratch import TORCH_DTYPES
+from mergekit_ray.evaluation.evaluate import Evaluation
+from mergekit_ray.evaluation.nodes.base import Piece
+from mergekit_ray.evaluation.pool import ComputePool
+from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 
 DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_ray
-from mergekit_ray.runtime.api import MergeOptions, MergeResult
-from mergekit_ray.runtime.progress import Progress
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.run_plan import MergeResult
+from mergekit_ray.reporting.progress import Progress
 from support.models import contents
 
 COMMANDS = Path(sys.executable).parent
@@ -30,6 +32,9 @@ class Events:
     def __init__(self, on_event: Callable[[str], None] = lambda kind: None) -> None:
         self.all: list[tuple[str, dict[str, Any]]] = []
         self._on_event = on_event
+
+    def begin(self, plan: Plan) -> None:
+        """See `Reporter.begin`."""
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """See `Reporter.event`."""

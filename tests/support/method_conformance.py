@@ -15,8 +15,8 @@ from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from support.memory_inputs import Inputs, evaluate
-from support.merge_reference import Array, Expected, ulp
 from support.operands import merge
+from support.references.merge import Array, Expected, ulp
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(), (1,), (0,), (0, 5), (5, 0), (7,), (1, 9), (9, 1), (64, 33), (3, 5, 7)]

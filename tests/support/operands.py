@@ -13,7 +13,7 @@ import torch
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.protocol import BLOCK_ELEMENTS, ElementwiseMethod, ReduceMethod
+from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, ElementwiseMethod, ReduceMethod
 
 R = TypeVar("R")
 

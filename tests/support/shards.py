@@ -14,9 +14,10 @@ from mergekit_ray.core.plan import InputFile, InputModel, Shard
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES
-from mergekit_ray.runtime.local import open_sources
-from mergekit_ray.runtime.worker import Worker, WorkerOptions
-from mergekit_ray.storage.local import LocalSource, LocalStore
+from mergekit_ray.storage.local.store import LocalSource, LocalStore
+from mergekit_ray.storage.opening import open_sources
+from mergekit_ray.worker.resources import Resources, WorkerOptions
+from mergekit_ray.worker.worker import Worker
 from support.memory_inputs import write_model
 
 MIB = 1 << 20
@@ -26,7 +27,7 @@ BUDGETS = {"tiny": FIXED_BYTES + 3 * 500_000, "one byte": FIXED_BYTES + 1, "ampl
 
 def make_worker(plan_inputs: dict[str, InputModel], output: Path, **options: Any) -> Worker:
     chosen = WorkerOptions(**{"memory_bytes": FIXED_BYTES + 64 * MIB, **options})
-    return Worker(plan_inputs, open_sources(plan_inputs), LocalStore(output), "records", chosen)
+    return Worker(Resources(plan_inputs, open_sources(plan_inputs), chosen), LocalStore(output), "records")
 
 
 def files_below(folder: Path) -> set[str]:

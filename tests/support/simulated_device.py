@@ -231,7 +231,7 @@ class SimulatedLane:
 
 
 class SimulatedDevice:
-    """See `mergekit_ray.runtime.device.Device`.
+    """See `mergekit_ray.evaluation.device.protocol.Device`.
 
     Args:
         capacity_bytes: of its memory.

@@ -14,13 +14,13 @@ from unittest import mock
 
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError
-from mergekit_ray.runtime.api import MergeOptions
-from mergekit_ray.storage import s3
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.storage.s3 import store as s3
 from mergekit_ray.storage.transfers import RetryPolicy
-from support.hostile_proxy import TRANSIENT, HostileProxy, Schedule
 from support.models import ModelLibrary, contents
-from support.s3_bucket import Bucket
-from support.s3_server import S3Server
+from support.servers.hostile_proxy import TRANSIENT, HostileProxy, Schedule
+from support.servers.s3_bucket import Bucket
+from support.servers.s3_server import S3Server
 
 OPTIONS = MergeOptions(executor="local", num_workers=2)
 QUICK = RetryPolicy(max_attempts=6, base_seconds=0.002, max_seconds=0.02)

@@ -19,7 +19,7 @@ import yaml
 
 import mergekit_ray
 from mergekit_ray.cli import app
-from mergekit_ray.runtime.tables import methods_markdown
+from mergekit_ray.cli.tables import methods_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

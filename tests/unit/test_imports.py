@@ -25,10 +25,12 @@ MODULES = [
     "mergekit_ray.planning.windows",
     "mergekit_ray.storage",
     "mergekit_ray.storage.opening",
-    "mergekit_ray.runtime.api",
-    "mergekit_ray.runtime.reporting",
-    "mergekit_ray.runtime.tables",
-    "mergekit_ray.runtime.verify",
+    "mergekit_ray.operations.merge",
+    "mergekit_ray.operations.plan",
+    "mergekit_ray.operations.run_plan",
+    "mergekit_ray.reporting.reporters",
+    "mergekit_ray.cli.tables",
+    "mergekit_ray.operations.verify",
 ]
 
 

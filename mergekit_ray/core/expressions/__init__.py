@@ -15,23 +15,25 @@ weights. Every node knows the spec of its result and what must be read for any r
     Mxfp4(blocks, scales, name)          4-bit floats in groups that share an exponent
 
 A new kind is one module here (imported below, so that plans can be read back) and one of the same name in
-`runtime.nodes`.
+`evaluation.nodes`.
 """
 
 from mergekit_ray.core.expressions.arithmetic import Cast, Merge, Scale
 from mergekit_ray.core.expressions.base import (
     KINDS,
     Expression,
+    Load,
     Scalar,
     expression_kind,
     from_json,
+    is_copy,
+    loads,
     spec_from_json,
     spec_to_json,
     to_json,
 )
 from mergekit_ray.core.expressions.factors import NUM_NORMS, LowRankFactors, SingularValues
 from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise, without_values
-from mergekit_ray.core.expressions.load import Load, is_copy, loads
 from mergekit_ray.core.expressions.low_rank import LowRank
 from mergekit_ray.core.expressions.quantised import BlockScaled, Mxfp4
 

@@ -1,18 +1,16 @@
-"""What every kind of expression is, and what can be asked of a tree."""
+"""What every kind of expression is, its leaf `Load`, and what can be asked of a tree."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.tensors import Location, TensorSpec
-
-if TYPE_CHECKING:
-    from mergekit_ray.core.expressions.load import Load
 
 Scalar: TypeAlias = float | int | bool | str | None
 
@@ -147,3 +145,70 @@ def location_from_json(data: list[Any]) -> Location:
     """Inverse of `location_to_json`."""
     file, start, end = data
     return Location(file, start, end)
+
+
+@expression_kind("load")
+@dataclass(frozen=True, slots=True)
+class Load(Expression):
+    """The leaf of every tree: a tensor as it lies in a file.
+
+    Attributes:
+        model: key of the model in ``Plan.inputs``.
+        spec: dtype and shape of what is read. The shape may be a leading part (fewer rows) of what the file holds;
+            ``location`` is narrowed accordingly.
+        location: file and byte range.
+    """
+
+    model: str
+    spec: TensorSpec
+    location: Location
+
+    def __post_init__(self) -> None:
+        """Check that the bytes are those of the shape: compiled loops read as many elements as the spec says.
+
+        Raises:
+            ValueError: they are not.
+        """
+        num_bytes = self.location.end - self.location.start
+        if num_bytes != self.spec.num_bytes or self.location.start < 0:
+            raise ValueError(
+                f"tensor {self.spec.name!r} has {self.spec.num_bytes} bytes, and {num_bytes} at its place in "
+                f"{self.location.file}"
+            )
+
+    def children(self) -> tuple[Expression, ...]:
+        """None: it is a leaf."""
+        return ()
+
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+        """The run itself."""
+        yield self, start, stop
+
+    def to_data(self) -> list[Any]:
+        """``[model, spec, location]``."""
+        return [self.model, spec_to_json(self.spec), location_to_json(self.location)]
+
+    @classmethod
+    def from_data(cls, data: list[Any]) -> Self:
+        """Inverse of `to_data`."""
+        model, spec, location = data
+        return cls(model, spec_from_json(spec), location_from_json(location))
+
+
+def loads(expression: Expression) -> Iterator[Load]:
+    """Every distinct `Load` of the tree, in order of first appearance."""
+    seen: set[tuple[str, Location]] = set()
+    stack = [expression]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Load):
+            if (node.model, node.location) not in seen:
+                seen.add((node.model, node.location))
+                yield node
+        else:
+            stack.extend(reversed(node.children()))
+
+
+def is_copy(expression: Expression) -> bool:
+    """Whether the result is the input's bytes, unchanged."""
+    return isinstance(expression, Load)

@@ -13,14 +13,15 @@ from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions.base import (
     Expression,
+    Load,
     expression_kind,
     from_json,
+    loads,
     most,
     spec_from_json,
     spec_to_json,
     to_json,
 )
-from mergekit_ray.core.expressions.load import Load, loads
 from mergekit_ray.core.tensors import TensorSpec
 
 DISTRIBUTIONS = ("normal", "uniform")

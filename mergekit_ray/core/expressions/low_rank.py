@@ -8,8 +8,7 @@ from typing import Any, Self
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions.base import Expression, expression_kind, from_json, most, to_json
-from mergekit_ray.core.expressions.load import Load
+from mergekit_ray.core.expressions.base import Expression, Load, expression_kind, from_json, most, to_json
 from mergekit_ray.core.tensors import TensorSpec
 
 _FLOAT64_BYTES = 8

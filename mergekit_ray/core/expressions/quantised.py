@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions.base import Expression, expression_kind, from_json, to_json
-from mergekit_ray.core.expressions.load import Load
+from mergekit_ray.core.expressions.base import Expression, Load, expression_kind, from_json, to_json
 from mergekit_ray.core.tensors import TensorSpec
 
 FP8_NON_FINITE: Final[Mapping[DType, frozenset[int]]] = {

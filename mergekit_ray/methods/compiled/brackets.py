@@ -1,4 +1,4 @@
-"""What of a run lies within a bracket of magnitudes (see `mergekit_ray.methods.order_statistics`)."""
+"""What of a run lies within a bracket of magnitudes (see `mergekit_ray.methods.shared.order_statistics`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sign election (see `mergekit_ray.methods.sign`) over a run of elements, in one pass."""
+"""Sign election (see `mergekit_ray.methods.shared.sign`) over a run of elements, in one pass."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def _of_two(combined: Callable[[_Emitter, Any, Any, Any], Any]) -> Any:
     return intrinsic(typed)
 
 
-def _held(emitter: _Emitter, a: Any, b: Any, t: Any) -> Any:
+def _clamped(emitter: _Emitter, a: Any, b: Any, t: Any) -> Any:
     build = emitter.builder
     low, high = build.fsub(a, t), build.fadd(a, t)
     least = build.select(build.fcmp_ordered(">", b, low), b, low)
@@ -224,14 +224,14 @@ change_fused: Any = _weighted_sum(has_base=True, rounds_products=False)
 change_rounded: Any = _weighted_sum(has_base=True, rounds_products=True)
 """As `sum_rounded`, of ``x_i - base``, and added to the base."""
 
-held: Any = _of_two(_held)
+clamped: Any = _of_two(_clamped)
 """``b`` within ``a ± t``, where both are zero the bound.
 
 Arguments: addresses of ``a`` and ``b``; ``t`` (float32); the address of the result; how many steps.
 """
 
 from_first: Any = _of_two(_from_first)
-"""``a + t (b - a)``, fused. Arguments as for `held`."""
+"""``a + t (b - a)``, fused. Arguments as for `clamped`."""
 
 from_second: Any = _of_two(_from_second)
-"""``b + t (b - a)``, fused. Arguments as for `held`."""
+"""``b + t (b - a)``, fused. Arguments as for `clamped`."""

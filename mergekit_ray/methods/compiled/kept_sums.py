@@ -1,7 +1,7 @@
 """Sums of changes of which random masks keep a part, from the numbers as they lie in memory, without torch.
 
 Arguments are those of `mergekit_ray.methods.compiled.runs`. What is dropped, elected and added is what
-`masks`, `election` and `mergekit_ray.methods.accumulate` drop, elect and add, bit for bit.
+`masks`, `election` and `mergekit_ray.methods.shared.accumulate` drop, elect and add, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random masks (see `mergekit_ray.methods.random_mask`, whose words these are), hashed and applied in one pass."""
+"""Random masks, hashed and applied in one pass. The words are those of `methods.shared.random_mask`."""
 
 from __future__ import annotations
 

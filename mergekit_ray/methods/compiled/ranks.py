@@ -1,4 +1,4 @@
-"""Magnitude sampling (see `mergekit_ray.methods.rank_sampling`) of rows of magnitudes, without sorting them.
+"""Magnitude sampling (see `mergekit_ray.methods.shared.rank_sampling`) of rows of magnitudes, without sorting them.
 
 An element is kept if its random word is below a limit that rises with its rank. A histogram of the row tells every rank
 within the few ranks of one bucket, and for nearly all elements that decides: the word is below the limit of the

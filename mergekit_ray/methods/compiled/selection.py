@@ -1,4 +1,4 @@
-"""Trims (see `mergekit_ray.methods.selection`) over a run of elements, in one pass."""
+"""Trims (see `mergekit_ray.methods.shared.selection`) over a run of elements, in one pass."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Sums of tensors, or of their changes, from the numbers as they lie in memory, a long run in one call, without torch.
 
 Arguments are those of `mergekit_ray.methods.compiled.runs`. Calls are few and long because a thread that returns from
-one waits for the interpreter. The operations and their order are those of `mergekit_ray.methods.accumulate`, bit for
-bit: products are added fused, as torch does it.
+one waits for the interpreter. The operations and their order are those of `methods.shared.accumulate`, bit for bit:
+products are added fused, as torch does it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mergekit_ray.methods.compiled.half_loops import (
     WIDTH,
     change_fused,
     change_rounded,
+    clamped,
     from_first,
     from_second,
-    held,
     sum_fused,
     sum_rounded,
 )
@@ -106,7 +106,7 @@ def _sum_of_halves(addresses: Addresses, base: int, factors: Floats, steps: Step
 
 @compiled
 def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out: Place, size: int) -> bool:
-    """``a + t (b - a)`` of two tensors, or ``b`` held within ``a ± t``.
+    """``a + t (b - a)`` of two tensors, or ``b`` clamped to ``a ± t``.
 
     Args:
         addresses: of the first element of each tensor's run.
@@ -145,7 +145,7 @@ def of_two(addresses: Addresses, widths: Widths, holds: bool, t: np.float32, out
 def _of_two_halves(a: int, b: int, holds: bool, t: np.float32, out: int, num_steps: int) -> Any:
     """`of_two` of bfloat16 numbers to such; the largest magnitude."""
     if holds:
-        return held(a, b, t, out, num_steps)
+        return clamped(a, b, t, out, num_steps)
     if abs(t) < np.float32(0.5):
         return from_first(a, b, t, out, num_steps)
     return from_second(a, b, np.float32(t - np.float32(1.0)), out, num_steps)

@@ -15,7 +15,7 @@ from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.storage.local import LocalStore
+from mergekit_ray.storage.local.store import LocalStore
 from support.fake_checkpoints import llama
 
 MODULE = "model.layers.0.self_attn.q_proj"

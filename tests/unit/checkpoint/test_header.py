@@ -16,7 +16,7 @@ from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.storage.local import LocalStore
+from mergekit_ray.storage.local.store import LocalStore
 
 # The library's Python side cannot name these in numpy or torch everywhere; the format can hold them all.
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != "__metadata__")

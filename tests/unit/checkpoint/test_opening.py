@@ -13,7 +13,7 @@ from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.storage.local import LocalStore
+from mergekit_ray.storage.local.store import LocalStore
 
 INDEX = "model.safetensors.index.json"
 

@@ -20,7 +20,7 @@ from mergekit_ray.core.errors import CheckpointError, InternalError
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import OutputTensor, Shard
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.storage.local import LocalStore
+from mergekit_ray.storage.local.store import LocalStore
 
 
 def shard_of(specs: list[TensorSpec]) -> Shard:

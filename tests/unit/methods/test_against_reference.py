@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from support import merge_reference as reference
-from support.merge_reference import Array, Expected
 from support.operands import merge
+from support.references import merge as reference
+from support.references.merge import Array, Expected
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(), (1,), (0,), (0, 5), (7,), (64, 33), (3, 5, 7)]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.arcee_fusion import ArceeFusion, divergences
-from mergekit_ray.methods.rows import Lines
-from support import geometric_reference as reference
-from support.merge_reference import Array
+from mergekit_ray.methods.shared.rows import Lines
 from support.method_conformance import Case, PropagatingConformance, as_float64
 from support.operands import MemoryOperands, merge
+from support.references import geometric as reference
+from support.references.merge import Array
 
 
 def expected(xs: list[Array], base: Array | None) -> reference.Expected:

@@ -18,10 +18,10 @@ from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
-from support import merge_reference as reference
-from support import trimming_reference as trimming
 from support.memory_inputs import Inputs, evaluate
 from support.operands import merge
+from support.references import merge as reference
+from support.references import trimming
 
 NAMES = ["breadcrumbs", "breadcrumbs_ties"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

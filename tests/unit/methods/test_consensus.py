@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.registry import METHODS
-from support import paper_reference as reference
-from support.merge_reference import Expected
 from support.operands import merge
-from support.paper_reference import as_float64, evaluated, random_models
+from support.references import paper as reference
+from support.references.merge import Expected
+from support.references.paper import as_float64, evaluated, random_models
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(), (1,), (0,), (0, 5), (7,), (64, 33), (3, 5, 7)]

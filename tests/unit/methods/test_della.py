@@ -17,11 +17,11 @@ from mergekit_ray.core.errors import ConfigError, MergeError
 from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.methods import packed_mask, rank_sampling
-from support import merge_reference as reference
-from support import trimming_reference as trimming
+from mergekit_ray.methods.shared import packed_mask, rank_sampling
 from support.memory_inputs import Inputs, evaluate
 from support.operands import MemoryOperands, merge
+from support.references import merge as reference
+from support.references import trimming
 
 NAMES = ["della", "della_linear"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -17,10 +17,10 @@ from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.geometric_median import coefficients_of_median
-from support import paper_reference as reference
-from support.merge_reference import Array, Expected
 from support.operands import merge
-from support.paper_reference import as_float64, evaluated, random_models
+from support.references import paper as reference
+from support.references.merge import Array, Expected
+from support.references.paper import as_float64, evaluated, random_models
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NAME = "geometric_median"

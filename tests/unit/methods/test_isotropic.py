@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods import spectral
 from mergekit_ray.methods.isotropic import directions_per_task
-from mergekit_ray.methods.spectral import TaskMatrices, polar_factor, spectrum
-from support import paper_reference as reference
-from support.merge_reference import Array, Expected
+from mergekit_ray.methods.shared import spectral
+from mergekit_ray.methods.shared.spectral import TaskMatrices, polar_factor, spectrum
 from support.operands import MemoryOperands
-from support.paper_reference import as_float64, evaluated, random_models
+from support.references import paper as reference
+from support.references.merge import Array, Expected
+from support.references.paper import as_float64, evaluated, random_models
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NAMES = ["iso_c", "iso_cts"]

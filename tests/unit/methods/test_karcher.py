@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.karcher import mean_direction
-from support import geometric_reference as reference
 from support.method_conformance import Case, PropagatingConformance, as_float64
 from support.operands import merge
+from support.references import geometric as reference
 
 
 def case(num_models: int, **parameters: float) -> Case:

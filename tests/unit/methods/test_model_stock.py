@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from support import geometric_reference as reference
-from support.merge_reference import Array
 from support.method_conformance import Case, PropagatingConformance, as_float64
 from support.operands import merge
+from support.references import geometric as reference
+from support.references.merge import Array
 
 
 def case(num_models: int, *, filter_wise: bool) -> Case:

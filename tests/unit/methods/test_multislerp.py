@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
-from support import geometric_reference as reference
 from support.method_conformance import Case, PropagatingConformance
 from support.operands import merge
+from support.references import geometric as reference
 
 
 def case(*weights: float, has_base: bool = False, **parameters: float) -> Case:

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.registry import METHODS
-from support import geometric_reference as reference
-from support.merge_reference import Array
 from support.method_conformance import Case, MethodConformance, as_float64
 from support.operands import merge
+from support.references import geometric as reference
+from support.references.merge import Array
 
 
 def case(t: float) -> Case:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from support import geometric_reference as reference
 from support.method_conformance import Case, PropagatingConformance, as_float64
 from support.operands import merge
+from support.references import geometric as reference
 
 
 def case(weights: tuple[float, float], axis: int | None, *, has_base: bool) -> Case:

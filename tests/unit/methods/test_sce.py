@@ -19,10 +19,10 @@ from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.methods import sce
-from support import trimming_reference as trimming
 from support.memory_inputs import Inputs, evaluate
-from support.merge_reference import Expected
 from support.operands import MemoryChunk, MemoryOperands, merge
+from support.references import trimming
+from support.references.merge import Expected
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(), (1,), (0,), (0, 5), (7,), (64, 33), (3, 5, 7)]

@@ -11,10 +11,10 @@ import torch
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods import spectral
-from support import paper_reference as reference
-from support.merge_reference import Expected
-from support.paper_reference import as_float64, evaluated, random_models
+from mergekit_ray.methods.shared import spectral
+from support.references import paper as reference
+from support.references.merge import Expected
+from support.references.paper import as_float64, evaluated, random_models
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (6, 6), (40, 12), (12, 40), (1, 9), (9, 1), (2, 9), (31, 29), (), (7,), (3, 5, 7)]

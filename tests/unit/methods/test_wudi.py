@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods import spectral
-from support import paper_reference as reference
-from support.merge_reference import Array, ulp
-from support.paper_reference import as_float64, evaluated, random_models
+from mergekit_ray.methods.shared import spectral
+from support.references import paper as reference
+from support.references.merge import Array, ulp
+from support.references.paper import as_float64, evaluated, random_models
 
 SHAPES = [(1, 1), (6, 6), (20, 9), (9, 20), (1, 9), (9, 1)]
 

@@ -11,9 +11,9 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Merge, loads
+from mergekit_ray.operations.extract_lora import rank_for
 from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapter_config, extraction
 from mergekit_ray.planning.make import models_of
-from mergekit_ray.runtime.extract_lora import rank_for
 from support.fake_checkpoints import checkpoint, llama
 
 SHAPES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
 from mergekit_ray.core.plan import OutputTensor, Plan, Shard
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.methods.protocol import WholeMethod
+from mergekit_ray.methods.shared.protocol import WholeMethod
 from mergekit_ray.planning.windows import (
     BATCH_BYTES,
     FIXED_BYTES,

@@ -11,7 +11,7 @@ import pytest
 
 from mergekit_ray.core.errors import ConfigError, ModelError
 from mergekit_ray.storage import open_sink, open_source
-from mergekit_ray.storage.hub_cache import HubCache
+from mergekit_ray.storage.hub.cache import HubCache
 from mergekit_ray.storage.schemes import SCHEMES
 from support.store_conformance import fetch
 

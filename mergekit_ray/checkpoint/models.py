@@ -1,0 +1,40 @@
+"""All models that a recipe names, opened at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from mergekit_ray.checkpoint.adapter import Adapter, adapted, open_adapter
+from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.storage.opening import open_source
+
+
+def open_models(references: Sequence[ModelReference]) -> dict[ModelReference, Checkpoint]:
+    """Headers and configs of models and of the adapters on them, fetched concurrently; a shared base only once.
+
+    Raises:
+        ModelError, CheckpointError, StorageError: naming the model or the adapter.
+    """
+    bases = list(dict.fromkeys(replace(reference, lora=None) for reference in references))
+    loras = list(dict.fromkeys(reference.lora for reference in references if reference.lora is not None))
+    with ThreadPoolExecutor(max_workers=max(1, len(bases) + len(loras))) as executor:
+        opened, adapters = executor.map(_open_base, bases), executor.map(_open_adapter, loras)
+        checkpoint_of = dict(zip(bases, opened, strict=True))
+        adapter_of = dict(zip(loras, adapters, strict=True))
+    return {
+        reference: checkpoint_of[replace(reference, lora=None)]
+        if reference.lora is None
+        else adapted(checkpoint_of[replace(reference, lora=None)], adapter_of[reference.lora])
+        for reference in references
+    }
+
+
+def _open_base(reference: ModelReference) -> Checkpoint:
+    return open_checkpoint(open_source(reference.path, revision=reference.revision), str(reference))
+
+
+def _open_adapter(reference: ModelReference) -> Adapter:
+    return open_adapter(open_source(reference.path, revision=reference.revision), str(reference))

@@ -1,0 +1,1 @@
+"""One expression: from the bytes of its inputs to those of its result."""

@@ -1,0 +1,265 @@
+"""Sums of tensors as they lie in files, by compiled loops, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import MergeError
+from mergekit_ray.core.expressions import Expression, Load, Merge
+from mergekit_ray.core.registry import METHODS
+from mergekit_ray.evaluation.pieces import Bytes, Filling, Pieces
+from mergekit_ray.evaluation.pool import ComputePool
+from mergekit_ray.methods.shared.combinations import Clamped, Combination, Kept, Sum
+from mergekit_ray.methods.shared.gram import DOT_ELEMENTS, num_products, summed_products
+from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, SumMethod
+from mergekit_ray.methods.shared.random_mask import RandomMask, stream
+from mergekit_ray.methods.shared.sign import zero_divisor
+
+BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
+"""Dtypes that the loops read and write, and what carries their bits."""
+
+_Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+_RUN_ELEMENTS: Final = 1 << 14
+"""Elements that a thread is given at least."""
+
+
+class CompiledSum:
+    """A sum of tensors as they lie in files, or of their changes.
+
+    Args:
+        merge: by a `SumMethod`.
+        vectors: what is summed: the inputs, after the base if that is one of them.
+        base: what is subtracted from each, and added to the sum; None without one.
+    """
+
+    def __init__(self, merge: Merge, vectors: Sequence[Load], base: Load | None) -> None:
+        self._merge = merge
+        self._vectors = vectors
+        self._base = base
+
+    @staticmethod
+    def objection(expression: Expression) -> str | None:
+        """Why an expression is not of this kind, in words; None if it is."""
+        if not isinstance(expression, Merge):
+            return f"there are no compiled loops for {expression.kind}"
+        if not issubclass(METHODS.get(expression.method), SumMethod):
+            return f"{expression.method} has no loops from bytes to bytes"
+        if expression.compute_dtype is not DType.F32:
+            return f"the loops compute in float32, and the recipe asks for {expression.compute_dtype.config_name}"
+        for x in (expression, *_read_by(expression)):
+            if x.spec.dtype not in BITS:
+                return f"the loops take bfloat16 and float32, and a tensor is {x.spec.dtype.config_name}"
+        if not all(isinstance(x, Load) for x in _read_by(expression)):
+            return "the loops take tensors as they lie in files, and an input is computed first"
+        return None
+
+    @classmethod
+    def of(cls, expression: Expression) -> Self | None:
+        """The same as an expression; None if `objection` has something to say."""
+        if cls.objection(expression) is not None or not isinstance(expression, Merge):
+            return None
+        method = METHODS.get(expression.method)
+        loads = [x for x in _read_by(expression) if isinstance(x, Load)]
+        if expression.base is None:
+            return cls(expression, loads, None)
+        *inputs, base = loads
+        return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
+
+    def begin(self, pieces: Pieces, pool: ComputePool) -> Filling | None:
+        """See `Compiled.begin`."""
+        method = METHODS.get(self._merge.method)
+        assert issubclass(method, SumMethod)  # seen to by `of`
+        vectors = _Runs.of(self._vectors, pieces)
+        base = None if self._base is None else _Runs.of([self._base], pieces)
+        inputs = [vectors, *([] if base is None else [base])]
+        if not all(runs.are_aligned for runs in inputs):
+            return None
+        try:
+            how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
+        except MergeError:
+            return None  # the evaluator says it, and of which tensor
+        if how is None:
+            return None
+        width = self._merge.spec.dtype.itemsize
+        shows_non_finite = method.propagates_non_finite or not isinstance(how, Sum)
+
+        def fill(start: int, out: Bytes) -> bool:
+            num_elements = out.size // width
+
+            def run(first: int, last: int) -> bool:
+                low = first * _RUN_ELEMENTS
+                size = min(last * _RUN_ELEMENTS, num_elements) - low
+                if not shows_non_finite and not all(x.all_finite(start + low, size) for x in inputs):
+                    return False
+                return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
+
+            return all(pool.map_runs(-(-num_elements // _RUN_ELEMENTS), run))
+
+        return fill
+
+
+def _read_by(merge: Merge) -> list[Expression]:
+    """Inputs, then the base if there is one."""
+    return [*merge.inputs, *([] if merge.base is None else [merge.base])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """What was read of some tensors.
+
+    Attributes:
+        addresses: of the first element that each tensor has, or would have, in memory: int64.
+        widths: of their elements, bytes: int64.
+        data: the memory itself, which is there as long as this is.
+    """
+
+    addresses: _Integers
+    widths: _Integers
+    data: Sequence[Bytes]
+
+    @classmethod
+    def of(cls, loads: Sequence[Load], pieces: Pieces) -> Self:
+        widths = [load.spec.dtype.itemsize for load in loads]
+        data, starts = zip(*(pieces[load] for load in loads), strict=True)
+        addresses = [_address(x) - start * width for x, start, width in zip(data, starts, widths, strict=True)]
+        return cls(np.array(addresses, np.int64), np.array(widths, np.int64), data)
+
+    @property
+    def are_aligned(self) -> bool:
+        """Whether every element lies where the processor would have it."""
+        return not (self.addresses % self.widths).any()
+
+    def at(self, element: int) -> _Integers:
+        """The addresses of the elements with a flat index."""
+        return self.addresses + element * self.widths
+
+    def all_finite(self, start: int, size: int) -> bool:
+        """Whether no element from flat index ``start`` on is a NaN or an infinity."""
+        from mergekit_ray.methods.compiled import runs  # noqa: PLC0415 - numba is imported where something is computed
+
+        return all(
+            runs.all_finite(address, width, size) for address, width in zip(self.at(start), self.widths, strict=True)
+        )
+
+
+def _address(data: Bytes) -> int:
+    address: int = data.__array_interface__["data"][0]
+    return address
+
+
+class _Tensor:
+    """See `SummedTensor`."""
+
+    def __init__(self, merge: Merge, vectors: _Runs, base: _Runs | None, pool: ComputePool) -> None:
+        method = METHODS.get(merge.method)
+        self.shape = merge.spec.shape
+        self.parameters: Any = method.global_parameters.model_validate(dict(merge.parameters))
+        self.input_parameters: Sequence[Any] = [
+            method.model_parameters.model_validate(dict(each)) for each in merge.input_parameters
+        ]
+        self.keys = merge.keys
+        self._num_elements = merge.spec.num_elements
+        self._vectors, self._base, self._pool = vectors, base, pool
+
+    def inner_products(self) -> list[float]:
+        """See `SummedTensor.inner_products`."""
+        from mergekit_ray.methods.compiled import products  # noqa: PLC0415 - as above
+
+        num_pairs = num_products(len(self._vectors.widths))
+
+        def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+            found = np.empty((last - first, num_pairs))
+            start = first * DOT_ELEMENTS
+            products.inner_products(
+                self._vectors.at(start),
+                self._vectors.widths,
+                _place_of(self._base, start),
+                min(last * DOT_ELEMENTS, self._num_elements) - start,
+                DOT_ELEMENTS,
+                found,
+            )
+            return found
+
+        parts = np.concatenate(self._pool.map_runs(-(-self._num_elements // DOT_ELEMENTS), run))
+        return summed_products([parts.T.tolist()], num_pairs)
+
+    def masked_norms(self, masks: Sequence[RandomMask]) -> list[tuple[float, float]]:
+        """See `SummedTensor.masked_norms`."""
+        from mergekit_ray.methods.compiled import kept_sums  # noqa: PLC0415 - as above
+
+        def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+            found = np.empty((last - first, len(masks), 2))
+            start = first * BLOCK_ELEMENTS
+            size = min(last * BLOCK_ELEMENTS, self._num_elements) - start
+            kept_sums.norms_of_kept(
+                self._vectors.at(start),
+                self._vectors.widths,
+                _place_of(self._base, start),
+                _words(masks, start, size),
+                size,
+                BLOCK_ELEMENTS,
+                found,
+            )
+            return found
+
+        parts = np.concatenate(self._pool.map_runs(-(-self._num_elements // BLOCK_ELEMENTS), run))
+        return [(math.fsum(parts[:, k, 0]), math.fsum(parts[:, k, 1])) for k in range(len(masks))]
+
+
+def _place_of(base: _Runs | None, element: int) -> tuple[int, int]:
+    """The address of an element of the base, and the width; 0 and 0 without one."""
+    return (0, 0) if base is None else (int(base.at(element)[0]), int(base.widths[0]))
+
+
+def _fill(how: Combination, vectors: _Runs, base: _Runs | None, start: int, out: tuple[int, int], size: int) -> bool:
+    """Write the result of so many elements; whether it is finite.
+
+    Args:
+        how: it is made.
+        vectors: that it is made of.
+        base: see `CompiledSum`.
+        start: flat index of the first element.
+        out: address for it, and width of a result in bytes.
+        size: elements.
+    """
+    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
+
+    inputs = vectors.at(start), vectors.widths
+    if isinstance(how, Kept):
+        return _fill_kept(how, inputs, _place_of(base, start), start, out, size)
+    if not isinstance(how, Sum):
+        return bool(sums.of_two(*inputs, isinstance(how, Clamped), np.float32(how.t), out, size))
+    factors = np.array(how.factors, np.float32)
+    return bool(sums.weighted_sum(*inputs, _place_of(base, start), factors, _steps(how), out, size))
+
+
+def _fill_kept(
+    kept: Kept, inputs: tuple[_Integers, _Integers], base: tuple[int, int], start: int, out: tuple[int, int], size: int
+) -> bool:
+    """`_fill`, of what masks keep of changes."""
+    from mergekit_ray.methods.compiled import kept_sums  # noqa: PLC0415 - as above
+
+    masks, how = _words(kept.masks, start, size), kept.how
+    factors = np.array(how.factors, np.float32)
+    if isinstance(how, Sum):
+        return bool(kept_sums.sum_of_kept(*inputs, base, masks, factors, _steps(how), out, size))
+    negligible = zero_divisor(how.weights, float(np.finfo(np.float32).eps)) if how.normalize else math.inf
+    election = np.array(how.weights, np.float32), np.float32(how.scale), np.float32(negligible)
+    return bool(kept_sums.elected_of_kept(*inputs, base, masks, factors, election, out, size))
+
+
+def _steps(how: Sum) -> tuple[bool, np.float32, np.float32]:
+    return how.rounds_products, np.float32(how.divisor), np.float32(how.scale)
+
+
+def _words(masks: Sequence[RandomMask], start: int, size: int) -> tuple[int, Any, Any, _Integers]:
+    """What `kept_sums.Masks` are of a run."""
+    offsets, tables, keys = zip(*(stream(mask.key, start, size) for mask in masks), strict=True)
+    return offsets[0], tables[0], np.stack(keys), np.array([mask.limit for mask in masks], np.int64)

@@ -1,0 +1,1 @@
+"""Evaluation on a device: uploads, arithmetic and downloads side by side."""

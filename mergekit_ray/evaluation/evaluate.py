@@ -1,0 +1,158 @@
+"""Evaluation of one expression, in cache-sized chunks.
+
+An expression is compiled to nodes once per output tensor. A node fills any run of its elements into a scratch buffer
+that stays in cache, so intermediates never touch main memory and scratch does not grow with the tensor. Chunks run on a
+pool of threads; every number is independent of how the tensor was cut and of how many threads there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mergekit_ray.core.errors import MergeError
+from mergekit_ray.core.expressions import Expression, Load, loads
+from mergekit_ray.core.expressions.quantised import non_finite_codes
+from mergekit_ray.evaluation.nodes.base import (
+    Compilation,
+    Guard,
+    Loaded,
+    NonFiniteError,
+    Piece,
+    fill_parallel,
+)
+from mergekit_ray.evaluation.nodes.quantised import first_non_finite
+from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS, ComputePool
+
+
+class NonFiniteReport:
+    """Says where a NaN or infinity that was met comes from.
+
+    Args:
+        expression: that was computed.
+        pieces: the bytes of each of its loads, in host memory.
+        references: the models as the recipe names them, by key.
+        check_finite: False where NaN and infinities are let pass: then there is nothing to say.
+    """
+
+    def __init__(
+        self, expression: Expression, pieces: Mapping[Load, Piece], references: Mapping[str, str], *, check_finite: bool
+    ) -> None:
+        self._expression = expression
+        self._pieces = pieces
+        self._references = references
+        self._check_finite = check_finite
+
+    def error(self) -> MergeError:
+        """What to raise."""
+        try:
+            self.raise_for_inputs()
+        except MergeError as error:
+            return error
+        return MergeError(
+            f"the merged values overflow {self._expression.spec.dtype.config_name} or are not numbers, though all "
+            "inputs are finite",
+            where=f"tensor {self._expression.spec.name!r}",
+            remedy="check weights and scales, choose a dtype with more range (bfloat16, float32), "
+            "or pass --allow-non-finite",
+        )
+
+    def raise_for_inputs(self) -> None:
+        """Raise for the first input that holds a NaN or an infinity, if there is one.
+
+        Raises:
+            MergeError: naming the tensor, the model and the place.
+        """
+        if not self._check_finite:
+            return
+        codes = non_finite_codes(self._expression)
+        for load in loads(self._expression):
+            if load not in codes and not load.spec.dtype.is_floating:
+                continue
+            if load not in self._pieces:
+                continue  # a window of a concatenation has the inputs of the parts it touches
+            piece = self._pieces[load]
+            found = first_non_finite(piece.data, codes.get(load))
+            if found is not None:
+                raise MergeError(
+                    f"{found.value} in the input, first at flat index {piece.start + found.index} "
+                    f"({found.count} such values read)",
+                    where=f"model {self._references.get(load.model, load.model)}, tensor {load.spec.name!r}",
+                    remedy="use an undamaged checkpoint, or pass --allow-non-finite to merge it as it is",
+                )
+
+
+class Evaluation:
+    """One expression over inputs in memory.
+
+    Args:
+        expression: to be computed.
+        pieces: the bytes of each of its loads: all of the tensor, or the window that will be asked for.
+        pool: threads to compute on, and on which device.
+        chunk_elements: elements handled at a time, None for all at once; changes speed, never the result.
+        allow_non_finite: let NaN and infinities pass.
+        references: the models as the recipe names them, by key, for messages.
+        sources: what is read where the pool computes on a device; ``pieces`` are in host memory.
+
+    The constructor runs the methods' statistics, so the pieces must be complete then.
+
+    Attributes:
+        all_finite: on a device, whether all that was filled so far is finite: a 0-dimensional boolean there. Nothing is
+            raised for it; see `report`.
+        report: what to say of a NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        expression: Expression,
+        pieces: Mapping[Load, Piece],
+        pool: ComputePool,
+        *,
+        chunk_elements: int | None = CHUNK_ELEMENTS,
+        allow_non_finite: bool = False,
+        references: Mapping[str, str] | None = None,
+        sources: Mapping[Load, Loaded] | None = None,
+    ) -> None:
+        check_finite = not allow_non_finite
+        self.report = NonFiniteReport(expression, pieces, references or {}, check_finite=check_finite)
+        self._expression = expression
+        self._pool = pool
+        self._chunk_elements = chunk_elements
+        # Every element passes through `fill` once, so statistics are taken unguarded.
+        on_cpu = pool.device.type == "cpu"
+        self.all_finite = None if on_cpu else torch.ones((), dtype=torch.bool, device=pool.device)
+        compilation = Compilation(pieces if sources is None else sources, pool, Guard(all_finite=self.all_finite))
+        result_guard = Guard(result=check_finite and expression.spec.dtype.is_floating, all_finite=self.all_finite)
+        guard = compilation.guard
+        self._node = compilation.compile(expression, guard if isinstance(expression, Load) else result_guard)
+        try:
+            self._node.prepare()
+        except torch.OutOfMemoryError:
+            raise
+        except (NonFiniteError, ValueError, ArithmeticError, RuntimeError):
+            self.report.raise_for_inputs()
+            raise
+        except MergeError as error:
+            self._name_tensor(error)
+            raise
+        guard.inputs = check_finite and (isinstance(expression, Load) or not expression.propagates_non_finite)
+
+    def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Write elements ``[start, stop)`` to ``out``, a 1-D tensor of the expression's dtype, on the pool's device.
+
+        Raises:
+            MergeError: an input or the result is not finite (unless allowed); names the tensor and the model.
+        """
+        try:
+            fill_parallel(self._node, start, stop, out, self._pool, self._chunk_elements or stop - start)
+        except NonFiniteError:
+            raise self.report.error() from None
+        except MergeError as error:
+            self._name_tensor(error)
+            raise
+
+    def _name_tensor(self, error: MergeError) -> None:
+        """A method knows no names: say which tensor it was merging."""
+        if error.where is None:
+            error.where = f"tensor {self._expression.spec.name!r}"

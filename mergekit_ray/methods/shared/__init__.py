@@ -1,0 +1,1 @@
+"""What merge methods share: their protocol, and sums, masks, selections and factorisations."""

@@ -1,0 +1,104 @@
+"""What all operations on a recipe begin with: its models are opened, and a plan is made from their headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mergekit_ray.checkpoint.models import open_models
+from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.config.moe_recipe import MoeRecipe
+from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.evaluation.device.names import resolve
+from mergekit_ray.executors.cluster import wants_ray
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.recipes import load_recipe
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.planning.moe_experts import RouterVectors
+
+RecipeLike: TypeAlias = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]
+"""A recipe, or whatever `mergekit_ray.load_recipe` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge whose models are open.
+
+    Attributes:
+        recipe: with the seed that holds.
+        checkpoints: the opened headers of its models.
+        plan: everything that would be written, from headers alone. Routers that are made from prompts are zero in it.
+    """
+
+    recipe: DenseRecipe | MoeRecipe
+    checkpoints: Mapping[ModelReference, Checkpoint]
+    plan: Plan
+
+    @property
+    def needs_routing(self) -> bool:
+        """Whether routers are still to be made, which reads the base model."""
+        return isinstance(self.recipe, MoeRecipe) and (self.recipe.add_to_base or self.recipe.gate_mode.needs_prompts)
+
+    def routed(self, options: MergeOptions) -> Plan:
+        """The plan with its routers, made where the options say. Its digest is that of `plan`.
+
+        Raises:
+            MergekitRayError: see `routing.routers.routers`.
+        """
+        if not isinstance(self.recipe, MoeRecipe) or not self.needs_routing:
+            return self.plan
+        return make_plan(self.recipe, self.checkpoints, partial(make_routers, self.recipe, self.checkpoints, options))
+
+
+def prepare(recipe: RecipeLike, *, seed: int | None = None) -> Prepared:
+    """Open the models of a merge and plan it, from headers alone.
+
+    Args:
+        recipe: see `RecipeLike`.
+        seed: overrides the recipe's.
+
+    Raises:
+        MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
+    """
+    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
+    checked = check_plannable(loaded)
+    if seed is not None:
+        checked = _seeded(checked, seed)
+    checkpoints = open_models(referenced_models(checked))
+    return Prepared(checked, checkpoints, make_plan(checked, checkpoints))
+
+
+def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeRecipe:
+    changed: dict[str, Any] = {"seed": seed}
+    if isinstance(recipe, MoeRecipe) and recipe.backbone is not None:
+        changed["backbone"] = _seeded(recipe.backbone, seed)
+    return recipe.model_copy(update=changed)
+
+
+def make_routers(
+    recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> RouterVectors:
+    """The routers of a recipe: new ones, or rows for those that are there; on Ray or here, on the device asked for.
+
+    Raises:
+        MergekitRayError: see `routing.routers.routers`.
+    """
+    # The base model's layers run in transformers, which only recipes with prompts pay for.
+    from mergekit_ray.routing.routers import routers as make  # noqa: PLC0415
+    from mergekit_ray.routing.spread import Here  # noqa: PLC0415
+
+    if recipe.add_to_base:
+        from mergekit_ray.routing.growth import grown_routers as make  # noqa: PLC0415
+
+    if not wants_ray(options.executor, options.address) or not recipe.gate_mode.needs_states:
+        return make(recipe, checkpoints, spread=Here(resolve(options.device)))
+    from mergekit_ray.executors.ray_cluster import connected  # noqa: PLC0415
+    from mergekit_ray.routing.ray_spread import OnRay  # noqa: PLC0415
+
+    with connected(options.address):
+        return make(recipe, checkpoints, spread=OnRay.now(options.device, options.num_workers))

@@ -1,0 +1,215 @@
+"""`reproduce`: do a merge again from its manifest alone, and see that every byte comes out the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
+from mergekit_ray.checkpoint.layout import encode_header, in_file_order
+from mergekit_ray.checkpoint.models import open_models
+from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.config import load_recipe
+from mergekit_ray.config.moe_recipe import MoeRecipe
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
+from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.version import __version__
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.prepare import make_routers
+from mergekit_ray.operations.run_plan import run_plan
+from mergekit_ray.output.destination import MANIFEST_FILE
+from mergekit_ray.output.manifest import read_manifest
+from mergekit_ray.output.provenance import header_digest
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.storage.opening import open_source
+from mergekit_ray.storage.protocols import FileStat, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """How it went.
+
+    Attributes:
+        uri: where the model is.
+        num_shards: that were compared.
+        problems: what is not as the manifest says, in words, each naming a file; empty if all came out the same.
+        notes: what differs and need not matter: versions of software, and of inputs whose content is the same.
+    """
+
+    uri: str
+    num_shards: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def reproduce(
+    manifest: Mapping[str, Any],
+    output: str,
+    options: MergeOptions,
+    *,
+    reporter: Reporter | None = None,
+    stop: threading.Event | None = None,
+) -> Reproduction:
+    """Merge again what a manifest describes, from the inputs it pins, and compare the digests of all shards.
+
+    Inputs are opened at the URIs of the manifest: Hub repositories at their commit, folders and prefixes where they
+    were. Each file must have the size and, where the manifest says it, the header that it had.
+
+    Args:
+        manifest: see `read_manifest`.
+        output: folder or URI.
+        options: how to run it.
+        reporter: told what happens; None for silence.
+        stop: set it from another thread to stop; running it again resumes.
+
+    Raises:
+        CheckpointError: an input is another than it was, or the recipe makes other tensors now.
+        MergekitRayError: as `mergekit_ray.merge`.
+    """
+    try:
+        records = [ShardRecord.from_json(record) for record in manifest["shards"]]
+        plan, notes = _plan(manifest, records, options)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"a manifest that was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
+        ) from error
+    result = run_plan(plan, output, options, reporter=reporter, stop=stop)
+    again = {record["file"]: record for record in read_manifest(result.uri)["shards"]}
+    problems = [problem for record in records for problem in _differences(record, again.get(record.file))]
+    remarks = (*_software_notes(manifest), *_device_notes(records, again), *notes)
+    return Reproduction(result.uri, len(records), tuple(problems), remarks)
+
+
+def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: MergeOptions) -> tuple[Plan, list[str]]:
+    recipe = check_plannable(load_recipe(dict(manifest["recipe"])))
+    recipe = recipe.model_copy(update={"seed": manifest["seed"]})
+    notes = _check_inputs(manifest["inputs"])
+    checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"])
+    if isinstance(recipe, MoeRecipe):
+        plan = make_plan(recipe, checkpoints, partial(make_routers, recipe, checkpoints, options))
+    else:
+        plan = make_plan(recipe, checkpoints)
+    _check_read(plan, manifest["inputs"])
+    return _laid_out_as(plan, records), notes
+
+
+def _open_pinned(
+    references: list[ModelReference], inputs: Mapping[str, Mapping[str, Any]]
+) -> dict[ModelReference, Checkpoint]:
+    """The models as the manifest pins them, under the recipe's names for them: random masks depend on these."""
+    pinned = {reference: _pinned(reference, inputs) for reference in references}
+    opened = open_models(list(pinned.values()))
+    return {reference: _named(opened[at], reference) for reference, at in pinned.items()}
+
+
+def _named(checkpoint: Checkpoint, reference: ModelReference) -> Checkpoint:
+    named = replace(checkpoint, reference=str(replace(reference, lora=None)))
+    if not isinstance(named, AdaptedCheckpoint):
+        return named
+    factors = replace(named.adapter.checkpoint, reference=str(reference.lora))
+    return replace(named, adapter=replace(named.adapter, checkpoint=factors))
+
+
+def _pinned(reference: ModelReference, inputs: Mapping[str, Mapping[str, Any]]) -> ModelReference:
+    lora = None if reference.lora is None else _pinned(reference.lora, inputs)
+    plain = replace(reference, lora=None)
+    found = inputs.get(str(plain))
+    if found is None:  # nothing of its weights is read
+        return replace(plain, lora=lora)
+    uri = str(found["uri"])
+    path, _, commit = uri.rpartition("@") if uri.startswith("hf://") and "@" in uri else (uri, "", None)
+    return ModelReference(path, commit, lora)
+
+
+def _check_inputs(inputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """See that every file is the one that was read; gives what differs and need not matter."""
+    notes = []
+    for model in inputs.values():
+        source = open_source(str(model["uri"]))
+        for name, pin in model["files"].items():
+            stat = source.stat(name)
+            if stat is None or stat.num_bytes != pin["num_bytes"] or not _has_header(source, stat, pin):
+                raise CheckpointError(
+                    "not the file from which the model was made: it is gone, or its size or header is another",
+                    where=f"{source.uri}/{name}",
+                    remedy="put the original back; the manifest names its version",
+                )
+            if stat.version != pin["version"]:
+                notes.append(f"{source.uri}/{name}: another version, with the size and header of the original")
+    return notes
+
+
+def _has_header(source: Source, stat: FileStat, pin: Mapping[str, Any]) -> bool:
+    wanted = pin.get("header_sha256")
+    return wanted is None or header_digest(source, InputFile(stat.name, stat.num_bytes, stat.version)) == wanted
+
+
+def _check_read(plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """See that no other file is read than was."""
+    known = {(model["uri"], name) for model in inputs.values() for name in model["files"]}
+    for model in plan.inputs.values():
+        for name in model.files:
+            if (model.uri, name) not in known:
+                raise CheckpointError(
+                    "this file was not read when the model was made",
+                    where=f"{model.uri}/{name}",
+                    remedy="see to the inputs' index",
+                )
+
+
+def _laid_out_as(plan: Plan, records: list[ShardRecord]) -> Plan:
+    """The plan with its tensors in the files that they were in: the recipe does not say how large those are."""
+    tensors = {tensor.spec.name: tensor for shard in plan.shards for tensor in shard.tensors}
+    wanted = [name for record in records for name in record.tensors]
+    if sorted(wanted) != sorted(tensors):
+        other = sorted({*wanted} ^ {*tensors}) or sorted(wanted)
+        raise CheckpointError(
+            f"the recipe makes other tensors than the manifest lists, first {other[0]!r}",
+            where=MANIFEST_FILE,
+            remedy=f"use the version of mergekit-ray that it names; this is {__version__}",
+        )
+    shards = []
+    for record in records:
+        specs = in_file_order([tensors[name].spec for name in record.tensors])
+        laid, offset = [], 0
+        for spec in specs:
+            laid.append(OutputTensor(spec, tensors[spec.name].expression, offset, offset + spec.num_bytes))
+            offset += spec.num_bytes
+        shards.append(Shard(record.file, encode_header(specs), tuple(laid)))
+    return replace(plan, shards=tuple(shards))
+
+
+def _differences(record: ShardRecord, again: Mapping[str, Any] | None) -> list[str]:
+    if again is None:
+        return [f"{record.file}: was not made"]
+    found = ShardRecord.from_json(again)
+    differing = [name for name, digest in record.tensors.items() if found.tensors.get(name) != digest]
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        return [f"{record.file}: tensor {differing[0]!r}{more} came out another (XXH3-128 differs)"]
+    if found.sha256 != record.sha256:
+        return [f"{record.file}: came out another (SHA-256 differs)"]
+    return []
+
+
+def _device_notes(records: list[ShardRecord], again: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    made, found = ({record.device for record in x} for x in (records, map(ShardRecord.from_json, again.values())))
+    if made == found:
+        return []
+    return [f"made on {', '.join(sorted(made))}, reproduced on {', '.join(sorted(found))}: see --device"]
+
+
+def _software_notes(manifest: Mapping[str, Any]) -> list[str]:
+    here = {"mergekit-ray": __version__, "torch": metadata.version("torch")}
+    return [
+        f"made with {name} {manifest['software'].get(name)}, reproduced with {version}"
+        for name, version in here.items()
+        if manifest["software"].get(name) != version
+    ]

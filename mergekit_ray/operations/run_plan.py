@@ -1,0 +1,192 @@
+"""A plan is carried out: the one sequence that every operation which writes a model goes through.
+
+    look at the output -> routers, if they are to be made -> lease -> look again -> shards -> check -> publish -> swap
+
+The first look says whether there is anything to do and whether it may be done, before anybody waits for the routers.
+The second, under the lease, is the one that is acted on: another driver may have been at work in between.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from mergekit_ray.core.errors import Interrupted, StorageError
+from mergekit_ray.core.plan import Plan, Shard
+from mergekit_ray.evaluation.device.names import check_device
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.output.destination import RECORD_ROOT, Destination, clear, clear_notes, inspect
+from mergekit_ray.output.lease import Lease, discard_dead, hold
+from mergekit_ray.output.publish import check_records, publish
+from mergekit_ray.output.staging import is_swapping, staged, swap
+from mergekit_ray.planning.figures import figures, summary
+from mergekit_ray.planning.windows import check_memory, comfortable_memory
+from mergekit_ray.reporting.reporters import Reporter, SilentReporter
+from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.storage.opening import open_sink, open_sources
+from mergekit_ray.storage.protocols import PublishingSink, RemainsSink, Sink
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        uri: where the model is.
+        plan: what was carried out.
+        num_resumed: shards that an earlier run had finished.
+        seconds: from planning to publishing.
+    """
+
+    uri: str
+    plan: Plan
+    num_resumed: int
+    seconds: float
+
+
+def run_plan(
+    plan: Plan,
+    output: str,
+    options: MergeOptions,
+    *,
+    reporter: Reporter | None = None,
+    stop: threading.Event | AbstractContextManager[threading.Event] | None = None,
+    route: Callable[[Reporter], Plan] | None = None,
+) -> MergeResult:
+    """Carry a plan out, unless its result is there already. See `operations.merge.merge` for the errors.
+
+    Args:
+        plan: to be carried out.
+        output: folder or URI.
+        options: how.
+        reporter: told what happens.
+        stop: set it to stop. A context gives its event, and is entered before anything is written.
+        route: makes the same plan with routers, where they are made from prompts.
+    """
+    began = time.perf_counter()
+    tell = reporter or SilentReporter()
+    check_device(options.device)
+    check_memory(plan, options.memory_bytes or comfortable_memory(plan))
+    found = inspect(open_sink(output), plan, overwrite=options.overwrite)
+    if route is not None and not found.published:
+        plan = route(tell)
+    tell.begin(plan)
+    for warning in plan.warnings:
+        tell.event("warning", f"warning: {warning}")
+    tell.event("planned", summary(plan), **figures(plan))
+    uri = found.sink.uri
+    with stop if isinstance(stop, AbstractContextManager) else nullcontext(stop or threading.Event()) as stopped:
+        if found.published:
+            discard_dead(found.sink)
+            tell.event("already_done", f"{uri} already holds the result of this plan", uri=uri)
+        else:
+            found = _carry_out(plan, found.sink, options, tell, stopped)
+            tell.event("published", f"{uri} is complete", uri=uri, seconds=round(time.perf_counter() - began, 3))
+    return MergeResult(uri, plan, len(found.done), time.perf_counter() - began)
+
+
+def _carry_out(plan: Plan, sink: Sink, options: MergeOptions, tell: Reporter, stop: threading.Event) -> Destination:
+    """Write what is missing of the plan and publish it; what was there."""
+    with hold(sink, tell, stop) as lease:
+        found = inspect(sink, plan, overwrite=options.overwrite)
+        merge = _Merge(plan, options, options.memory_bytes or comfortable_memory(plan), tell, stop, lease)
+        if found.is_complete:
+            _tidy(sink, tell)
+        elif found.staging is None:
+            clear(sink, found.clear_first)
+            _make(merge, found, sink.uri)
+        else:
+            _replace(merge, found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """What the steps under the lease share."""
+
+    plan: Plan
+    options: MergeOptions
+    memory_bytes: int
+    tell: Reporter
+    stop: threading.Event
+    lease: Lease
+
+    def confirm(self) -> None:
+        """See that the next step, which readers will see, is still ours to take.
+
+        Raises:
+            Interrupted: the user has asked to stop.
+            StorageError: another driver has taken over.
+        """
+        if self.stop.is_set():
+            raise Interrupted("the merge was stopped", remedy=RESUME)
+        self.lease.confirm()
+
+
+def _replace(merge: _Merge, destination: Destination) -> None:
+    """Make the model beside the one that is there, then swap the two."""
+    sink = destination.sink
+    if not is_swapping(destination):
+        inner = staged(merge.plan, destination)
+        if not inner.is_complete:
+            _make(merge, inner, sink.uri)
+    merge.confirm()
+    _discard_remains(sink, merge.plan.shards)
+    merge.tell.event("replacing", f"replacing what is at {sink.uri}", uri=sink.uri)
+    swap(merge.plan, destination)
+    _tidy(sink, merge.tell)
+
+
+def _make(merge: _Merge, destination: Destination, uri: str) -> None:
+    """Write what is missing of the plan at a destination and publish it there; ``uri`` is what the user calls it."""
+    plan, tell, sink = merge.plan, merge.tell, destination.sink
+    if destination.done:
+        tell.event(
+            "resumed",
+            f"{len(destination.done)} of {len(plan.shards)} shards are there already",
+            num_done=len(destination.done),
+            num_shards=len(plan.shards),
+        )
+    sink.put(f"{destination.record_folder}/plan.json", json.dumps({"plan_digest": plan.digest}).encode())
+    shards = [shard for shard in plan.shards if shard.file not in destination.done]
+    _discard_remains(sink, shards)
+    records = dict(destination.done)
+    if shards:
+        # numpy, and the rest of the machinery, are only paid for once there is something to write.
+        from mergekit_ray.operations.write_shards import write_shards  # noqa: PLC0415
+
+        records |= write_shards(
+            shards, plan, destination, merge.options, merge.memory_bytes, tell, merge.stop, merge.lease.check
+        )
+        # Attempts that failed with their worker, or while the store was away, could not clean up behind themselves.
+        _discard_remains(sink, shards)
+    tell.event("checking", "checking what was written")
+    check_records(plan, destination, records)
+    merge.confirm()
+    tell.event("publishing", f"publishing {uri}", uri=uri)
+    clear(sink, destination.clear_last)
+    if isinstance(sink, PublishingSink):
+        merge.lease.rest()  # a renewal after `finish` would begin the next merge
+    publish(plan, destination, records, open_sources(plan.inputs))
+    _tidy(sink, tell)
+
+
+def _tidy(sink: Sink, tell: Reporter) -> None:
+    """Delete what a complete model was made with. It is no less complete where that is not allowed."""
+    try:
+        clear_notes(sink)
+    except StorageError as error:
+        tell.event(
+            "warning",
+            f"warning: the model is complete, but what it was made with stays in {sink.uri}/{RECORD_ROOT}: {error}",
+        )
+
+
+def _discard_remains(sink: Sink, shards: Sequence[Shard]) -> None:
+    """Remove what is left of attempts at these shards; the lease says that nobody writes them now."""
+    if isinstance(sink, RemainsSink):
+        sink.discard_remains([shard.file for shard in shards])

@@ -1,0 +1,64 @@
+"""Shards of a plan are written, by threads of this process or by actors of a Ray cluster."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from mergekit_ray.core.plan import Plan, Shard
+from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS
+from mergekit_ray.evaluation.threads import single_threaded_torch
+from mergekit_ray.executors.cluster import wants_ray
+from mergekit_ray.executors.driver import Executor, Job, run_shards
+from mergekit_ray.executors.local import LocalExecutor, local_threads, local_workers
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.output.destination import Destination
+from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.worker.resources import WorkerOptions
+
+
+def write_shards(
+    shards: Sequence[Shard],
+    plan: Plan,
+    destination: Destination,
+    options: MergeOptions,
+    memory_bytes: int,
+    tell: Reporter,
+    stop: threading.Event,
+    check: Callable[[], None],
+) -> dict[str, ShardRecord]:
+    """Write shards, each with its record. See `executors.driver.run_shards` for the result and the errors.
+
+    Args:
+        shards: of the plan.
+        plan: whose inputs are read.
+        destination: where they go.
+        options: on what, and how.
+        memory_bytes: budget of each worker.
+        tell: told what happens.
+        stop: set to stop.
+        check: called all the time; raises what ends the merge.
+    """
+    executor, num_threads = _executor(options, plan)
+    worker_options = WorkerOptions(
+        memory_bytes=memory_bytes,
+        num_threads=num_threads,
+        chunk_elements=options.chunk_elements or CHUNK_ELEMENTS,
+        allow_non_finite=options.allow_non_finite,
+        device=options.device,
+    )
+    job = Job(plan.inputs, destination.sink.uri, destination.record_folder, worker_options)
+    with single_threaded_torch():
+        return run_shards(shards, job, executor, tell, stop, check)
+
+
+def _executor(options: MergeOptions, plan: Plan) -> tuple[Executor, int]:
+    """The executor the options ask for, and the compute threads of each of its workers."""
+    if wants_ray(options.executor, options.address):
+        from mergekit_ray.executors.ray_executor import RayExecutor  # noqa: PLC0415 - ray costs a second to import
+
+        executor = RayExecutor(options.address, options.num_workers)
+        return executor, executor.cpus_per_worker
+    num_workers = options.num_workers or local_workers(plan)
+    return LocalExecutor(num_workers), local_threads(num_workers)

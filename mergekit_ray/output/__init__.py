@@ -1,0 +1,1 @@
+"""The place a model is written to: what is there, who may write, how it is published."""

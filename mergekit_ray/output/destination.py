@@ -1,0 +1,217 @@
+"""The place a merge writes to: what is already there, and whether it may be touched.
+
+Beside the model lies ``.mergekit-ray/<plan digest>/<shard>.json``, a record of each finished shard, until the model is
+published. They tell a rerun of the same plan what is done, and another plan that the place is taken. A model that is to
+replace another is made in ``.mergekit-ray/<plan digest>/staged/`` first (`output.staging`).
+
+Nothing is changed here: what `Destination` says is to go is deleted by whoever holds the output's lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mergekit_ray.core.errors import CheckpointError, PlanError
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, Sink
+
+INDEX_FILE: Final = "model.safetensors.index.json"
+MANIFEST_FILE: Final = "mergekit-ray.json"
+CARD_FILE: Final = "README.md"
+RECORD_ROOT: Final = ".mergekit-ray"
+LEASE_FILE: Final = f"{RECORD_ROOT}/lease.json"
+STAGED: Final = "staged"
+SWAP_FILE: Final = "swap.json"
+"""In the folder of a plan's records: what its staged model replaces, from the moment on that it does."""
+
+_MAX_RECORD_BYTES: Final = 64 << 20
+
+_CHECKPOINT_FILE = re.compile(
+    r"[^/]*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)|[^/]*\.(safetensors|bin)\.index\.json|mergekit-ray\.json"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|preprocessor_config|processor_config|chat_template)\.json|merges\.txt|vocab\.txt|tokenizer\.model"
+    r"|chat_template\.jinja|README\.md|mergekit_config\.yml"
+)
+"""Files in a folder's root that belong to a model: what ``--overwrite`` may remove."""
+
+_WEIGHT_FILE = re.compile(r"[^/]*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)|[^/]*\.(safetensors|bin)\.index\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """What was found at the output.
+
+    Attributes:
+        sink: the store.
+        record_folder: where records of this plan go.
+        done: shards of this plan that are there and whole, by file name.
+        published: the model is complete; there is nothing to do.
+        is_complete: the model is complete, but what it was made with is still beside it.
+        staging: folder in the store where the model is made first, if another is in its place.
+        clear_first: what is deleted before anything is written: unfinished work of other plans.
+        clear_last: what is deleted when the new model is complete: the old one.
+    """
+
+    sink: Sink
+    record_folder: str
+    done: Mapping[str, ShardRecord]
+    published: bool = False
+    is_complete: bool = False
+    staging: str | None = None
+    clear_first: tuple[str, ...] = ()
+    clear_last: tuple[str, ...] = ()
+
+
+def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
+    """Look at the output.
+
+    Args:
+        sink: the output.
+        plan: to be carried out there.
+        overwrite: another model, or another plan's unfinished work, that is there may be replaced.
+
+    Raises:
+        PlanError: the place is taken, or it holds one of the inputs.
+    """
+    if any(_same_place(model.uri, sink.uri) for model in plan.inputs.values()):
+        raise PlanError(
+            "the output is one of the inputs", where=sink.uri, remedy="write to another folder, prefix or repository"
+        )
+    folder = f"{RECORD_ROOT}/{plan.digest}"
+    staging = f"{folder}/{STAGED}"
+    present = {stat.name: stat for stat in sink.list()}
+    manifest = _read_json(sink, MANIFEST_FILE) if MANIFEST_FILE in present else None
+    ours = manifest is not None and manifest.get("plan_digest") == plan.digest
+    is_begun = any(name.startswith(f"{folder}/") for name in present)
+    is_staged = any(name.startswith(f"{staging}/") for name in present)
+    if ours and manifest is not None and INDEX_FILE in present:
+        records = _parse_records(manifest.get("shards", ()))
+        if {record.file for record in records} >= {shard.file for shard in plan.shards} and all(
+            _is_whole(record, present) for record in records
+        ):
+            done = {record.file: record for record in records}
+            return Destination(sink, folder, done, published=not is_begun, is_complete=True)
+    if f"{folder}/{SWAP_FILE}" in present:  # agreed to, and begun
+        return Destination(sink, folder, {}, staging=staging)
+    foreign = _foreign(present, plan, folder, _side_files(manifest), resuming=(ours or is_begun) and not is_staged)
+    if foreign and not overwrite:
+        shown = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
+        raise PlanError(
+            f"there is something else already: {shown}",
+            where=sink.uri,
+            remedy="choose another output, or pass --overwrite to replace it",
+        )
+    work = _unfinished_work(foreign)
+    is_model = work is None
+    if is_staged or (is_model and not (ours or is_begun) and isinstance(sink, MovingSink)):
+        return Destination(sink, folder, _done(sink, plan, present, f"{staging}/"), staging=staging, clear_last=foreign)
+    if isinstance(sink, PublishingSink) or (is_model and not isinstance(sink, MovingSink)):
+        work = frozenset(foreign)
+    first, last = ([name for name in foreign if (name in (work or ())) is wanted] for wanted in (True, False))
+    done = _done(sink, plan, present)
+    return Destination(sink, folder, done, clear_first=tuple(first), clear_last=tuple(last))
+
+
+def clear(sink: Sink, names: Collection[str]) -> None:
+    """Delete files of a model: indexes first, so that no reader sees half of it; the manifest, which knows what else
+    there is, last.
+    """  # noqa: D205 - one sentence
+    sink.delete(sorted(name for name in names if name.endswith(".index.json")))
+    sink.delete(sorted(name for name in names if name != MANIFEST_FILE and not name.endswith(".index.json")))
+    sink.delete([name for name in names if name == MANIFEST_FILE])
+
+
+def clear_notes(sink: Sink) -> None:
+    """Delete what a complete model was made with, but for the lease."""
+    names = [stat.name for stat in sink.list()]
+    sink.delete([name for name in names if name.startswith(f"{RECORD_ROOT}/") and name != LEASE_FILE])
+
+
+def _done(sink: Sink, plan: Plan, present: Mapping[str, FileStat], root: str = "") -> dict[str, ShardRecord]:
+    """Shards of the plan that are whole below a folder of the store, by the records there."""
+    folder = f"{root}{RECORD_ROOT}/{plan.digest}"
+    names = [name for shard in plan.shards if (name := f"{folder}/{shard.file}.json") in present]
+    records = _parse_records(_read_json(sink, name) for name in names)
+    here = {name.removeprefix(root): stat for name, stat in present.items() if name.startswith(root)}
+    return {record.file: record for record in records if _is_whole(record, here)}
+
+
+def _unfinished_work(foreign: Collection[str]) -> frozenset[str] | None:
+    """Those of the foreign files that are unfinished work of other plans; None if a model is among them.
+
+    Weights without an index are unfinished work if they have a record. A staged model is one, from its index on.
+    """
+    marks = (f"/{SWAP_FILE}", f"/{STAGED}/{INDEX_FILE}")
+    notes = {name for name in foreign if name.startswith(f"{RECORD_ROOT}/")}
+    recorded = {name.split("/")[2].removesuffix(".json") for name in notes if name.count("/") == 2}
+    models = [name for name in foreign if name not in notes and _WEIGHT_FILE.fullmatch(name) and name not in recorded]
+    if models or any(name.endswith(marks) for name in notes):
+        return None
+    return frozenset(notes | {name for name in foreign if name in recorded})
+
+
+def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:
+    """What a published model's manifest says was copied beside its weights."""
+    listed = (manifest or {}).get("side_files")
+    return frozenset(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else frozenset()
+
+
+def _foreign(
+    present: Mapping[str, FileStat], plan: Plan, folder: str, old_side_files: Collection[str], *, resuming: bool
+) -> tuple[str, ...]:
+    """Files that this plan did not write and that a model there would be confused with."""
+    shards = {shard.file for shard in plan.shards}
+    ours = shards | {INDEX_FILE, MANIFEST_FILE, CARD_FILE, "config.json"} | {s.file.name for s in plan.side_files}
+    ours |= plan.generated_files.keys()
+    found = []
+    for name in present:
+        if name.startswith(f"{RECORD_ROOT}/"):
+            if name != LEASE_FILE and not name.startswith(f"{folder}/"):
+                found.append(name)
+        elif resuming:
+            # Our own unfinished work: only weights of another model beside it are in the way.
+            if _WEIGHT_FILE.fullmatch(name) and name not in ours:
+                found.append(name)
+        elif _CHECKPOINT_FILE.fullmatch(name) or name in ours or name in old_side_files:
+            found.append(name)
+    return tuple(sorted(found))
+
+
+def _is_whole(record: ShardRecord, present: Mapping[str, FileStat]) -> bool:
+    stat = present.get(record.file)
+    return stat is not None and stat.num_bytes == record.num_bytes and record.version in ("", stat.version)
+
+
+def _parse_records(found: Iterable[Mapping[str, Any] | None]) -> list[ShardRecord]:
+    """The records that can be read; a shard without a readable one is simply done again."""
+    records = []
+    for data in found:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            if data is not None:
+                records.append(ShardRecord.from_json(data))
+    return records
+
+
+def _read_json(sink: Sink, name: str) -> dict[str, Any] | None:
+    """The object in a file; None if it holds none, as one that is not ours may."""
+    try:
+        data = json.loads(sink.read(name, max_bytes=_MAX_RECORD_BYTES))
+    except (ValueError, CheckpointError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _same_place(a: str, b: str) -> bool:
+    return _resolved(a) == _resolved(b)
+
+
+def _resolved(uri: str) -> str:
+    """Folders by where they really are: an output that is a link to an input would overwrite it."""
+    return os.path.realpath(uri) if uri.startswith("/") else uri.rstrip("/")

@@ -1,0 +1,397 @@
+"""One driver per output: a lease beside the model, ``.mergekit-ray/lease.json``, that its holder renews while it works.
+
+A second driver is refused and told who holds it. The lease goes at the end, whether that is good or bad. That of a
+driver that died is taken over:
+
+- at once, if it ran on this machine (same boot, same process namespace) and its process is gone;
+- else when it has not been renewed for its whole term by the clock, *and* does not change while it is watched for one
+  and a half renewals. Clocks only decide how soon it is watched, so a wrong one cannot take a lease from a living
+  driver; it can only make one wait, by as much as it is wrong, for that of a dead one.
+
+What a lease promises is what its store can do: `Sink.put_if_absent` has one winner among those who find nothing, and
+`ConditionalSink.replace` one among those who take over or renew. Where a store has not the latter, two drivers that
+take over the same dead lease in the same moment may both begin; each looks before every renewal and before publishing,
+and the one whose lease was overwritten stops there. Nothing can keep a driver that is frozen in the middle of
+publishing, for longer than the term, from going on when it thaws.
+
+A holder that finds its lease gone or another's stops. Shards are the same bytes whoever writes them, and are looked at
+once more before they are published, so what was written until then does no harm.
+
+Whoever may read the output sees host, process and user of its driver in this file, while there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from mergekit_ray.core.errors import CheckpointError, Interrupted, MergekitRayError, StorageError
+from mergekit_ray.output.destination import LEASE_FILE
+from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, Sink
+
+_MAX_BYTES: Final = 64 << 10
+_MAX_ATTEMPTS: Final = 20
+_MAX_POLL_SECONDS: Final = 5.0
+_NEVER: Final = -1
+_HELD: Final[set[str]] = set()
+"""Tokens of the leases that this process holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """How long a lease lasts.
+
+    Attributes:
+        seconds: without renewal.
+        renew_seconds: from one renewal to the next.
+    """
+
+    seconds: float = 300.0
+    renew_seconds: float = 60.0
+
+    @property
+    def watch_seconds(self) -> float:
+        """For which a lease that looks expired is watched before it is taken."""
+        return 1.5 * self.renew_seconds
+
+
+LONG_TERM: Final = Term(3000.0, 600.0)
+"""Where each renewal is a commit, whose number per hour is limited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease, as its file says.
+
+    Attributes:
+        token: drawn for each lease.
+        host, pid, user: for people.
+        processes: what ``pid`` counts in: this boot of this machine, and the process namespace; None if unknown.
+        started: when the process started, in ticks since the boot; None if unknown.
+        acquired, renewed: seconds since 1970 by the holder's clock.
+        term: of the lease.
+    """
+
+    token: str
+    host: str
+    pid: int
+    user: str
+    processes: str | None
+    started: int | None
+    acquired: float
+    renewed: float
+    term: Term
+
+    @classmethod
+    def of_this_process(cls, term: Term) -> Holder:
+        """A new lease's."""
+        now, pid = time.time(), os.getpid()
+        return cls(
+            secrets.token_hex(16), socket.gethostname(), pid, _user(), _processes(), _started(pid), now, now, term
+        )
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        times = {"acquired": _shown(self.acquired), "renewed": _shown(self.renewed)}
+        return (json.dumps({"format": 1, **asdict(self), **times}, indent=2) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Holder | None:
+        """Inverse of `to_bytes`; None for what is no lease of ours."""
+        try:
+            found = json.loads(data)
+            if found.pop("format") != 1:
+                return None
+            times = {key: datetime.fromisoformat(found[key]).timestamp() for key in ("acquired", "renewed")}
+            term = Term(**{key: float(value) for key, value in found["term"].items()})
+            return cls(**{**found, **times, "term": term})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known that its process is no more; only of this machine can that be known."""
+        if self.processes is None or self.processes != _processes():
+            return False
+        if self.pid == os.getpid() and self.started == _started(self.pid):
+            return self.token not in _HELD  # it could not be released
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # somebody else's
+            pass
+        return None not in (found := _started(self.pid), self.started) and found != self.started
+
+    def __str__(self) -> str:
+        return f"{self.user} on {self.host} (process {self.pid}, since {_shown(self.acquired)})"
+
+
+class Lease:
+    """A lease that is held. Made by `hold`.
+
+    Args:
+        sink: the output.
+        mine: who holds it.
+        version: of the file.
+    """
+
+    def __init__(self, sink: Sink, mine: Holder, version: str) -> None:
+        self._sink = sink
+        self._mine = mine
+        self._version = version
+        self._confirmed = time.time()
+        self._lost: StorageError | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """See that it is still held, as far as is known; asks the store only after a term without a renewal.
+
+        Raises:
+            StorageError: it is another's by now.
+        """
+        if self._lost is None and time.time() - self._confirmed > self._mine.term.seconds:
+            self.confirm()
+        if self._lost is not None:
+            raise self._lost
+
+    def confirm(self) -> None:
+        """Renew it now.
+
+        Raises:
+            StorageError: it is another's by now, or the store failed.
+        """
+        with self._lock:
+            if self._lost is None:
+                self._renew()
+        if self._lost is not None:
+            raise self._lost
+
+    def rest(self) -> None:
+        """Renew it no more. It lasts for its term."""
+        self._done.set()
+        self._thread.join()
+
+    def release(self) -> None:
+        """Let go of it, if it is still ours. Failures are let pass: it expires by itself."""
+        self.rest()
+        with contextlib.suppress(MergekitRayError):
+            found = _look(self._sink) if self._lost is None else None
+            if found is not None and found[0] is not None and found[0].token == self._mine.token:
+                self._sink.delete([LEASE_FILE])
+        _HELD.discard(self._mine.token)
+
+    def _keep(self) -> None:
+        while not self._done.wait(self._mine.term.renew_seconds):
+            # A store that fails for a while is asked again; should it go on, the merge fails by it anyway.
+            with contextlib.suppress(StorageError):
+                self.confirm()
+            if self._lost is not None:
+                return
+
+    def _renew(self) -> None:
+        now = time.time()
+        data = replace(self._mine, renewed=now).to_bytes()
+        for _ in range(2):
+            version = self._write(data)
+            if version is not None:
+                self._version, self._confirmed = version, now
+                return
+            found = _look(self._sink)
+            if found is None or found[0] is None or found[0].token != self._mine.token:
+                break
+            self._version = found[1]  # an earlier renewal whose answer was lost
+        else:
+            return
+        by = "somebody has removed the lease" if found is None else f"it was taken over by {found[0] or 'another'}"
+        self._lost = StorageError(
+            f"this merge no longer holds its output: {by}",
+            where=f"{self._sink.uri}/{LEASE_FILE}",
+            remedy="nothing was published by this run; let only one merge write there, and run again to resume",
+            retryable=False,
+        )
+
+    def _write(self, data: bytes) -> str | None:
+        """The new version; None if the lease is not as we left it."""
+        if isinstance(self._sink, ConditionalSink):
+            stat = self._sink.replace(LEASE_FILE, data, version=self._version)
+            return None if stat is None else stat.version
+        found = _look(self._sink)
+        if found is None or found[0] is None or found[0].token != self._mine.token:
+            return None
+        return self._sink.put(LEASE_FILE, data).version
+
+
+@contextlib.contextmanager
+def hold(sink: Sink, tell: Reporter, stop: threading.Event, term: Term | None = None) -> Iterator[Lease]:
+    """Hold the lease of an output during the block.
+
+    Args:
+        sink: the output.
+        tell: told when a lease that looks expired is watched.
+        stop: set by the user's interrupt.
+        term: of the lease; None for what suits the store.
+
+    Raises:
+        StorageError: another driver holds it; says who, and what to do.
+        Interrupted: ``stop`` was set while an expired one was watched.
+    """
+    if term is None:
+        term = LONG_TERM if isinstance(sink, PublishingSink) else Term()
+    lease = _acquire(sink, tell, stop, term)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def discard_dead(sink: Sink) -> None:
+    """Remove the lease of a driver that died after it had published all; one that may be alive is left.
+
+    Failures are let pass: it is in nobody's way.
+    """
+    with contextlib.suppress(MergekitRayError):
+        found = _look(sink)
+        holder = None if found is None else found[0]
+        if holder is None or holder.token in _HELD:
+            return
+        if holder.has_ended or time.time() - holder.renewed > holder.term.seconds + holder.term.watch_seconds:
+            sink.delete([LEASE_FILE])
+
+
+def _acquire(sink: Sink, tell: Reporter, stop: threading.Event, term: Term) -> Lease:
+    for _ in range(_MAX_ATTEMPTS):
+        mine = Holder.of_this_process(term)
+        _HELD.add(mine.token)  # before others of this process can see it
+        version = None
+        try:
+            version = _try(sink, mine, tell, stop)
+        finally:
+            if version is None:
+                _HELD.discard(mine.token)
+        if version is not None:
+            return Lease(sink, mine, version)
+    raise StorageError(
+        "others keep taking the lease", where=f"{sink.uri}/{LEASE_FILE}", remedy="let only one merge write there"
+    )
+
+
+def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event) -> str | None:
+    """The version of the lease, if it is ours now; None if another was faster and it is worth another try.
+
+    Raises:
+        StorageError: another driver holds it.
+    """
+    is_ours = sink.put_if_absent(LEASE_FILE, mine.to_bytes())
+    found = _look(sink)
+    if not is_ours and found is not None:
+        holder, version = found
+        if holder is None or not holder.has_ended:
+            _wait_for_end(sink, holder, version, tell, stop)
+        found = _look(sink) if _take_over(sink, mine, version) else None
+    # Read again: whatever the store promises, it is ours if it says so.
+    return found[1] if found is not None and found[0] is not None and found[0].token == mine.token else None
+
+
+def _wait_for_end(sink: Sink, holder: Holder | None, version: str, tell: Reporter, stop: threading.Event) -> None:
+    """Return once a lease is certain to be nobody's any more.
+
+    Raises:
+        StorageError: it is somebody's.
+    """
+    term = holder.term if holder is not None else Term()
+    age = time.time() - holder.renewed if holder is not None else term.seconds
+    if holder is not None and abs(age) < term.seconds:
+        raise _held(sink, holder, f"by its clock it was renewed {max(0.0, age):.0f} s ago")
+    who = "somebody" if holder is None else str(holder)
+    tell.event(
+        "lease_expired",
+        f"the lease of {who} looks expired: watching it for {term.watch_seconds:.0f} s before it is taken over",
+        seconds=term.watch_seconds,
+    )
+    deadline = time.monotonic() + term.watch_seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if stop.is_set():
+            raise Interrupted("the merge was stopped", remedy=RESUME)
+        time.sleep(min(left, _MAX_POLL_SECONDS, term.watch_seconds / 10))
+        stat = sink.stat(LEASE_FILE)
+        if stat is None:
+            return
+        if stat.version != version:
+            raise _held(sink, holder, "it was renewed just now, though by its clock it has expired: see to the clocks")
+
+
+def _held(sink: Sink, holder: Holder | None, sign: str) -> StorageError:
+    term = holder.term if holder is not None else Term()
+    return StorageError(
+        f"another merge writes there: {holder or 'of a kind that cannot be read'}; {sign}",
+        where=sink.uri,
+        remedy="wait for its end, stop it, or choose another output. If it is dead, run again "
+        f"{term.seconds:.0f} s after its last renewal",
+        retryable=False,
+    )
+
+
+def _take_over(sink: Sink, mine: Holder, version: str) -> bool:
+    """Replace a dead lease by ours, unless somebody was faster."""
+    if isinstance(sink, ConditionalSink):
+        return sink.replace(LEASE_FILE, mine.to_bytes(), version=version) is not None
+    stat = sink.stat(LEASE_FILE)
+    if stat is not None and stat.version != version:
+        return False
+    sink.put(LEASE_FILE, mine.to_bytes())
+    return True
+
+
+def _look(sink: Sink) -> tuple[Holder | None, str] | None:
+    """The lease that is there, with its version."""
+    try:
+        data, stat = sink.read_head(LEASE_FILE, _MAX_BYTES)
+    except CheckpointError:
+        return None
+    return Holder.from_bytes(data), stat.version
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user without an entry, as in many containers
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+
+
+def _processes() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process started; never, if it has ended and waits for its parent to notice."""
+    try:
+        # The name of the program, in brackets, may hold anything; the 22nd field is the 20th after it.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return _NEVER if state in ("Z", "X") else int(fields[18])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _shown(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

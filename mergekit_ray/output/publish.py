@@ -1,0 +1,93 @@
+"""Publishing: everything beside the weights, the index last. Until the index is there, no reader sees a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.version import __version__
+from mergekit_ray.output.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, Destination
+from mergekit_ray.output.manifest import manifest
+from mergekit_ray.output.provenance import header_digests
+from mergekit_ray.storage.protocols import PublishingSink, Source
+
+MAX_SIDE_FILE_BYTES = 256 << 20
+
+
+def check_records(plan: Plan, destination: Destination, records: Mapping[str, ShardRecord]) -> None:
+    """See that every shard is there as the plan and its record say.
+
+    Raises:
+        StorageError: a shard is missing, or changed after it was written.
+    """
+    for shard in plan.shards:
+        record = records.get(shard.file)
+        stat = destination.sink.stat(shard.file)
+        if record is None or stat is None or stat.num_bytes != shard.num_bytes or stat.version != record.version:
+            found = "it is missing" if stat is None else f"found {stat.num_bytes} bytes, version {stat.version}"
+            raise StorageError(
+                f"the shard is not as it was written ({shard.num_bytes} bytes): {found}",
+                where=f"{destination.sink.uri}/{shard.file}",
+                remedy="something else writes to this place; run the same command again to restore the shard",
+            )
+
+
+def publish(
+    plan: Plan, destination: Destination, records: Mapping[str, ShardRecord], sources: Mapping[str, Source]
+) -> None:
+    """Write config, tokenizer and other side files, card, manifest, and the index last."""
+    sink = destination.sink
+    sink.put("config.json", _json_bytes(plan.config))
+    for side in plan.side_files:
+        source = sources[side.model]
+        stat = source.stat(side.file.name)
+        if stat is None or stat.version != side.file.version:
+            raise CheckpointError(
+                "the file is gone or was replaced after the merge was planned",
+                where=f"{source.uri}/{side.file.name}",
+                remedy="run the merge again",
+            )
+        sink.put(side.file.name, source.read(side.file.name, max_bytes=MAX_SIDE_FILE_BYTES))
+    for name, text in plan.generated_files.items():
+        sink.put(name, text.encode())
+    sink.put(CARD_FILE, model_card(plan).encode())
+    sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records, header_digests(plan.inputs, sources))))
+    sink.put(INDEX_FILE, _json_bytes(plan.index))
+    if isinstance(sink, PublishingSink):
+        sink.finish()
+
+
+def model_card(plan: Plan) -> str:
+    """A README.md as the Hugging Face Hub expects it: YAML front matter, how the model came about, the recipe.
+
+    Source: https://huggingface.co/docs/hub/model-cards.
+    """
+    models = [model.reference for model in plan.inputs.values()]
+    # By where they were found, not by how they look: "runs/merged" may be a folder.
+    uris = [model.uri for model in plan.inputs.values()]
+    on_hub = [uri.removeprefix("hf://").split("@")[0] for uri in uris if uri.startswith("hf://")]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergekit-ray", "merge"]}
+    if on_hub:
+        front = {"base_model": on_hub, **front}
+    method = plan.recipe.get("merge_method", "modules")
+    recipe = yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)
+    listed = "\n".join(f"- {name}" for name in models)
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# Merged model\n\n"
+        f"Made with mergekit-ray {__version__} by the merge method `{method}` from\n\n{listed}\n\n"
+        f"{plan.num_parameters:,} parameters, {format_bytes(plan.num_bytes)}. Digests of every tensor and the exact "
+        f"versions of the inputs are in `{MANIFEST_FILE}`.\n\n"
+        f"## Recipe\n\n```yaml\n{recipe}```\n"
+    )
+
+
+def _json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

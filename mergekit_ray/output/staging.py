@@ -1,0 +1,108 @@
+"""Replacing a model by another without a moment at which neither is there.
+
+The new model is made beside the old one, in ``.mergekit-ray/<plan digest>/staged/``: an output like any other, with its
+own records, published there when it is whole. Until then nothing of the old one is touched; a merge that fails or is
+stopped leaves it as it was. Then the two are swapped:
+
+1. ``swap.json`` is written: what goes and what comes. From here on, running the merge again only swaps.
+2. The old model's index goes, then all else of it.
+3. The new model's files are moved to where they belong, the index last; what was left beside it goes.
+
+A reader sees the old model until 2, then none, and with the index in 3 the new one. On a disk, that takes the time of
+as many renames; on S3, of copies that the server makes of all shards (gigabytes a second within a region). Somebody who
+has read the old index and opens its shards during the swap may find them gone, or find the new ones under the same
+names.
+
+Repositories of the Hub need none of this: their readers see nothing before one commit. On other stores that cannot move
+files, the old model is deleted before the new one is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.output.destination import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    RECORD_ROOT,
+    SWAP_FILE,
+    Destination,
+    clear,
+    inspect,
+)
+from mergekit_ray.storage.opening import open_sink
+from mergekit_ray.storage.protocols import MovingSink, Sink
+
+_MAX_SWAP_BYTES: Final = 64 << 20
+
+
+def staged(plan: Plan, destination: Destination) -> Destination:
+    """The place where the model is made first, as a destination of its own."""
+    found = inspect(open_sink(f"{destination.sink.uri}/{destination.staging}"), plan, overwrite=True)
+    # Complete is complete: what was left beside it goes with the swap.
+    return replace(found, published=found.is_complete)
+
+
+def is_swapping(destination: Destination) -> bool:
+    """Whether the staged model is already replacing the old one."""
+    return destination.sink.stat(f"{destination.record_folder}/{SWAP_FILE}") is not None
+
+
+def swap(plan: Plan, destination: Destination) -> None:
+    """Replace the old model by the staged one, or go on with that.
+
+    Raises:
+        StorageError: the store failed, or the staged model is not whole. Running the merge again goes on.
+    """
+    sink, staging = destination.sink, destination.staging
+    assert staging is not None
+    assert isinstance(sink, MovingSink)
+    note = f"{destination.record_folder}/{SWAP_FILE}"
+    names = {stat.name for stat in sink.list()}
+    if note not in names:
+        comes = [name.removeprefix(f"{staging}/") for name in names if name.startswith(f"{staging}/")]
+        comes = [name for name in comes if not name.startswith(f"{RECORD_ROOT}/")]
+        old = {*destination.clear_last, *(name for name in comes if name in names)}
+        sink.put(note, json.dumps({"format": 1, "goes": sorted(old), "comes": sorted(comes)}).encode())
+    goes, coming = _read(sink, note)
+    comes = [name for name in coming if f"{staging}/{name}" in names]
+    # What has come already is not to go any more.
+    clear(sink, goes - (coming - set(comes)))
+    _move(sink, staging, [name for name in comes if name not in (INDEX_FILE, MANIFEST_FILE)])
+    _check(plan, sink)
+    _move(sink, staging, [name for name in comes if name == MANIFEST_FILE])
+    _move(sink, staging, [name for name in comes if name == INDEX_FILE])
+
+
+def _move(sink: MovingSink, staging: str, names: Sequence[str]) -> None:
+    sink.move({f"{staging}/{name}": name for name in names})
+
+
+def _check(plan: Plan, sink: Sink) -> None:
+    """See that every shard has come, before the index says so."""
+    for shard in plan.shards:
+        stat = sink.stat(shard.file)
+        if stat is None or stat.num_bytes != shard.num_bytes:
+            raise StorageError(
+                "a shard of the new model did not come where it belongs",
+                where=f"{sink.uri}/{shard.file}",
+                remedy="something else writes to this place; delete what is there, and merge again",
+                retryable=False,
+            )
+
+
+def _read(sink: Sink, note: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of what goes and of what comes."""
+    try:
+        data = json.loads(sink.read(note, max_bytes=_MAX_SWAP_BYTES))
+        found = frozenset(data["goes"]), frozenset(data["comes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "not what was written", where=f"{sink.uri}/{note}", remedy="delete it, and merge again"
+        ) from error
+    return found

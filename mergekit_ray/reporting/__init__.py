@@ -1,0 +1,1 @@
+"""What a person or a log sees of a merge, and what the process does about signals."""

@@ -1,1 +1,0 @@
-"""Carrying plans out: evaluation, workers, the driver, executors, publishing."""

@@ -1,0 +1,3 @@
+"""Folders of a disk."""
+
+from mergekit_ray.storage.local import store as store  # registers the scheme

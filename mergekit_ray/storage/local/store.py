@@ -1,0 +1,349 @@
+"""Folders on this machine, or on a file system that all nodes mount."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from stat import S_ISREG
+from urllib.parse import unquote, urlsplit
+
+from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
+from mergekit_ray.storage.local.mapped import map_file
+from mergekit_ray.storage.local.upload import (
+    LocalUpload,
+    is_temporary,
+    local_fault,
+    prune_empty_folders,
+    sync_folder,
+)
+from mergekit_ray.storage.names import check_name
+from mergekit_ray.storage.protocols import FileStat, WritableBuffer
+from mergekit_ray.storage.ranges import sorted_ranges
+from mergekit_ray.storage.schemes import SCHEMES
+
+_MAX_OPEN_FILES = 128
+_MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class _OpenFile:
+    """A file descriptor that is closed when the last thread that uses it lets go."""
+
+    __slots__ = ("fd", "identity")
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self.fd)
+        self.identity = (status.st_dev, status.st_ino)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.fd)
+
+
+class LocalSource:
+    """A folder that is read.
+
+    A file's version is its size and modification time, so that copies made with their times kept (``rsync -t``) on
+    several nodes have one version. Recently used files stay open.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 - resolve() would follow symlinks
+        self._open_files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def uri(self) -> str:
+        """The absolute path."""
+        return str(self._root)
+
+    def close(self) -> None:
+        """Close the files kept open. The store can still be used."""
+        with self._lock:
+            self._open_files.clear()
+
+    def list(self) -> builtins.list[FileStat]:
+        """See `Source.list`. Files being written are not listed; symbolic links to files are."""
+        found = [
+            FileStat(name, status.st_size, self._version(name, status)) for name, status in self._walk(self._root, "")
+        ]
+        return sorted(found, key=lambda file: file.name)
+
+    def stat(self, name: str) -> FileStat | None:
+        """See `Source.stat`."""
+        try:
+            status = self._path(name).stat()
+        except _NOT_THERE:
+            return None
+        except OSError as error:
+            raise local_fault(error, self._path(name)) from error
+        if not _is_file(status):
+            return None
+        return FileStat(name, status.st_size, self._version(name, status))
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """See `Source.read`."""
+        file, status = self._open(name)
+        if status.st_size > max_bytes:
+            raise CheckpointError(
+                f"{status.st_size} bytes, more than the {max_bytes} such a file may have", where=str(self._path(name))
+            )
+        return self._read_prefix(name, file, status.st_size)
+
+    def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
+        """See `Source.read_head`."""
+        file, status = self._open(name)
+        data = self._read_prefix(name, file, min(num_bytes, status.st_size))
+        return data, FileStat(name, status.st_size, self._version(name, status))
+
+    def read_ranges(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        buffers: Sequence[WritableBuffer],
+        *,
+        version: str | None = None,
+    ) -> int:
+        """See `Source.read_ranges`. Ranges that touch are read by one call; the version is checked before and after."""
+        wanted = sorted_ranges(ranges, buffers)
+        file, before = self._open(name)
+        if version is not None and self._version(name, before) != version:
+            raise self._changed(name)
+        for _, end, _ in wanted:
+            if end > before.st_size:
+                raise self._cut_short(name, before, end)
+        try:
+            _read_sorted(file.fd, wanted)
+            after = os.fstat(file.fd)
+        except EOFError:
+            raise self._changed(name) from None
+        except OSError as error:
+            raise local_fault(error, self._path(name)) from error
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise self._changed(name)
+        return sum(end - start for start, end, _ in wanted)
+
+    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
+        """See `MappableSource.map_range`."""
+        file, status = self._open(name)
+        if version is not None and self._version(name, status) != version:
+            raise self._changed(name)
+        if end > status.st_size:
+            raise self._cut_short(name, status, end)
+        try:
+            return map_file(file.fd, start, end)
+        except OSError as error:
+            raise local_fault(error, self._path(name)) from error
+
+    def _path(self, name: str) -> Path:
+        check_name(name, str(self._root))
+        return self._root / name
+
+    def _version(self, name: str, status: os.stat_result) -> str:
+        del name
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+    def _cut_short(self, name: str, status: os.stat_result, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"has {status.st_size} bytes, but byte {end - 1} is asked for",
+            where=str(self._path(name)),
+            remedy="the file is cut short: download or copy it again",
+        )
+
+    def _changed(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            "changed while it was being read: it is no longer the file that was planned for",
+            where=str(self._path(name)),
+            remedy="let nothing write to the inputs, and start the merge again",
+        )
+
+    def _open(self, name: str) -> tuple[_OpenFile, os.stat_result]:
+        """The open file that is now at ``name``, and its status."""
+        path = self._path(name)
+        try:
+            status = path.stat()
+            if not _is_file(status):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with self._lock:
+                file = self._open_files.get(name)
+                if file is None or file.identity != (status.st_dev, status.st_ino):
+                    file = self._open_files[name] = _OpenFile(path)
+                    status = os.fstat(file.fd)
+                self._open_files.move_to_end(name)
+                if len(self._open_files) > _MAX_OPEN_FILES:
+                    self._open_files.popitem(last=False)
+        except _NOT_THERE as error:
+            raise CheckpointError("no such file", where=str(path)) from error
+        except OSError as error:
+            raise local_fault(error, path) from error
+        return file, status
+
+    def _read_prefix(self, name: str, file: _OpenFile, num_bytes: int) -> bytes:
+        data = bytearray(num_bytes)
+        try:
+            _read_sorted(file.fd, [(0, num_bytes, memoryview(data))] if num_bytes else [])
+        except EOFError:
+            raise self._changed(name) from None
+        except OSError as error:
+            raise local_fault(error, self._path(name)) from error
+        return bytes(data)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
+                    elif entry.is_file() and not is_temporary(entry.name):
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            yield prefix + entry.name, entry.stat()
+        except _NOT_THERE:
+            return
+        except OSError as error:
+            raise local_fault(error, folder) from error
+
+
+class LocalStore(LocalSource):
+    """A folder that is read and written.
+
+    A file is written under a temporary name in its folder, synced, and renamed. ``put_if_absent`` links the finished
+    file to its name, which one of several racers can do; a file system without hard links gets an exclusive create
+    instead, where a reader may see the file before it is complete. ``replace`` locks the file (flock); on a file system
+    without locks, two racers that look at the same moment may both succeed.
+    """
+
+    def open(self, name: str, num_bytes: int) -> LocalUpload:
+        """See `Sink.open`. The space is reserved at once.
+
+        Raises:
+            StorageError: the disk is full or read-only; names needed and free bytes.
+        """
+        return LocalUpload(self._root, self._path(name), name, num_bytes, self._version)
+
+    def put(self, name: str, data: bytes) -> FileStat:
+        """See `Sink.put`."""
+        upload = self.open(name, len(data))
+        try:
+            upload.write(data)
+            return upload.commit()
+        finally:
+            upload.abort()
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """See `Sink.put_if_absent`."""
+        upload = self.open(name, len(data))
+        try:
+            upload.write(data)
+            return upload.commit_if_absent()
+        finally:
+            upload.abort()
+
+    def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
+        """See `ConditionalSink.replace`."""
+        path = self._path(name)
+        try:
+            with path.open("rb+") as file:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                # Whoever was faster has put another file in its place.
+                held, there = os.fstat(file.fileno()), path.stat()
+                if not os.path.samestat(held, there) or self._version(name, there) != version:
+                    return None
+                return self.put(name, data)
+        except _NOT_THERE:
+            return None
+        except OSError as error:
+            raise local_fault(error, path) from error
+
+    def move(self, names: Mapping[str, str]) -> None:
+        """See `MovingSink.move`: a rename each."""
+        for old, new in names.items():
+            source, target = self._path(old), self._path(new)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.replace(target)
+                sync_folder(target.parent)
+            except _NOT_THERE as error:
+                raise CheckpointError("no such file", where=str(source)) from error
+            except OSError as error:
+                raise local_fault(error, target) from error
+            prune_empty_folders(source.parent, self._root)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See `Sink.delete`."""
+        for name in names:
+            path = self._path(name)
+            try:
+                path.unlink()
+            except _NOT_THERE:
+                continue
+            except OSError as error:
+                raise local_fault(error, path) from error
+            prune_empty_folders(path.parent, self._root)
+
+
+def _is_file(status: os.stat_result) -> bool:
+    return S_ISREG(status.st_mode)
+
+
+def _read_sorted(fd: int, wanted: Sequence[tuple[int, int, WritableBuffer]]) -> None:
+    """Fill the buffers of ascending ranges, adjacent ones together.
+
+    Raises:
+        EOFError: the file ends before a range does.
+    """
+    index = 0
+    while index < len(wanted):
+        start, end, _ = wanted[index]
+        views: list[WritableBuffer] = []
+        while index < len(wanted) and (not views or wanted[index][0] == end):
+            views.append(wanted[index][2])
+            end = wanted[index][1]
+            index += 1
+        if index < len(wanted) and hasattr(os, "posix_fadvise"):
+            # The disk fetches the next run while this one is copied.
+            os.posix_fadvise(fd, wanted[index][0], wanted[index][1] - wanted[index][0], os.POSIX_FADV_WILLNEED)
+        while views:
+            count = os.preadv(fd, views[:_MAX_VECTORS], start)
+            if count == 0:
+                raise EOFError
+            start += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+
+
+@SCHEMES.register("file")
+def open_folder(uri: str, revision: str | None) -> LocalStore:
+    """The store at a path or a ``file://`` URI.
+
+    Raises:
+        ModelError: a revision is given, or the URI names another host.
+        StorageError: the path is a file.
+    """
+    path = uri
+    if uri.startswith("file://"):
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost"):
+            raise ModelError("a file URI cannot name another host", where=uri, remedy="write file:///absolute/path")
+        path = unquote(parts.path)
+    if not path:
+        raise ModelError("an empty path", where=repr(uri), remedy="give a folder")
+    if revision is not None:
+        raise ModelError(
+            f"a folder has no revision {revision!r}",
+            where=uri,
+            remedy="leave out what follows the '@', or name a Hub repository",
+        )
+    if Path(path).expanduser().is_file():
+        raise StorageError("a file, where a folder is needed", where=uri, remedy="name a folder")
+    return LocalStore(path)

@@ -1,0 +1,252 @@
+"""One file being written to a folder: a temporary name, then a rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.local.direct_io import AppendingFile
+from mergekit_ray.storage.local.file_system import free_bytes, is_in_memory
+from mergekit_ray.storage.protocols import FileStat
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_NO_FALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NUM_CREATE_ATTEMPTS = 20
+
+
+def is_temporary(file_name: str) -> bool:
+    """Whether a file of this name is one being written, or what a killed process left of one."""
+    return _TEMPORARY.fullmatch(file_name) is not None
+
+
+def local_fault(error: OSError, path: Path, num_bytes: int | None = None) -> StorageError:
+    """What an operating system error means, with what to do. ``num_bytes`` is what was to be written."""
+    what = error.strerror or str(error)
+    if error.errno in _FULL:
+        free = _free_bytes(path)
+        if num_bytes is not None and free is not None:
+            what = f"no space left: {num_bytes} bytes are needed, {free} are free"
+        return StorageError(
+            what, where=str(path), remedy="free some space or choose another place, and run again to resume"
+        )
+    if error.errno in _DENIED:
+        return StorageError(
+            what, where=str(path), remedy="check the permissions of the folder, and that it is not mounted read-only"
+        )
+    return StorageError(what, where=str(path), remedy="check the disk or mount, and run again to resume")
+
+
+def _free_bytes(path: Path) -> int | None:
+    for folder in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+class LocalUpload:
+    """See `mergekit_ray.storage.protocols.Upload`.
+
+    The temporary file is locked as long as it is written. One that a killed process left is not, and is removed when
+    the same file is next opened for writing.
+    """
+
+    def __init__(
+        self, root: Path, path: Path, name: str, num_bytes: int, version: Callable[[str, os.stat_result], str]
+    ) -> None:
+        self._root = root
+        self._path = path
+        self._name = name
+        self._num_bytes = num_bytes
+        self._version = version
+        self._num_written = 0
+        self._fd: int | None = None
+        self._file: AppendingFile | None = None
+        self._temporary: Path | None = None
+        try:
+            self._remove_stale()
+            self._create()
+            self._reserve()
+            assert self._fd is not None
+            self._file = AppendingFile(self._fd, num_bytes)
+        except OSError as error:
+            self.abort()
+            raise local_fault(error, path, num_bytes) from error
+
+    def write(self, data: memoryview | bytes) -> None:
+        """See `Upload.write`."""
+        if self._fd is None or self._file is None:
+            raise ValueError(f"{self._path} is already committed or aborted")
+        view = memoryview(data).cast("B")
+        if self._num_written + len(view) > self._num_bytes:
+            raise self._wrong_size(self._num_written + len(view))
+        try:
+            self._file.write(view)
+            self._num_written += len(view)
+        except OSError as error:
+            raise local_fault(error, self._path, self._num_bytes) from error
+
+    def commit(self) -> FileStat:
+        """See `Upload.commit`."""
+        temporary = self._complete()
+        try:
+            temporary.replace(self._path)
+            self._temporary = None
+            return self._close()
+        except OSError as error:
+            raise local_fault(error, self._path, self._num_bytes) from error
+
+    def commit_if_absent(self) -> bool:
+        """Commit unless the file exists; whether it was committed. Call `abort` afterwards in any case."""
+        temporary = self._complete()
+        try:
+            try:
+                os.link(temporary, self._path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                try:
+                    with self._path.open("xb") as file:
+                        file.write(temporary.read_bytes())
+                        file.flush()
+                        os.fsync(file.fileno())
+                except FileExistsError:
+                    return False
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise local_fault(error, self._path, self._num_bytes) from error
+        return True
+
+    def abort(self) -> None:
+        """See `Upload.abort`."""
+        if self._file is not None:
+            self._file.discard()
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            self._temporary = None
+            prune_empty_folders(self._path.parent, self._root)
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _remove_stale(self) -> None:
+        prefix = self._temporary_prefix()
+        try:
+            entries = [entry for entry in self._path.parent.iterdir() if entry.name.startswith(prefix)]
+        except OSError:
+            return
+        for entry in entries:
+            if not is_temporary(entry.name):
+                continue
+            # Should it be so new that its writer has not locked it yet, the writer notices and takes another (`_hold`).
+            with contextlib.suppress(OSError), entry.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.unlink()
+
+    def _create(self) -> None:
+        for attempt in range(_NUM_CREATE_ATTEMPTS):
+            temporary = self._path.parent / f"{self._temporary_prefix()}{secrets.token_hex(8)}.tmp"
+            try:
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                # Whoever deleted the last file of this folder has just removed it.
+                if attempt == _NUM_CREATE_ATTEMPTS - 1:
+                    raise
+            else:
+                if _hold(fd):
+                    self._fd, self._temporary = fd, temporary
+                    return
+                os.close(fd)
+        raise OSError(errno.EBUSY, "others keep removing the files that are to be written")
+
+    def _reserve(self) -> None:
+        if self._fd is None or not self._num_bytes or not hasattr(os, "posix_fallocate"):
+            return
+        if is_in_memory(self._fd):
+            # There nothing is scattered over a disk, and to reserve takes as long as to write.
+            if free_bytes(self._fd) < self._num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, self._num_bytes)
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+
+    def _complete(self) -> Path:
+        if self._fd is None or self._temporary is None:
+            raise ValueError(f"{self._path} is already committed or aborted")
+        if self._num_written != self._num_bytes:
+            raise self._wrong_size(self._num_written)
+        try:
+            if self._file is not None:
+                self._file.finish()
+            os.fsync(self._fd)
+        except OSError as error:
+            raise local_fault(error, self._path, self._num_bytes) from error
+        return self._temporary
+
+    def _close(self) -> FileStat:
+        assert self._fd is not None
+        status = os.fstat(self._fd)
+        fd, self._fd = self._fd, None
+        os.close(fd)
+        sync_folder(self._path.parent)
+        return FileStat(self._name, status.st_size, self._version(self._name, status))
+
+    def _wrong_size(self, num_bytes: int) -> StorageError:
+        return StorageError(
+            f"{num_bytes} bytes were written where {self._num_bytes} were announced",
+            where=str(self._path),
+            remedy="this is a fault of the writer: please report it",
+        )
+
+    def _temporary_prefix(self) -> str:
+        # File names end at 255 bytes; what is added to the name takes 22.
+        return f".{self._path.name.encode()[:200].decode(errors='ignore')}."
+
+
+def _hold(fd: int) -> bool:
+    """Lock a new temporary file. False if somebody took it for that of a killed process and removes it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system: nobody removes anything
+        return True
+    return os.fstat(fd).st_nlink > 0
+
+
+def prune_empty_folders(folder: Path, root: Path) -> None:
+    """Remove ``folder`` and its parents below ``root`` as long as they are empty."""
+    while folder != root and root in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable, where folders can be synced."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,398 @@
+"""Buckets of Amazon S3 and of servers that speak its protocol."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
+from mergekit_ray.storage.names import check_name
+from mergekit_ray.storage.protocols import FileStat, WritableBuffer
+from mergekit_ray.storage.ranges import Fetch, plan_fetches
+from mergekit_ray.storage.s3.checksums import Checksums
+from mergekit_ray.storage.s3.client import make_client
+from mergekit_ray.storage.s3.copy import Copies, Copy, abort_uploads, put_if_match
+from mergekit_ray.storage.s3.faults import code_of, status_of, with_retries
+from mergekit_ray.storage.s3.upload import S3Upload
+from mergekit_ray.storage.schemes import SCHEMES
+from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, fetch_all
+
+_MAX_GAP_BYTES = 1 << 20
+_PART_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+_NUM_READERS = 16
+_NUM_WRITERS = 8
+_DELETE_BATCH = 1000
+_NOT_THERE = {"NoSuchKey", "404", "NotFound"}
+
+
+class S3Store:
+    """A prefix of a bucket, read and written.
+
+    Credentials, region and endpoint come from boto3's chain (environment, ``~/.aws``, roles). A file's version is its
+    ETag; reads are conditional on it. `put_if_absent` and `replace` are conditional writes (``If-None-Match: *`` and
+    ``If-Match``); servers that ignore the conditions (MinIO's gateway mode, rclone) cannot promise a single winner.
+
+    What is written carries its CRC32, which the server checks (see `storage.s3.checksums`), and over HTTPS no
+    signature of the body beside it. ``AWS_REQUEST_CHECKSUM_CALCULATION=when_required`` leaves it out for a server that
+    cannot check it.
+
+    Args:
+        client: a boto3 S3 client; by default one is made at the first use.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, client: Any = None, retry: RetryPolicy | None = None) -> None:
+        self._bucket = bucket
+        self._prefix = prefix.strip("/")
+        self._retry = retry or RetryPolicy()
+        self._made_client = client
+        self._read_pool: ThreadPoolExecutor | None = None
+        self._write_pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def uri(self) -> str:
+        """``s3://bucket/prefix``."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def close(self) -> None:
+        """End the threads and connections. The store can still be used; it opens new ones."""
+        with self._lock:
+            pools, self._read_pool, self._write_pool = (self._read_pool, self._write_pool), None, None
+            client, self._made_client = self._made_client, None
+        for pool in pools:
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+        if client is not None:
+            client.close()
+
+    def list(self) -> builtins.list[FileStat]:
+        """See `Source.list`."""
+        base = f"{self._prefix}/" if self._prefix else ""
+        found: builtins.list[FileStat] = []
+        token: dict[str, str] = {}
+        while True:
+            page = self._list_page(base, token)
+            for entry in page.get("Contents", ()):
+                name = entry["Key"][len(base) :]
+                if name and not name.endswith("/"):
+                    found.append(FileStat(name, entry["Size"], entry["ETag"].strip('"')))
+            if not page.get("IsTruncated"):
+                return sorted(found, key=lambda file: file.name)
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def stat(self, name: str) -> FileStat | None:
+        """See `Source.stat`."""
+        key = self._key(name)
+
+        def attempt(_: int) -> FileStat | None:
+            try:
+                answer = self._client.head_object(Bucket=self._bucket, Key=key)
+            except Exception as error:
+                if code_of(error) in _NOT_THERE:
+                    return None
+                raise
+            return FileStat(name, answer["ContentLength"], answer["ETag"].strip('"'))
+
+        return with_retries(self._retry, attempt, doing="looking up", where=self._where(name))
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """See `Source.read`."""
+        data, stat = self.read_head(name, max_bytes)
+        if stat.num_bytes > max_bytes:
+            raise CheckpointError(
+                f"{stat.num_bytes} bytes, more than the {max_bytes} such a file may have", where=self._where(name)
+            )
+        return data
+
+    def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
+        """See `Source.read_head`."""
+        key = self._key(name)
+
+        def attempt(_: int) -> tuple[bytes, FileStat]:
+            try:
+                answer = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{max(num_bytes, 1) - 1}")
+            except Exception as error:
+                if code_of(error) in _NOT_THERE:
+                    raise self._missing(name) from error
+                if status_of(error) == 416:  # an empty object has no ranges
+                    return b"", self._stat_of_empty(name)
+                raise
+            with contextlib.closing(answer["Body"]) as body:
+                total = _total_bytes(answer)
+                data = bytearray(min(num_bytes, total))
+                _fill(body, memoryview(data))
+            return bytes(data), FileStat(name, total, answer["ETag"].strip('"'))
+
+        return with_retries(self._retry, attempt, doing="reading", where=self._where(name))
+
+    def read_ranges(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        buffers: Sequence[WritableBuffer],
+        *,
+        version: str | None = None,
+    ) -> int:
+        """See `Source.read_ranges`.
+
+        Ranges up to 1 MiB apart are one request, requests have up to 16 MiB, up to 16 run at once. A request that
+        breaks off goes on from the byte it had reached.
+        """
+        fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
+        fetch_all(fetches, lambda fetch: self._fetch(name, fetch, version), lambda: self._readers)
+        return sum(fetch.end - fetch.start for fetch in fetches)
+
+    def open(self, name: str, num_bytes: int) -> S3Upload:
+        """See `Sink.open`. Nothing is sent until a part is full."""
+        return S3Upload(
+            self._client,
+            self._writers,
+            self._retry,
+            bucket=self._bucket,
+            key=self._key(name),
+            name=name,
+            num_bytes=num_bytes,
+            stat=self.stat,
+        )
+
+    def put(self, name: str, data: bytes) -> FileStat:
+        """See `Sink.put`."""
+        key = self._key(name)
+        checksum = Checksums(self._client).of_body(data)
+        answer = with_retries(
+            self._retry,
+            lambda _: self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **checksum),
+            doing="writing",
+            where=self._where(name),
+        )
+        return FileStat(name, len(data), answer["ETag"].strip('"'))
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """See `Sink.put_if_absent`. Racers must write different data: it tells a lost answer from a lost race."""
+        key = self._key(name)
+        checksum = Checksums(self._client).of_body(data)
+
+        def attempt(number: int) -> bool:
+            try:
+                self._client.put_object(Bucket=self._bucket, Key=key, Body=data, IfNoneMatch="*", **checksum)
+            except Exception as error:
+                if status_of(error) != 412:  # precondition failed
+                    raise
+                return number > 1 and self._etag_of(name, data) is not None
+            return True
+
+        return with_retries(self._retry, attempt, doing="writing", where=self._where(name))
+
+    def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
+        """See `ConditionalSink.replace`: ``If-Match``. Racers must write different data, as for `put_if_absent`."""
+
+        def attempt(number: int) -> str | None:
+            etag = put_if_match(self._client, self._bucket, self._key(name), data, version)
+            return etag if etag is not None or number == 1 else self._etag_of(name, data)
+
+        etag = with_retries(self._retry, attempt, doing="writing", where=self._where(name))
+        return None if etag is None else FileStat(name, len(data), etag)
+
+    def move(self, names: Mapping[str, str]) -> None:
+        """See `MovingSink.move`: copies that the server makes, then the originals are deleted."""
+        stats = {old: self.stat(old) for old in names}
+        copies = Copies(self._client, self._writers, self._retry, self._bucket)
+        copies.run([Copy(self._key(old), self._key(new), stats[old], self._where(old)) for old, new in names.items()])
+        self.delete(list(names))
+
+    def discard_remains(self, names: Collection[str]) -> int:
+        """See `RemainsSink.discard_remains`."""
+        return abort_uploads(
+            self._client, self._retry, self._bucket, {self._key(name) for name in names}, where=self.uri
+        )
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See `Sink.delete`."""
+        keys = [self._key(name) for name in names]
+        for first in range(0, len(keys), _DELETE_BATCH):
+            self._delete_batch(keys[first : first + _DELETE_BATCH])
+
+    @property
+    def _client(self) -> Any:
+        with self._lock:
+            if self._made_client is None:
+                self._made_client = make_client(self.uri, num_connections=_NUM_READERS + 2 * _NUM_WRITERS)
+            return self._made_client
+
+    @property
+    def _readers(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._read_pool is None:
+                self._read_pool = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="s3-read")
+            return self._read_pool
+
+    @property
+    def _writers(self) -> ThreadPoolExecutor:
+        # Apart from the readers: a full read-ahead must not hold up what is being written.
+        with self._lock:
+            if self._write_pool is None:
+                self._write_pool = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="s3-write")
+            return self._write_pool
+
+    def _list_page(self, base: str, token: dict[str, str]) -> dict[str, Any]:
+        page: dict[str, Any] = with_retries(
+            self._retry,
+            lambda _: self._client.list_objects_v2(Bucket=self._bucket, Prefix=base, **token),
+            doing="listing",
+            where=self.uri,
+        )
+        return page
+
+    def _delete_batch(self, keys: Sequence[str]) -> None:
+        batch = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        answer = with_retries(
+            self._retry,
+            lambda _: self._client.delete_objects(Bucket=self._bucket, Delete=batch),
+            doing="deleting",
+            where=self.uri,
+        )
+        failed = [error for error in answer.get("Errors", ()) if error.get("Code") != "NoSuchKey"]
+        if failed:
+            key, code = failed[0].get("Key"), failed[0].get("Code")
+            raise StorageError(
+                f"{len(failed)} files could not be deleted, the first is {key!r} ({code})",
+                where=self.uri,
+                remedy="check that these credentials may delete here",
+            )
+
+    def _key(self, name: str) -> str:
+        check_name(name, self.uri)
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def _where(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError("no such file", where=self._where(name))
+
+    def _stat_of_empty(self, name: str) -> FileStat:
+        stat = self.stat(name)
+        if stat is None:
+            raise self._missing(name)
+        if stat.num_bytes:
+            raise ShortBodyError("a range was refused that the object has")
+        return stat
+
+    def _etag_of(self, name: str, data: bytes) -> str | None:
+        """The version of a file if it holds these bytes."""
+        try:
+            found, stat = self.read_head(name, len(data) + 1)
+        except CheckpointError:
+            return None
+        return stat.version if found == data else None
+
+    def _fetch(self, name: str, fetch: Fetch, version: str | None) -> None:
+        with_retries(
+            self._retry,
+            lambda _: self._fetch_once(name, fetch, version),
+            doing=f"reading bytes {fetch.start} to {fetch.end}",
+            where=self._where(name),
+        )
+
+    def _fetch_once(self, name: str, fetch: Fetch, version: str | None) -> None:
+        condition = {} if version is None else {"IfMatch": f'"{version}"'}
+        try:
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=self._key(name), Range=f"bytes={fetch.position}-{fetch.end - 1}", **condition
+            )
+        except Exception as error:
+            if status_of(error) == 412:  # precondition failed
+                raise self._changed(name) from error
+            if code_of(error) in _NOT_THERE:
+                raise self._missing(name) from error
+            if status_of(error) == 416:  # the object ends before the range starts
+                raise self._cut_short(name, fetch.end) from error
+            raise
+        with contextlib.closing(answer["Body"]) as body:
+            if version is not None and answer["ETag"].strip('"') != version:
+                raise self._changed(name)  # a server that ignores the condition
+            if fetch.end > _total_bytes(answer, start=fetch.position):
+                raise self._cut_short(name, fetch.end)
+            for num_skipped, buffer in fetch.remaining():
+                for view in (memoryview(bytearray(num_skipped)), buffer):
+                    _fill(body, view, fetch)
+
+    def _changed(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            "changed while it was being read: it is no longer the file that was planned for",
+            where=self._where(name),
+            remedy="let nothing write to the inputs, and start the merge again",
+        )
+
+    def _cut_short(self, name: str, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"ends before byte {end - 1}, which is asked for",
+            where=self._where(name),
+            remedy="the file is cut short: upload it again",
+        )
+
+
+def _fill(body: Any, view: memoryview, fetch: Fetch | None = None) -> None:
+    """Read from an answer until ``view`` is full, advancing ``fetch`` by what arrives.
+
+    Raises:
+        ShortBodyError: the answer ended first.
+    """
+    while view:
+        count = body.readinto(view[:_CHUNK_BYTES])
+        if not count:
+            raise ShortBodyError(f"the answer ended {len(view)} bytes early")
+        if fetch is not None:
+            fetch.position += count
+        view = view[count:]
+
+
+def _total_bytes(answer: dict[str, Any], start: int = 0) -> int:
+    """Size of the object an answer to a range request comes from.
+
+    Raises:
+        StorageError: the server sent something else than the range.
+    """
+    content_range = answer.get("ContentRange")
+    if content_range:
+        span, _, total = content_range.removeprefix("bytes ").partition("/")
+        if span.partition("-")[0] == str(start) and total.isdigit():
+            return int(total)
+    elif start == 0:
+        return int(answer["ContentLength"])  # the whole object
+    raise StorageError(
+        "the server does not answer range requests as S3 does",
+        where=f"Content-Range: {content_range}",
+        remedy="use a server that supports ranged GetObject",
+    )
+
+
+@SCHEMES.register("s3")
+def open_bucket(uri: str, revision: str | None) -> S3Store:
+    """The store at ``s3://bucket/prefix``.
+
+    Raises:
+        ConfigError: no bucket is named, or the URI holds more than a bucket and a prefix.
+        ModelError: a revision is given.
+    """
+    bucket, _, prefix = uri.partition("://")[2].partition("/")
+    if "@" in bucket or ":" in bucket:
+        raise ConfigError(
+            "an s3:// URI holds a bucket and a prefix, no credentials and no port",
+            where="s3://…",
+            remedy="give credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the server by AWS_ENDPOINT_URL",
+        )
+    if not bucket:
+        raise ConfigError("no bucket is named", where=uri, remedy="write s3://bucket/prefix")
+    if revision is not None:
+        raise ModelError(
+            f"a prefix of a bucket has no revision {revision!r}", where=uri, remedy="leave out what follows the '@'"
+        )
+    for part in prefix.strip("/").split("/") if prefix.strip("/") else ():
+        check_name(part, uri)
+    return S3Store(bucket, prefix)

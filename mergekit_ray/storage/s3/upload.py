@@ -1,0 +1,207 @@
+"""One object being written to S3: parts are sent while the next are filled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import Any, TypeVar
+
+from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.protocols import FileStat
+from mergekit_ray.storage.s3.checksums import Checksums
+from mergekit_ray.storage.s3.faults import code_of, with_retries
+from mergekit_ray.storage.transfers import RetryPolicy
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+MIN_PART_BYTES = 16 << 20
+_MAX_NUM_PARTS = 9000  # the limit of S3 is 10000
+_MAX_IN_FLIGHT = 4
+_PART_GRAIN_BYTES = 1 << 20
+
+
+def part_bytes_for(num_bytes: int) -> int:
+    """Size of the parts of an object of ``num_bytes``: 16 MiB, or whole MiB so that 9000 suffice."""
+    needed = -(-num_bytes // _MAX_NUM_PARTS)
+    return max(MIN_PART_BYTES, -(-needed // _PART_GRAIN_BYTES) * _PART_GRAIN_BYTES)
+
+
+class S3Upload:
+    """See `mergekit_ray.storage.protocols.Upload`.
+
+    An object no larger than a part is one request. Otherwise at most 4 parts are in flight while one is filled, so an
+    upload holds at most 5 buffers of `part_bytes_for`; those of the last parts are let go as each has been sent. A
+    process that is killed leaves an unfinished multipart upload, which no reader sees; a lifecycle rule
+    (AbortIncompleteMultipartUpload) removes those.
+
+    Args:
+        client: a boto3 S3 client.
+        executor: runs the parts; shared by all uploads of a store.
+        stat: the store's `stat`.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        executor: Executor,
+        retry: RetryPolicy,
+        *,
+        bucket: str,
+        key: str,
+        name: str,
+        num_bytes: int,
+        stat: Callable[[str], FileStat | None],
+    ) -> None:
+        self._client = client
+        self._checksums = Checksums(client)
+        self._executor = executor
+        self._retry = retry
+        self._target = {"Bucket": bucket, "Key": key}
+        self._where = f"s3://{bucket}/{key}"
+        self._name = name
+        self._num_bytes = num_bytes
+        self._stat = stat
+        self._part_bytes = part_bytes_for(num_bytes)
+        self._num_written = 0
+        self._num_parts = 0
+        self._used = 0
+        self._buffer = bytearray(min(self._part_bytes, num_bytes))
+        self._free: list[bytearray] = []
+        self._in_flight: set[Future[None]] = set()
+        self._parts: dict[int, dict[str, Any]] = {}
+        self._upload_id: str | None = None
+        self._is_sent = False
+        self._closed = False
+
+    def write(self, data: memoryview | bytes) -> None:
+        """See `Upload.write`. Waits while 4 parts are in flight.
+
+        Raises:
+            StorageError: a part could not be sent, or more bytes come than were announced.
+        """
+        if self._closed:
+            raise ValueError(f"{self._where} is already committed or aborted")
+        view = memoryview(data).cast("B")
+        if self._num_written + len(view) > self._num_bytes:
+            raise self._wrong_size(self._num_written + len(view))
+        while view:
+            if self._used == len(self._buffer):
+                self._send()
+            count = min(len(view), len(self._buffer) - self._used)
+            self._buffer[self._used : self._used + count] = view[:count]
+            self._used += count
+            self._num_written += count
+            view = view[count:]
+
+    def commit(self) -> FileStat:
+        """See `Upload.commit`."""
+        if self._closed:
+            raise ValueError(f"{self._where} is already committed or aborted")
+        if self._num_written != self._num_bytes:
+            raise self._wrong_size(self._num_written)
+        del self._buffer[self._used :]
+        if self._upload_id is None:
+            body = self._buffer
+            checksum = self._checksums.of_body(body)
+            answer = self._call("writing", lambda _: self._client.put_object(**self._target, Body=body, **checksum))
+            version = answer["ETag"].strip('"')
+        else:
+            self._send(last=True)
+            self._collect(everything=True)
+            version = self._complete(self._upload_id)
+        self._close()
+        return FileStat(self._name, self._num_bytes, version)
+
+    def abort(self) -> None:
+        """See `Upload.abort`. Waits for parts in flight, since one that lands later would stay."""
+        if self._closed:
+            return
+        for part in self._in_flight:
+            part.cancel()
+        wait(self._in_flight)
+        upload_id, self._upload_id = self._upload_id, None
+        self._close()
+        if upload_id is None:
+            return
+        try:
+            self._call("aborting", lambda _: self._abort_once(upload_id))
+        except StorageError as error:
+            # Whatever made the caller abort matters more than this.
+            logger.warning("an unfinished upload stays behind and is billed until removed: %s", error)
+
+    def _abort_once(self, upload_id: str) -> None:
+        try:
+            self._client.abort_multipart_upload(**self._target, UploadId=upload_id)
+        except Exception as error:
+            if code_of(error) != "NoSuchUpload":
+                raise
+
+    def _send(self, *, last: bool = False) -> None:
+        """Hand the filled buffer to the executor and, unless it is the last, take a free one."""
+        if self._upload_id is None:
+            begun = {**self._target, **self._checksums.of_upload}
+            answer = self._call("writing", lambda _: self._client.create_multipart_upload(**begun))
+            self._upload_id = answer["UploadId"]
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._collect(everything=False)
+        self._num_parts += 1
+        self._in_flight.add(self._executor.submit(self._send_part, self._upload_id, self._num_parts, self._buffer))
+        self._used = 0
+        if last:
+            self._is_sent = True
+            self._free.clear()
+            self._buffer = bytearray()
+        else:
+            self._buffer = self._free.pop() if self._free else bytearray(self._part_bytes)
+
+    def _send_part(self, upload_id: str, number: int, buffer: bytearray) -> None:
+        checksum = self._checksums.of_body(buffer)
+        part = {**self._target, "UploadId": upload_id, "PartNumber": number, **checksum}
+        answer = self._call(f"writing part {number}", lambda _: self._client.upload_part(**part, Body=buffer))
+        self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **checksum}
+        if not self._is_sent:
+            self._free.append(buffer)
+
+    def _collect(self, *, everything: bool) -> None:
+        """Wait for one part (or all) and raise what went wrong with it."""
+        done, pending = wait(self._in_flight, return_when="ALL_COMPLETED" if everything else FIRST_COMPLETED)
+        self._in_flight = set(pending)
+        for part in done:
+            part.result()
+
+    def _complete(self, upload_id: str) -> str:
+        parts = [part for _, part in sorted(self._parts.items())]
+
+        def attempt(number: int) -> str:
+            try:
+                answer = self._client.complete_multipart_upload(
+                    **self._target, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                )
+            except Exception as error:
+                # An earlier attempt whose answer was lost may have completed it.
+                if number > 1 and code_of(error) == "NoSuchUpload":
+                    found = self._stat(self._name)
+                    if found is not None and found.num_bytes == self._num_bytes:
+                        return found.version
+                raise
+            return str(answer["ETag"]).strip('"')
+
+        return self._call("completing", attempt)
+
+    def _call(self, doing: str, attempt: Callable[[int], T]) -> T:
+        return with_retries(self._retry, attempt, doing=doing, where=self._where)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._buffer = bytearray()
+        self._free.clear()
+
+    def _wrong_size(self, num_bytes: int) -> StorageError:
+        return StorageError(
+            f"{num_bytes} bytes were written where {self._num_bytes} were announced",
+            where=self._where,
+            remedy="this is a fault of the writer: please report it",
+        )

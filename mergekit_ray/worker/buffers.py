@@ -1,0 +1,50 @@
+"""Memory that windows are read into and written from."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from mergekit_ray.evaluation.pieces import Bytes
+
+
+class BufferPool:
+    """Byte buffers for inputs and outputs, reused by size class.
+
+    Sizes are rounded up to eighths of a power of two, so that a buffer is at most an eighth larger than asked for.
+    Idle buffers of other sizes are let go, the oldest first, when a new one would take the pool over its limit.
+
+    Args:
+        limit_bytes: what buffers in use and idle ones may take together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._idle: list[Bytes] = []
+        self._total_bytes = 0
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def size_class(num_bytes: int) -> int:
+        """Bytes really taken for a buffer of ``num_bytes``."""
+        step = max(4096, 1 << max(0, (num_bytes - 1).bit_length() - 4))
+        return max(step, -(-num_bytes // step) * step)
+
+    def take(self, num_bytes: int) -> Bytes:
+        """At least ``num_bytes``, to be given back with `give`."""
+        size = self.size_class(num_bytes)
+        with self._lock:
+            for i in range(len(self._idle) - 1, -1, -1):
+                if self._idle[i].size == size:
+                    return self._idle.pop(i)
+            while self._idle and self._total_bytes + size > self._limit_bytes:
+                self._total_bytes -= self._idle.pop(0).size
+            self._total_bytes += size
+        # numpy asks for huge pages (a 512th of the page faults); torch does so only if its environment says.
+        return np.empty(size, dtype=np.uint8)
+
+    def give(self, buffer: Bytes) -> None:
+        """Return a buffer; its content may be overwritten from now on."""
+        with self._lock:
+            self._idle.append(buffer)

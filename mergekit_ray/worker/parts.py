@@ -1,0 +1,81 @@
+"""What is merged goes to the writer part by part, through a few buffers that are used again and again."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from typing import Final
+
+from mergekit_ray.evaluation.pieces import Bytes
+from mergekit_ray.worker.buffers import BufferPool
+
+_PART_BYTES: Final = 4 << 20
+"""Of a part, for each thread that computes it. Much less, and threads wait for each other too often; much more, and it
+has left the processor's cache by the time it is hashed and written."""
+
+_AT_ONCE: Final = 2
+"""Parts of a window: one that is computed, and one that is written."""
+
+_ALIGNMENT: Final = 1 << 16
+"""Parts but the last have a multiple of so many elements."""
+
+_POLL_SECONDS: Final = 0.1
+
+
+class Parts:
+    """The result of a window on its way from the thread that merges it to the one that writes it.
+
+    Args:
+        buffers: where parts lie.
+        failed: when set, whoever waits for room stops waiting.
+    """
+
+    def __init__(self, buffers: BufferPool, failed: threading.Event) -> None:
+        self._buffers = buffers
+        self._failed = failed
+        self._room = threading.Semaphore(_AT_ONCE)
+        self._parts: queue.SimpleQueue[tuple[Bytes, int] | None] = queue.SimpleQueue()
+
+    def take(self, num_bytes: int) -> Bytes:
+        """A buffer for the next part, once there is room.
+
+        Raises:
+            CancelledError: nobody wants it any more.
+        """
+        while not self._failed.is_set():
+            if self._room.acquire(timeout=_POLL_SECONDS):
+                return self._buffers.take(num_bytes)
+        raise CancelledError
+
+    def put(self, buffer: Bytes, num_bytes: int) -> None:
+        """The next part lies in the first bytes of a buffer."""
+        self._parts.put((buffer, num_bytes))
+
+    def end(self) -> None:
+        """There are no more parts."""
+        self._parts.put(None)
+
+    def write(self, write: Callable[[memoryview], None]) -> None:
+        """Write each part as it comes, until they end."""
+        for buffer, num_bytes in iter(self._parts.get, None):
+            write(buffer[:num_bytes].data)
+            self._buffers.give(buffer)
+            self._room.release()
+
+
+def cut(start: int, stop: int, itemsize: int, num_threads: int) -> Iterator[tuple[int, int]]:
+    """Parts ``[first, last)`` of elements ``[start, stop)``, of about the same length.
+
+    Args:
+        start: flat index of the first element.
+        stop: of the one after the last.
+        itemsize: bytes of an element.
+        num_threads: that compute a part together.
+    """
+    num_elements = stop - start
+    num_parts = max(1, -(-num_elements * itemsize // (_PART_BYTES * num_threads)))
+    step = -(-num_elements // (num_parts * _ALIGNMENT)) * _ALIGNMENT
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)

@@ -1,0 +1,284 @@
+"""kill -9 at every boundary of a merge; the same command then makes the same bytes, and nothing else is left."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import mergekit_ray
+from mergekit_ray.core.errors import MergekitRayError, StorageError
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.storage.s3.upload import S3Upload
+from support.merging import Events, recipe_of, undisturbed
+from support.models import ModelLibrary, contents
+from support.servers.s3_bucket import Bucket
+from support.servers.s3_server import S3Server
+
+LOCAL = MergeOptions(executor="local", num_workers=2)
+NUM_SHARDS = 8
+PART_BYTES = 5 << 20
+"""Of multipart uploads here: the least that S3 takes. Every shard of a large model goes up in three."""
+
+# Children are forked from a process that has imported everything and started no thread.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["mergekit_ray.operations.run_plan", "mergekit_ray.storage.s3.store", "boto3", "support.models"]
+)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the process dies.
+
+    Attributes:
+        place: dotted name of a function; methods as ``module:Class.method``.
+        after: once the call is over instead of before it.
+        name: only calls with this first argument count.
+        number: which of those calls it is.
+        done: how many shards at least are found to be done afterwards.
+    """
+
+    place: str
+    after: bool = False
+    name: str | None = None
+    number: int = 1
+    done: int = 0
+
+
+BOUNDARIES: Mapping[str, Boundary] = {
+    "planned": Boundary("mergekit_ray.operations.run_plan:hold"),
+    "leased": Boundary("mergekit_ray.operations.run_plan:clear"),
+    "reading": Boundary("mergekit_ray.worker.pipeline:read_into", number=2),
+    "computed": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", number=5),
+    "written in part": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", after=True, number=5),
+    "about to be committed": Boundary("{upload}.commit", number=2),
+    "committed, not recorded": Boundary("{upload}.commit", after=True, number=2),
+    "recorded": Boundary("{sink}.put", after=True, name=".safetensors.json", number=2, done=2),
+    "checked": Boundary("mergekit_ray.operations.run_plan:check_records", after=True, done=NUM_SHARDS),
+    "config": Boundary("{sink}.put", after=True, name="config.json", done=NUM_SHARDS),
+    "card": Boundary("{sink}.put", after=True, name="README.md", done=NUM_SHARDS),
+    "manifest": Boundary("{sink}.put", after=True, name="mergekit-ray.json", done=NUM_SHARDS),
+    "index not yet": Boundary("{sink}.put", name="model.safetensors.index.json", done=NUM_SHARDS),
+    "index": Boundary("{sink}.put", after=True, name="model.safetensors.index.json", done=NUM_SHARDS),
+    "notes gone": Boundary("mergekit_ray.operations.run_plan:clear_notes", after=True, done=NUM_SHARDS),
+}
+
+ON_S3: Mapping[str, Boundary] = {
+    **BOUNDARIES,
+    "upload begun": Boundary("mergekit_ray.storage.s3.upload:S3Upload._send_part", number=3),
+    "part sent": Boundary("mergekit_ray.storage.s3.upload:S3Upload._send_part", after=True, number=4),
+    "all parts sent": Boundary("mergekit_ray.storage.s3.upload:S3Upload._complete", number=2),
+}
+
+CLASSES = {
+    "local": {
+        "upload": "mergekit_ray.storage.local.upload:LocalUpload",
+        "sink": "mergekit_ray.storage.local.store:LocalStore",
+    },
+    "s3": {"upload": "mergekit_ray.storage.s3.upload:S3Upload", "sink": "mergekit_ray.storage.s3.store:S3Store"},
+}
+
+
+def fault(boundary: Boundary, store: str, strike: Callable[[], None]) -> None:
+    """Have something happen there."""
+    import importlib
+
+    module, _, path = boundary.place.format(**CLASSES[store]).partition(":")
+    *owners, leaf = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original: Callable[..., Any] = getattr(owner, leaf)
+    reached = itertools.count(1)
+
+    def dying(*args: Any, **options: Any) -> Any:
+        named = args[1] if len(args) > 1 and isinstance(args[1], str) else None
+        counts = boundary.name is None or (named is not None and named.endswith(boundary.name))
+        if counts and not boundary.after and next(reached) == boundary.number:
+            strike()
+        result = original(*args, **options)
+        # Calls that are over are counted, not calls begun: the other worker's may still be under way.
+        if counts and boundary.after and next(reached) == boundary.number:
+            strike()
+        return result
+
+    setattr(owner, leaf, dying)
+
+
+def merge_and_die(
+    recipe: Mapping[str, Any], out: str, boundary: Boundary, store: str, environment: Mapping[str, str]
+) -> None:
+    """What the child does."""
+    os.environ.update(environment)
+    small_parts()
+    fault(boundary, store, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    mergekit_ray.merge(recipe, out, options=LOCAL)
+
+
+def merge_while_the_store_dies(
+    recipe: Mapping[str, Any], out: str, boundary: Boundary, environment: Mapping[str, str], server: int
+) -> None:
+    """What another child does; ``server`` is the process group that dies. The exit code is the command line's."""
+    os.environ.update(environment)
+    small_parts()
+    fault(boundary, "s3", lambda: os.killpg(server, signal.SIGKILL))
+    try:
+        mergekit_ray.merge(recipe, out, options=LOCAL)
+    except MergekitRayError as error:
+        sys.exit(error.exit_code)
+
+
+def small_parts() -> None:
+    """For the rest of this process."""
+    mock.patch("mergekit_ray.storage.s3.upload.part_bytes_for", return_value=PART_BYTES).start()
+
+
+def die_and_resume(
+    recipe: Mapping[str, Any], out: str, boundary: Boundary, store: str, environment: Mapping[str, str]
+) -> None:
+    """Run it until it dies, then again."""
+    child = FORKS.Process(target=merge_and_die, args=(recipe, out, boundary, store, dict(environment)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    result = mergekit_ray.merge(recipe, out, options=LOCAL)
+    assert len(result.plan.shards) == NUM_SHARDS
+    assert result.num_resumed >= boundary.done
+
+
+@pytest.fixture(scope="module")
+def large(models: ModelLibrary) -> dict[str, Any]:
+    """Shards of 12 MB, a layer each."""
+    base, tuned = (models.get("llama", variant, num_layers=8, hidden_size=1024, tied=True) for variant in range(2))
+    return recipe_of("linear", base, [tuned], output={"max_shard_size": 14_000_000})
+
+
+@pytest.fixture(scope="module")
+def expected_large(large: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return undisturbed(large, tmp_path_factory.mktemp("expected") / "large")
+
+
+@pytest.fixture(scope="module")
+def recipe(models: ModelLibrary) -> dict[str, Any]:
+    base, *tuned = (models.get("llama", variant, num_layers=6) for variant in range(3))
+    return recipe_of("ties", base, tuned, output={"max_shard_size": 45_000})
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return undisturbed(recipe, tmp_path_factory.mktemp("expected") / "out")
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_on_a_disk(name: str, recipe: dict[str, Any], expected: dict[str, bytes], tmp_path: Path) -> None:
+    die_and_resume(recipe, str(tmp_path / "out"), BOUNDARIES[name], "local", {})
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", ON_S3)
+def test_on_s3(
+    name: str,
+    large: dict[str, Any],
+    expected_large: dict[str, bytes],
+    s3_environment: S3Server,
+    s3_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("mergekit_ray.storage.s3.upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    bucket = Bucket(s3_environment, s3_prefix)
+    die_and_resume(large, f"{s3_prefix}/out", ON_S3[name], "s3", s3_environment.environment)
+    assert bucket.unfinished() == []
+    bucket.download("out", tmp_path / "out")
+    assert contents(tmp_path / "out") == expected_large
+
+
+STORE_BOUNDARIES = (
+    "planned",
+    "reading",
+    "part sent",
+    "all parts sent",
+    "committed, not recorded",
+    "recorded",
+    "manifest",
+    "index",
+)
+"""One of each phase: this server takes fifteen seconds to come back."""
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[S3Server]:
+    """A server of our own to kill."""
+    with S3Server() as server:
+        server.create_bucket("merges")
+        yield server
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", STORE_BOUNDARIES)
+def test_the_store_itself_is_killed(
+    name: str,
+    large: dict[str, Any],
+    expected_large: dict[str, bytes],
+    mortal: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """It comes back after seconds: the merge goes on, or ends with exit code 4 and is then resumed."""
+    for variable, value in mortal.environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("mergekit_ray.storage.s3.upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    prefix = f"s3://merges/{name.replace(' ', '-').replace(',', '')}"
+    bucket, environment = Bucket(mortal, prefix), dict(mortal.environment)
+    child = FORKS.Process(
+        target=merge_while_the_store_dies,
+        args=(large, f"{prefix}/out", ON_S3[name], environment, mortal.process_group),
+    )
+    child.start()
+    mortal.wait_for_death(60)
+    mortal.restart()
+    child.join(120)
+    assert child.exitcode in (0, StorageError.exit_code)
+    if child.exitcode != 0:
+        assert "model.safetensors.index.json" not in bucket.keys("out") or name == "index"
+    mergekit_ray.merge(large, f"{prefix}/out", options=LOCAL)
+    assert bucket.unfinished() == []
+    bucket.download("out", tmp_path / "out")
+    assert contents(tmp_path / "out") == expected_large
+
+
+@pytest.mark.s3
+def test_what_a_failed_attempt_could_not_clean_up_is_gone_in_the_end(
+    large: dict[str, Any], s3_environment: S3Server, s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part fails, and so does the abort of its upload, as while a store is away; the shard is tried again."""
+    monkeypatch.setattr("mergekit_ray.storage.s3.upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    send, abort = S3Upload._send_part, S3Upload.abort
+    parts, aborts = itertools.count(1), itertools.count(1)
+
+    def send_part(upload: S3Upload, *args: Any) -> Any:
+        if next(parts) == 4:
+            raise StorageError("the connection was reset", where=s3_prefix, retryable=True)
+        return send(upload, *args)
+
+    def sometimes(upload: S3Upload) -> None:
+        if next(aborts) > 1:
+            abort(upload)
+
+    monkeypatch.setattr(S3Upload, "_send_part", send_part)
+    monkeypatch.setattr(S3Upload, "abort", sometimes)
+    events = Events()
+    mergekit_ray.merge(large, f"{s3_prefix}/out", options=LOCAL, reporter=events)
+    assert len(events.of("shard_retried")) == 1
+    assert Bucket(s3_environment, s3_prefix).unfinished() == []

@@ -1,0 +1,197 @@
+"""What people and logs are told, by a clock that the test turns."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from mergekit_ray.cli import tables
+from mergekit_ray.cli.live import LiveReporter
+from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.reporting import reporters as reporting
+from mergekit_ray.reporting.progress import Progress
+from mergekit_ray.reporting.reporters import JsonReporter, LineReporter, Meter, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def done(read_bytes: int, written_bytes: int = 0, num_tensors: int = 0) -> Progress:
+    return Progress(read_bytes=read_bytes, written_bytes=written_bytes, num_tensors=num_tensors)
+
+
+def test_rate_and_time_to_go(clock: Clock) -> None:
+    meter = Meter(total_bytes=10_000)
+    assert meter.update(done(0)) == (0.0, None)
+    clock.now += 2
+    assert meter.update(done(600, 200)) == (400.0, (10_000 - 800) / 400)
+    clock.now += 2
+    assert meter.update(done(1000, 600)) == (400.0, (10_000 - 1600) / 400)
+
+
+def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
+    meter = Meter(total_bytes=1_000_000)
+    total = 0
+    for second in range(60):
+        total += 1000 if second < 30 else 50
+        clock.now += 1
+        rate, _ = meter.update(done(total))
+    assert rate == 50.0
+    assert len(meter._samples) <= 12
+
+
+def test_a_lost_worker_makes_no_negative_rate(clock: Clock) -> None:
+    meter = Meter(total_bytes=1000)
+    meter.update(done(500))
+    clock.now += 1
+    assert meter.update(done(100)) == (0.0, None)
+
+
+def test_more_than_all_leaves_nothing_to_go(clock: Clock) -> None:
+    meter = Meter(total_bytes=100)
+    meter.update(done(0))
+    clock.now += 1
+    assert meter.update(done(150)) == (150.0, 0.0)
+
+
+def test_json_lines(plan: Plan, clock: Clock) -> None:
+    stream = io.StringIO()
+    reporter = JsonReporter(stream)
+    reporter.begin(plan)
+    reporter.event("planned", 'a "plan"\nof two lines', num_shards=3)
+    reporter.progress(done(0), 0, 3)
+    clock.now += 2
+    reporter.progress(done(300, 100, 5), 1, 3)
+    clock.now += 0.5
+    reporter.progress(done(400, 100, 5), 1, 3)  # within a second of the last
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["planned", "progress", "progress"]
+    assert lines[0] == {"seconds": 0.0, "event": "planned", "message": 'a "plan"\nof two lines', "num_shards": 3}
+    assert lines[2] == {
+        "seconds": 2.0,
+        "event": "progress",
+        "read_bytes": 300,
+        "fetched_bytes": 0,
+        "written_bytes": 100,
+        "num_tensors": 5,
+        "shards_done": 1,
+        "num_shards": 3,
+        "bytes_per_second": 200,
+        "remaining_seconds": round((plan.read_bytes + plan.num_bytes - 400) / 200, 1),
+    }
+
+
+def test_lines_of_text(plan: Plan, clock: Clock) -> None:
+    stream = io.StringIO()
+    reporter = LineReporter(stream)
+    reporter.begin(plan)
+    reporter.event("planned", "12 parameters", ignored=1)
+    reporter.progress(done(0), 0, 3)
+    clock.now += 5
+    reporter.progress(done(100), 0, 3)
+    clock.now += 5
+    reporter.progress(done(300, 100), 1, 3)
+    first, second = stream.getvalue().splitlines()
+    assert first == "[    0.0s] 12 parameters"
+    assert second.startswith("[   10.0s] 100 B of ")
+    assert "written, 1 of 3 shards, 40 B/s, " in second
+    assert second.endswith(" to go")
+
+
+def test_the_live_bar_counts_tensors(plan: Plan, clock: Clock) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120)
+    reporter = LiveReporter(console)
+    reporter.begin(plan)
+    reporter.event("planned", "plan of [model] things")
+    reporter.progress(done(100, 50, 2), 0, 3)
+    reporter.close()
+    num_tensors = sum(len(shard.tensors) for shard in plan.shards)
+    text = stream.getvalue()
+    assert "plan of [model] things" in text
+    assert f"2/{num_tensors} tensors" in text.replace("\x1b[32m", "").replace("\x1b[0m", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (59.6, "1 min 00 s"),
+        (61, "1 min 01 s"),
+        (3599.9, "1 h 00 min"),
+        (7325, "2 h 02 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_table_of_a_plan(plan: Plan, models: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    told = replace(
+        plan,
+        warnings=("read [0, 16] of /x/[draft]/y",),
+        dropped={"/x/[draft]: w": "no slice takes it"},
+        aliased={"h": "e"},
+    )
+    tables.print_plan(told)
+    text = capsys.readouterr().out
+    for shard in plan.shards:
+        row = next(line for line in text.splitlines() if shard.file in line)
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells[1:5] == [
+            str(len(shard.tensors)),
+            f"{shard.num_parameters:,}",
+            format_bytes(shard.read_bytes),
+            format_bytes(shard.num_bytes),
+        ]
+    sums = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in text.splitlines()]
+    num_tensors = sum(len(shard.tensors) for shard in plan.shards)
+    assert [row[1:5] for row in sums if row[0] == f"all {len(plan.shards)}"] == [
+        [str(num_tensors), f"{plan.num_parameters:,}", format_bytes(plan.read_bytes), format_bytes(plan.num_bytes)]
+    ]
+    assert "warning: read [0, 16] of /x/[draft]/y" in text
+    assert "Not used: /x/[draft]: w (no slice takes it)" in text
+    assert "Shared: h (e)" in text
+
+
+def test_long_lists_are_cut_and_counted(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    many = replace(plan, shards=plan.shards * 20, dropped={f"t{i}": "why" for i in range(20)})
+    tables.print_plan(many)
+    text = capsys.readouterr().out
+    assert "... and 20 more" in text
+    assert "Not used: ... and 12 more (all with --json)" in text
+
+
+def test_the_tables_of_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.print_methods()
+    text = capsys.readouterr().out
+    for name in ("linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"):
+        assert f"│ {name} " in text
+    tables.print_method("ties")
+    ties = capsys.readouterr().out
+    assert "https://arxiv.org/abs/2306.01708" in ties
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")][:3] for line in ties.splitlines() if "│" in line]
+    assert ["weight", "per model", "required"] in rows
+    assert ["density", "per model", "1.0"] in rows
+    assert ["lambda", "per tensor", "1.0"] in rows
+    assert ["normalize", "per tensor", "True"] in rows
