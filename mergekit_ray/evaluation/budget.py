@@ -13,11 +13,15 @@ class Budget:
 
     Args:
         limit_bytes: of all that take.
+
+    Attributes:
+        peak_bytes: the most that was held so far.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._held = 0
+        self.peak_bytes = 0
         self._condition = threading.Condition()
 
     @property
@@ -31,6 +35,7 @@ class Budget:
             while self._held and self._held + num_bytes > self._limit and not stopped.is_set():
                 self._condition.wait(_POLL_SECONDS)
             self._held += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self._held)
 
     def give(self, num_bytes: int) -> None:
         """Give back what was taken."""

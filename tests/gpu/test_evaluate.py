@@ -11,16 +11,14 @@ import torch
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Load
-from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.device.copies import SLOT_BYTES
 from mergekit_ray.evaluation.device.cuda import CudaDevice
 from mergekit_ray.evaluation.device.evaluate import MIN_CHUNK_ELEMENTS, DeviceSession
 from mergekit_ray.evaluation.pool import ComputePool
-from mergekit_ray.methods.shared.protocol import is_portable
 from support.device_cases import (
     FACTOR_CASES,
     KIND_CASES,
-    METHOD_CASES,
+    ON_DEVICES,
     SHAPE,
     MethodCase,
     assert_close,
@@ -43,7 +41,7 @@ def session_on(device: CudaDevice, slot_bytes: int = SLOT_BYTES, **options: Any)
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", METHOD_CASES, ids=str)
+@pytest.mark.parametrize("case", ON_DEVICES, ids=str)
 def test_every_method(case: MethodCase, dtype: torch.dtype, streamed: bool, device: CudaDevice) -> None:
     inputs = Inputs()
     tree = case.tree(inputs, dtype)
@@ -58,7 +56,7 @@ def test_every_method(case: MethodCase, dtype: torch.dtype, streamed: bool, devi
         assert_same_choices(found, expected, inputs._data[tree.base].view(case.shape))
 
 
-@pytest.mark.parametrize("case", [case for case in METHOD_CASES if case.shape == SHAPE], ids=str)
+@pytest.mark.parametrize("case", [case for case in ON_DEVICES if case.shape == SHAPE], ids=str)
 def test_large_tensors(case: MethodCase, device: CudaDevice) -> None:
     inputs = Inputs()
     tree = dataclasses.replace(case, shape=LARGE).tree(inputs, torch.float32)
@@ -99,7 +97,7 @@ def test_any_way_of_cutting_gives_the_same_bits(window: int | None, slot_bytes: 
 def test_the_same_twice(method: str, device: CudaDevice) -> None:
     """Results with sums in them, too, on one device."""
     inputs = Inputs()
-    case = next(case for case in METHOD_CASES if case.method == method)
+    case = next(case for case in ON_DEVICES if case.method == method)
     tree = dataclasses.replace(case, shape=LARGE).tree(inputs)
     first = on_device(session_on(device), tree, inputs)
     assert torch.equal(on_device(session_on(device), tree, inputs), first)
@@ -109,7 +107,7 @@ def test_the_same_twice(method: str, device: CudaDevice) -> None:
 def test_what_does_not_fit_is_computed_all_the_same(method: str, device: CudaDevice) -> None:
     """128 MB of the device for 67 MB of inputs and what methods need beside them, and told of far more."""
     inputs = Inputs()
-    case = next(case for case in METHOD_CASES if case.method == method)
+    case = next(case for case in ON_DEVICES if case.method == method)
     tree = dataclasses.replace(case, shape=LARGE).tree(inputs)
     expected = evaluate(tree, inputs, num_threads=4)
     session = session_on(device, budget_bytes=8 << 30)
@@ -124,7 +122,7 @@ def test_what_does_not_fit_is_computed_all_the_same(method: str, device: CudaDev
 
 def test_a_small_budget_is_kept(device: CudaDevice) -> None:
     inputs = Inputs()
-    case = next(case for case in METHOD_CASES if case.method == "ties")
+    case = next(case for case in ON_DEVICES if case.method == "ties")
     tree = dataclasses.replace(case, shape=LARGE).tree(inputs)
     budget_bytes = 64 << 20
     session = session_on(device, budget_bytes=budget_bytes)
@@ -148,10 +146,10 @@ def test_memory_is_given_back(device: CudaDevice) -> None:
     assert torch.cuda.memory_allocated(device.torch_device) - before <= 1 << 20
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS.names() if is_portable(METHODS.get(name))])
+@pytest.mark.parametrize("method", sorted({case.method for case in ON_DEVICES}))
 def test_a_bad_input_is_named(method: str, device: CudaDevice) -> None:
     inputs = Inputs()
-    case = next(case for case in METHOD_CASES if case.method == method)
+    case = next(case for case in ON_DEVICES if case.method == method)
     tree = case.tree(inputs)
     damaged = tree.inputs[0]
     assert isinstance(damaged, Load)

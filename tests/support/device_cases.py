@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import (
     BlockScaled,
@@ -26,9 +27,11 @@ from mergekit_ray.core.expressions import (
     Scale,
     SingularValues,
 )
+from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.evaluation.device.evaluate import DeviceEvaluation, DeviceSession
 from mergekit_ray.evaluation.scratch import TORCH_DTYPES
+from mergekit_ray.methods.shared.protocol import is_portable
 from support.memory_inputs import DTYPES, Inputs
 from support.references.merge import ulp
 
@@ -93,7 +96,7 @@ W = weighted(0.3, 0.5, 0.4)
 TRIMMED = weighted(0.3, 0.5, 0.4, density=0.4)
 SPECTRAL = {"shape": MATRIX, "is_exact": False, "tolerance": 1e-6}
 
-METHOD_CASES = [
+_WRITTEN = [
     MethodCase("linear", weights=W, has_base=False),
     MethodCase("passthrough", weights=({"scale": 1.3},), has_base=False),
     MethodCase("task_arithmetic", {"normalize": True}, W),
@@ -132,6 +135,28 @@ METHOD_CASES = [
     MethodCase("wudi", {"steps": 5}, weighted(1.0, 0.8), shape=MATRIX, is_exact=False, tolerance=1e-4),
     MethodCase("iso_c", weights=weighted(1.0, 0.8), shape=(50,)),
 ]
+
+
+def usual_case(name: str) -> MethodCase:
+    """A method as its declaration has it: defaults, a half for what has none, three models or as many as it takes."""
+    method = METHODS.get(name)
+    count = max(method.min_models, min(method.max_models or 3, 3))
+    per_model, overall = (
+        {field.alias or key: 0.5 for key, field in model.model_fields.items() if field.is_required()}
+        for model in (method.model_parameters, method.global_parameters)
+    )
+    has_base = method.base is not BaseUse.FORBIDDEN
+    return MethodCase(name, overall, (per_model,) * count, has_base, is_exact=False, tolerance=1e-5)
+
+
+METHOD_CASES = [
+    *_WRITTEN,
+    *(usual_case(name) for name in METHODS.names() if name not in {case.method for case in _WRITTEN}),
+]
+"""At least one of every method there is."""
+
+ON_DEVICES = [case for case in METHOD_CASES if is_portable(METHODS.get(case.method))]
+"""Of methods that devices are given."""
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -49,6 +49,17 @@ class Events:
         return [fields for each, fields in self.all if each == kind]
 
 
+def stop_at(stop: threading.Event, kind: str, times: int = 1) -> Events:
+    """A reporter that stops the merge at an event."""
+
+    def note(seen: str) -> None:
+        if seen == kind and len(events.of(kind)) >= times:
+            stop.set()
+
+    events = Events(note)
+    return events
+
+
 class Background:
     """A merge in a thread.
 

@@ -16,7 +16,7 @@ import mergekit_ray
 from mergekit_ray.core.errors import Interrupted, MergeError, PlanError, StorageError
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.planning.windows import memory_needed
-from support.merging import Background, Events, recipe_of, undisturbed, wait_until
+from support.merging import Background, Events, recipe_of, stop_at, undisturbed, wait_until
 from support.models import ModelLibrary, contents, rewrite, tensors_of
 from support.servers.ray_cluster import RayCluster, freeze
 
@@ -355,17 +355,6 @@ def busy(cluster: RayCluster, node: Any = None) -> list[psutil.Process]:
 
 def written(out: Path) -> list[Path]:
     return list(out.glob("*.safetensors"))
-
-
-def stop_at(stop: threading.Event, kind: str, times: int = 1) -> Events:
-    """A reporter that stops the merge at an event."""
-
-    def note(seen: str) -> None:
-        if seen == kind and len(events.of(kind)) >= times:
-            stop.set()
-
-    events = Events(note)
-    return events
 
 
 def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:

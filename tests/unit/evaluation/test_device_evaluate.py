@@ -12,15 +12,14 @@ from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Cast, Load, Merge, Scale
-from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.device.copies import SLOT_BYTES
 from mergekit_ray.evaluation.device.evaluate import MIN_CHUNK_ELEMENTS, DeviceEvaluation, DeviceSession, chunk_bytes
 from mergekit_ray.evaluation.pool import ComputePool
-from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, is_portable
+from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS
 from support.device_cases import (
     FACTOR_CASES,
     KIND_CASES,
-    METHOD_CASES,
+    ON_DEVICES,
     SHAPE,
     MethodCase,
     assert_close,
@@ -36,7 +35,6 @@ MIB = 1 << 20
 
 # Decompositions of what is not a number fail inside LAPACK, on every processor by another of its errors.
 DECOMPOSING = ("iso_c", "iso_cts", "tsv_m", "wudi")
-PORTABLE = tuple(name for name in METHODS.names() if is_portable(METHODS.get(name)))
 
 
 def session_on(device: SimulatedDevice, slot_bytes: int = 1 << 17, **options: Any) -> DeviceSession:
@@ -51,11 +49,7 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def test_there_is_a_case_of_every_method() -> None:
-    assert {case.method for case in METHOD_CASES} == set(METHODS.names())
-
-
-@pytest.mark.parametrize("case", METHOD_CASES, ids=str)
+@pytest.mark.parametrize("case", ON_DEVICES, ids=str)
 def test_every_method(case: MethodCase) -> None:
     inputs = Inputs()
     tree = case.tree(inputs, torch.float32)
@@ -71,8 +65,7 @@ def test_every_method(case: MethodCase) -> None:
             assert isinstance(tree.base, Load)
             base = inputs._data[tree.base].view(case.shape)
             assert_same_choices(found, expected, base)
-        is_there = is_portable(METHODS.get(case.method)) and not (streamed and tree.access is Access.WHOLE)
-        assert bool(device.memory.peak_bytes) == is_there
+        assert bool(device.memory.peak_bytes) != (streamed and tree.access is Access.WHOLE)
 
 
 @pytest.mark.parametrize("name", KIND_CASES | FACTOR_CASES)
@@ -88,7 +81,7 @@ def test_every_other_kind(name: str) -> None:
         assert torch.equal(on_device(session_on(SimulatedDevice()), tree, inputs, streamed=True), expected)
 
 
-@pytest.mark.parametrize("case", [case for case in METHOD_CASES if case.shape == SHAPE], ids=str)
+@pytest.mark.parametrize("case", [case for case in ON_DEVICES if case.shape == SHAPE], ids=str)
 def test_waits_for_the_device_do_not_grow_with_the_tensor(case: MethodCase) -> None:
     """Three times the blocks and the chunks: the same questions are asked."""
     waits = []
@@ -171,7 +164,7 @@ def test_sessions_share_what_is_free() -> None:
     assert shared.stage(tree, pieces) is None
 
 
-@pytest.mark.parametrize("case", [case for case in METHOD_CASES if case.shape == SHAPE], ids=str)
+@pytest.mark.parametrize("case", [case for case in ON_DEVICES if case.shape == SHAPE], ids=str)
 def test_the_size_of_blocks_does_not_matter(case: MethodCase) -> None:
     inputs = Inputs()
     tree = dataclasses.replace(case, shape=(1200, 1009)).tree(inputs)
@@ -221,10 +214,10 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("method", sorted(set(PORTABLE) - set(DECOMPOSING)))
+@pytest.mark.parametrize("method", sorted({case.method for case in ON_DEVICES} - {*DECOMPOSING}))
 def test_a_bad_input_is_named_as_on_the_cpu(method: str, streamed: bool) -> None:
     inputs = Inputs()
-    case = next(case for case in METHOD_CASES if case.method == method and case.shape == SHAPE)
+    case = next(case for case in ON_DEVICES if case.method == method and case.shape == SHAPE)
     tree = case.tree(inputs)
     damaged = tree.inputs[0]
     assert isinstance(damaged, Load)

@@ -19,7 +19,7 @@ from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.destination import INDEX_FILE, RECORD_ROOT
 from mergekit_ray.storage.local.store import LocalStore
-from support.merging import Events
+from support.merging import Events, stop_at
 from support.models import contents
 
 OVERWRITE = MergeOptions(executor="local", overwrite=True)
@@ -76,6 +76,7 @@ def test_the_old_model_stays_until_the_new_one_is_whole(out: Path, plan: Plan, w
 
     run_plan(plan, str(out), OVERWRITE, reporter=Events(look))
     assert seen == [
+        ("planned", True),
         *[("shard_done", True)] * 3,
         ("checking", True),
         ("publishing", True),
@@ -113,7 +114,7 @@ def test_a_merge_that_fails_leaves_the_old_model(out: Path, plan: Plan, wanted: 
     before = model(out)
     stop = threading.Event()
     with pytest.raises(Interrupted):
-        run_plan(plan, str(out), OVERWRITE, reporter=Events(lambda kind: stop.set()), stop=stop)
+        run_plan(plan, str(out), OVERWRITE, reporter=stop_at(stop, "shard_done"), stop=stop)
     assert model(out) == before
     with pytest.raises(PlanError, match="--overwrite"):
         merge(plan, out, overwrite=False)
@@ -127,12 +128,8 @@ def test_a_merge_that_fails_leaves_the_old_model(out: Path, plan: Plan, wanted: 
 def test_a_stop_at_the_last_moment_leaves_the_old_model(out: Path, plan: Plan, wanted: dict[str, bytes]) -> None:
     before, stop = model(out), threading.Event()
 
-    def ask(kind: str) -> None:
-        if kind == "publishing":
-            stop.set()
-
     with pytest.raises(Interrupted):
-        run_plan(plan, str(out), OVERWRITE, reporter=Events(ask), stop=stop)
+        run_plan(plan, str(out), OVERWRITE, reporter=stop_at(stop, "publishing"), stop=stop)
     assert model(out) == before
     assert merge(plan, out).of("shard_done") == []
     assert_new(out, wanted)
@@ -141,7 +138,7 @@ def test_a_stop_at_the_last_moment_leaves_the_old_model(out: Path, plan: Plan, w
 def test_a_third_plan_takes_the_place_of_both(out: Path, plan: Plan, wanted: dict[str, bytes]) -> None:
     before, stop = model(out), threading.Event()
     with pytest.raises(Interrupted):
-        run_plan(replace(plan, seed=5), str(out), OVERWRITE, reporter=Events(lambda kind: stop.set()), stop=stop)
+        run_plan(replace(plan, seed=5), str(out), OVERWRITE, reporter=stop_at(stop, "shard_done"), stop=stop)
     assert model(out) == before
     merge(plan, out)
     assert_new(out, wanted)
@@ -234,7 +231,7 @@ def test_a_damaged_note_is_told(out: Path, plan: Plan, damage: bytes) -> None:
 def test_another_plans_unfinished_work_makes_room_at_once(plan: Plan, wanted: dict[str, bytes], tmp_path: Path) -> None:
     out, stop = tmp_path / "work", threading.Event()
     with pytest.raises(Interrupted):
-        run_plan(replace(plan, seed=5), str(out), OVERWRITE, reporter=Events(lambda kind: stop.set()), stop=stop)
+        run_plan(replace(plan, seed=5), str(out), OVERWRITE, reporter=stop_at(stop, "shard_done"), stop=stop)
     assert (out / plan.shards[0].file).exists() or (out / plan.shards[1].file).exists()
     seen: list[Sequence[str]] = []
     run_plan(plan, str(out), OVERWRITE, reporter=Events(lambda kind: seen.append(sorted(contents(out)))))
