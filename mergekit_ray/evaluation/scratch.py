@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.evaluation.pieces import Bytes
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.BOOL: torch.bool,
@@ -26,6 +27,11 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     DType.F64: torch.float64,
 }
 """torch's names for safetensors' dtypes."""
+
+
+def as_tensor(data: Bytes, dtype: DType) -> torch.Tensor:
+    """Bytes in host memory as a 1-D tensor of a dtype, sharing them."""
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype])
 
 
 class ThreadScratch:

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
-from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.evaluation.budget import Share
 from mergekit_ray.evaluation.copies import check_copy_finite
-from mergekit_ray.evaluation.pieces import Bytes
+from mergekit_ray.evaluation.host import HostEvaluation
+from mergekit_ray.evaluation.pieces import Bytes, Pieces
 from mergekit_ray.evaluation.strategy import Choice, Strategy, choose
 from mergekit_ray.evaluation.threads import hold_torch
 from mergekit_ray.planning.windows import READS_AHEAD, Window, batches
@@ -42,10 +42,7 @@ from mergekit_ray.worker.parts import Parts, cut
 from mergekit_ray.worker.resources import Resources
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_ray.evaluation.device.evaluate import Staged
-    from mergekit_ray.evaluation.nodes.base import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +82,10 @@ class _Ready:
     inputs: WindowInputs
     staged: Staged | None = None
 
-    def data(self) -> dict[Load, tuple[Bytes, int]]:
+    @property
+    def pieces(self) -> Pieces:
         """The bytes of each input, and the flat index of its first element."""
         return {load: (data, self.window.needs[load][0]) for load, data in self.inputs.data.items()}
-
-    def pieces(self) -> dict[Load, Piece]:
-        """The same as tensors."""
-        from mergekit_ray.evaluation.nodes.base import Piece  # noqa: PLC0415 - imports torch
-
-        return {load: Piece(_tensor(data, load.spec.dtype), start) for load, (data, start) in self.data().items()}
 
 
 @dataclass(slots=True)
@@ -145,7 +137,8 @@ class ShardPipeline:
         on_read: Callable[[], None],
     ) -> None:
         self._options = resources.options
-        self._model_inputs, self._sources = resources.inputs, resources.sources
+        self._sources = resources.sources
+        self._references = {key: model.reference for key, model in resources.inputs.items()}
         self._pool, self._buffers = resources.pool, resources.buffers
         self.progress = Progress()
         self._on_read = on_read
@@ -268,12 +261,14 @@ class ShardPipeline:
 
     def _stage_all(self) -> None:
         """Bring what has been read to the device, ahead of its turn."""
+        from mergekit_ray.evaluation.nodes.base import Piece  # noqa: PLC0415 - imports torch
+
         assert self._session is not None
         for ready in self._windows():
             if not self._check():
                 return
             if self._choice(ready).strategy is Strategy.DEVICE:
-                ready.staged = self._session.stage(ready.window.tensor.expression, ready.pieces(), self._failed)
+                ready.staged = self._session.stage(ready.window.tensor.expression, Piece.of(ready.pieces), self._failed)
             self._staged.put(ready)
 
     def _compute_all(self) -> None:
@@ -294,7 +289,7 @@ class ShardPipeline:
             assert isinstance(expression, Load)
             data = held.data[expression]
             if not self._options.allow_non_finite:
-                check_copy_finite(expression, data, window.start, self._model_inputs[expression.model].reference)
+                check_copy_finite(expression, data, window.start, self._references[expression.model])
             buffers = [*held.buffers, *held.shared]
             return _Output(buffers, window.memory_bytes, ends_tensor, data)
         if strategy is Strategy.DEVICE:
@@ -308,60 +303,33 @@ class ShardPipeline:
         """Compute a window's parts; the seconds that it took."""
         window, seconds = ready.window, 0.0
         itemsize = window.tensor.spec.dtype.itemsize
-        fill = None
+        evaluation = None
         try:
             for start, stop in cut(window.start, window.stop, itemsize, self._pool.num_threads):
                 num_bytes = (stop - start) * itemsize
                 out = parts.take(num_bytes)
                 began = time.perf_counter()
-                fill = fill or self._filling(ready)
-                fill(start, out[:num_bytes])
+                evaluation = evaluation or HostEvaluation(
+                    window.tensor.expression,
+                    self._choice(ready),
+                    ready.pieces,
+                    self._pool,
+                    chunk_elements=self._options.chunk_elements,
+                    allow_non_finite=self._options.allow_non_finite,
+                    references=self._references,
+                )
+                evaluation.fill(start, out[:num_bytes])
                 seconds += time.perf_counter() - began
                 parts.put(out, num_bytes)
         finally:
             parts.end()
         return seconds
 
-    def _filling(self, ready: _Ready) -> Callable[[int, Bytes], None]:
-        """What computes any run of a window: without torch if it can, and what is left by torch."""
-        how = self._choice(ready).compiled
-        quick = None if how is None else how.begin(ready.data(), self._pool)
-        thorough: Callable[[int, Bytes], None] | None = None
-
-        def fill(start: int, out: Bytes) -> None:
-            nonlocal quick, thorough
-            if quick is not None:
-                if quick(start, out):
-                    return
-                quick = None
-            thorough = thorough or self._evaluating(ready)
-            thorough(start, out)
-
-        return fill
-
-    def _evaluating(self, ready: _Ready) -> Callable[[int, Bytes], None]:
-        """What computes any run of a window by torch."""
-        from mergekit_ray.evaluation.evaluate import Evaluation  # noqa: PLC0415 - imports torch
-
-        hold_torch()
-        spec = ready.window.tensor.spec
-        evaluation = Evaluation(
-            ready.window.tensor.expression,
-            ready.pieces(),
-            self._pool,
-            chunk_elements=self._options.chunk_elements,
-            allow_non_finite=self._options.allow_non_finite,
-            references=self._references(),
-        )
-
-        def fill(start: int, out: Bytes) -> None:
-            evaluation.fill(start, start + out.size // spec.dtype.itemsize, _tensor(out, spec.dtype))
-
-        return fill
-
     def _hand_over(self, ready: _Ready) -> _Output:
         """To the device. The inputs are kept until the result is there: for messages, and for another try."""
         from mergekit_ray.evaluation.device.evaluate import DeviceEvaluation  # noqa: PLC0415 - imports torch
+        from mergekit_ray.evaluation.nodes.base import Piece  # noqa: PLC0415
+        from mergekit_ray.evaluation.scratch import as_tensor  # noqa: PLC0415
 
         hold_torch()
         window, held = ready.window, ready.inputs
@@ -369,21 +337,18 @@ class ShardPipeline:
         evaluation = DeviceEvaluation(
             self._session,
             window.tensor.expression,
-            ready.pieces(),
+            Piece.of(ready.pieces),
             ready.staged,
             allow_non_finite=self._options.allow_non_finite,
-            references=self._references(),
+            references=self._references,
         )
         out = self._buffers.take(window.write_bytes)
         data = out[: window.write_bytes]
-        evaluation.start(window.start, window.stop, _tensor(data, window.tensor.spec.dtype))
+        evaluation.start(window.start, window.stop, as_tensor(data, window.tensor.spec.dtype))
         self.progress.num_on_cpu += evaluation.lacked_memory
         ends_tensor = window.stop == window.tensor.spec.num_elements
         buffers = [out, *held.buffers, *held.shared]
         return _Output(buffers, window.memory_bytes, ends_tensor, data, finish=evaluation.finish)
-
-    def _references(self) -> dict[str, str]:
-        return {key: model.reference for key, model in self._model_inputs.items()}
 
     def _write_all(self) -> None:
         while (output := self._written.get()) is not None:
@@ -407,12 +372,3 @@ class ShardPipeline:
         self._writer.write(data)
         self.progress.write_seconds += time.perf_counter() - began
         self.progress.written_bytes += len(data)
-
-
-def _tensor(data: Bytes, dtype: DType) -> torch.Tensor:
-    """Bytes as a 1-D tensor of a dtype."""
-    import torch  # noqa: PLC0415 - copies and sums need none
-
-    from mergekit_ray.evaluation.scratch import TORCH_DTYPES  # noqa: PLC0415
-
-    return torch.from_numpy(data).view(TORCH_DTYPES[dtype])

@@ -9,16 +9,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import torch
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Expression, Load
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.evaluation.pieces import Pieces
 from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS, ComputePool
 from mergekit_ray.evaluation.rounding import fits, fits_there, is_finite, round_into
-from mergekit_ray.evaluation.scratch import TORCH_DTYPES, ThreadScratch
+from mergekit_ray.evaluation.scratch import TORCH_DTYPES, ThreadScratch, as_tensor
 
 
 class Node(Protocol):
@@ -75,6 +76,11 @@ class Piece:
     def run(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` of the whole tensor."""
         return self.data[start - self.start : stop - self.start]
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> dict[Load, Self]:
+        """Those of a window, sharing its bytes."""
+        return {load: cls(as_tensor(data, load.spec.dtype), start) for load, (data, start) in pieces.items()}
 
 
 class NonFiniteError(Exception):

@@ -207,7 +207,7 @@ class TestResume:
         times = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
         events = Events()
         mergekit_ray.merge(recipe("linear"), out, options=options, reporter=events)
-        assert [kind for kind, _ in events.all] == ["already_done"]
+        assert [kind for kind, _ in events.all] == ["planned", "already_done"]
         assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == times
 
 
