@@ -24,7 +24,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.plan_405b import peak_bytes
 from mergekit_ray.checkpoint.layout import pack, place, shard_names
 from mergekit_ray.checkpoint.opening import Checkpoint
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import loads

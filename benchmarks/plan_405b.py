@@ -18,7 +18,7 @@ from typing import Any
 
 from mergekit_ray.checkpoint.layout import pack, place, shard_names
 from mergekit_ray.checkpoint.opening import Checkpoint
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.registry import METHODS

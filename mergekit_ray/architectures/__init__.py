@@ -1,1 +1,1 @@
-"""What tensor names mean, read off the headers: layers, embeddings, heads, buffers. No table of model families."""
+"""What tensor names mean: layers, embeddings, heads. Read off the headers, without a table of model families."""

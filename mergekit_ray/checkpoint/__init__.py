@@ -1,1 +1,1 @@
-"""Safetensors checkpoints: headers and indexes read by range, layouts decided beforehand, shards streamed out."""
+"""Safetensors checkpoints: headers and indexes, layouts decided beforehand, shards streamed out."""

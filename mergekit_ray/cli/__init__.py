@@ -1,4 +1,4 @@
-"""The command line: ``merge`` and ``mergekit-ray``. Nothing imports it."""
+"""The command line: ``merge`` and ``mergekit-ray``."""
 
 from mergekit_ray.cli.commands import app, app_main, merge, merge_main
 

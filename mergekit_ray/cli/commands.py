@@ -102,7 +102,7 @@ def plan_command(
                 return
             from mergekit_ray.cli.tables import print_explanations
 
-            print_explanations(found)
+            print_explanations(planned, found)
             return
         expected = None if shape is None else estimate(planned, shape)
         if as_json:

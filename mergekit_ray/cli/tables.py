@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -116,33 +116,42 @@ def print_estimate(cluster: Cluster, expected: Estimate) -> None:
     _console().print(text, highlight=False, markup=False)
 
 
-def print_explanations(found: Sequence[Explanation]) -> None:
-    """What each tensor is made of, as a tree, and how it is computed."""
+def print_explanations(plan: Plan, found: Sequence[Explanation]) -> None:
+    """How each tensor is computed, and the tree of what it is made of."""
     console = _console()
     for each in found:
         spec = each.tensor.spec
-        label = f"[bold]{escape(spec.name)}[/bold]  {spec.dtype.config_name} {list(spec.shape)}"
-        tree = Tree(f"{label}  {each.strategy}: {escape(each.why)}")
-        _grow(tree, each.tensor.expression)
+        tree = Tree(f"[bold]{escape(spec.name)}[/bold] {spec.dtype.config_name} {escape(str(list(spec.shape)))}")
+        tree.add(f"[bold]{each.strategy}[/bold]: {escape(each.why)}")
+        _grow(tree, each.tensor.expression, plan)
         console.print(tree)
 
 
-def _grow(tree: Tree, expression: Expression) -> None:
-    branch = tree.add(escape(_label(expression)))
+def _grow(tree: Tree, expression: Expression, plan: Plan) -> None:
+    branch = tree.add(escape(_label(expression, plan)))
     for child in expression.children():
-        _grow(branch, child)
+        _grow(branch, child, plan)
 
 
-def _label(expression: Expression) -> str:
+def _label(expression: Expression, plan: Plan) -> str:
     """An expression without its children, in a line."""
+    dtype = expression.spec.dtype.config_name
     if isinstance(expression, Load):
         place = expression.location
-        where = f"{expression.model}: {place.file} [{place.start}:{place.end}]"
-        return f"load {expression.spec.dtype.config_name} from {where}"
+        where = f"{plan.inputs[expression.model].reference}/{place.file}"
+        return f"load {dtype} from {where}, bytes {place.start} to {place.end}"
     if isinstance(expression, Merge):
-        given = dict(expression.parameters) | ({"models": [dict(x) for x in expression.input_parameters]})
-        return f"{expression.method} in {expression.compute_dtype.config_name} {given}"
-    return f"{expression.kind} -> {expression.spec.dtype.config_name}"
+        shared = _assigned(expression.parameters)
+        each = [_assigned(parameters) for parameters in expression.input_parameters]
+        models = "; ".join(each) if any(each) else ""
+        return f"{expression.method} in {expression.compute_dtype.config_name}" + "".join(
+            f" ({text})" for text in (shared, models) if text
+        )
+    return f"{expression.kind} -> {dtype}"
+
+
+def _assigned(parameters: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parameters.items())
 
 
 def describe_methods(name: str | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Plain data that everything else speaks in: errors, dtypes, tensors, expressions, plans, registries.
+"""Plain data that everything else is written in: errors, dtypes, expressions, plans, registries.
 
 Nothing here imports torch or does I/O.
 """

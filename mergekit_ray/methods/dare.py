@@ -14,15 +14,13 @@ from mergekit_ray.methods.shared.accumulate import divisor, rounded_sum_, single
 from mergekit_ray.methods.shared.combinations import Elected, Kept, Sum
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 from mergekit_ray.methods.shared.random_mask import MaskSpace, RandomMask
+from mergekit_ray.methods.shared.rescaling import NEGLIGIBLE_NORM
 from mergekit_ray.methods.shared.sign import add_elected_
 from mergekit_ray.methods.shared.sums import total
 from mergekit_ray.methods.shared.task_vectors import ScaledParameters, TrimmedParameters, task_vector, task_vectors
 
 if TYPE_CHECKING:
     import torch
-
-NEGLIGIBLE_NORM = 1e-7
-"""L1 norms below this are not rescaled by or to."""
 
 
 class DareParameters(ScaledParameters):

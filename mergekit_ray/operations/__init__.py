@@ -1,1 +1,1 @@
-"""What can be done with models: one file for each verb of the command line, and its twin in Python."""
+"""What can be done with models: a file for each verb of the command line, which Python calls too."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from mergekit_ray import config
 from mergekit_ray.config.load import Recipe
+from mergekit_ray.config.load import load_recipe as load_here
 from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES
 from mergekit_ray.core.errors import CheckpointError, ConfigError, Problem
 from mergekit_ray.storage.opening import open_source
@@ -46,8 +46,8 @@ def load_recipe(
         StorageError: the store that should have it failed.
     """
     if isinstance(source, str) and is_uri(source):
-        return config.load_recipe(_fetch(source), name=source, lenient=lenient, on_warning=on_warning)
-    return config.load_recipe(source, lenient=lenient, on_warning=on_warning)
+        return load_here(_fetch(source), name=source, lenient=lenient, on_warning=on_warning)
+    return load_here(source, lenient=lenient, on_warning=on_warning)
 
 
 def _fetch(uri: str) -> bytes:

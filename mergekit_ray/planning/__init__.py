@@ -1,1 +1,1 @@
-"""Recipes and headers -> plans: pure, without torch."""
+"""Recipes and headers become plans. Pure: no weight is read, torch is not imported."""

@@ -1,1 +1,1 @@
-"""What a person or a log sees of a merge, and what the process does about signals."""
+"""What a log sees of a merge, and what Ctrl-C does."""

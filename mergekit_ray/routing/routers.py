@@ -88,22 +88,6 @@ def routers(
     )
 
 
-def router_vectors(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[int, np.ndarray]:
-    """By layer, the experts' router: float32 [num_experts, hidden]. See `routers`, also for errors."""
-    groups = {f"experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
-    return _vectors(recipe, groups, checkpoints, Here())
-
-
-def shared_vectors(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[int, np.ndarray]:
-    """By layer, the shared expert's gate: float32 [1, hidden]; empty without a shared expert. See `routers`.
-
-    Raises:
-        PlanError: the shared expert has no prompts; else as `routers`.
-    """
-    groups = {f"shared_experts[{i}]": expert for i, expert in enumerate(recipe.shared_experts or ())}
-    return _vectors(recipe, groups, checkpoints, Here()) if groups else {}
-
-
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """The prompts of one vector, as indices among all."""

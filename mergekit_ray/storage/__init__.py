@@ -1,4 +1,4 @@
-"""Stores of checkpoints: one scheme per file, all behind the protocols of `mergekit_ray.storage.protocols`."""
+"""Where checkpoints are: disks, S3, the Hugging Face Hub. One room or file for each scheme, behind `protocols`."""
 
 from mergekit_ray.storage.opening import open_sink, open_source
 from mergekit_ray.storage.protocols import FileStat, Sink, Source, Upload, WritableBuffer

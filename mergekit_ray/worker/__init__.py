@@ -1,1 +1,1 @@
-"""One shard: its inputs are read, its tensors computed and written, within a budget of memory."""
+"""One shard: read, computed and written within a budget of memory."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helm.charts import CASES, GIVEN, Manifest, render, rendered, values_of
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yml"))
 

@@ -20,11 +20,9 @@ A new kind is one module here (imported below, so that plans can be read back) a
 
 from mergekit_ray.core.expressions.arithmetic import Cast, Merge, Scale
 from mergekit_ray.core.expressions.base import (
-    KINDS,
     Expression,
     Load,
     Scalar,
-    expression_kind,
     from_json,
     is_copy,
     loads,
@@ -38,7 +36,6 @@ from mergekit_ray.core.expressions.low_rank import LowRank
 from mergekit_ray.core.expressions.quantised import BlockScaled, Mxfp4
 
 __all__ = [
-    "KINDS",
     "NUM_NORMS",
     "BlockScaled",
     "Cast",
@@ -55,7 +52,6 @@ __all__ = [
     "Scalar",
     "Scale",
     "SingularValues",
-    "expression_kind",
     "from_json",
     "is_copy",
     "loads",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from mergekit_ray.methods.dare import NEGLIGIBLE_NORM
 from mergekit_ray.methods.shared.protocol import Chunk, Operands
 from mergekit_ray.methods.shared.sums import partial_sums, total
 from mergekit_ray.methods.shared.task_vectors import task_vector
 
 if TYPE_CHECKING:
     import torch
+
+NEGLIGIBLE_NORM = 1e-7
+"""L1 norms below this are not rescaled by or to."""
 
 Trim = Callable[["torch.Tensor", int, int], object]
 """``(delta, index, start)``: zero what is dropped of a run of the task vector of model ``index``, in place."""

@@ -96,7 +96,7 @@ class TestMixtral:
 
     def test_rows_from_prompts(self, llamas: list[Path], mixtral: Path, tmp_path: Path) -> None:
         from mergekit_ray.checkpoint.models import open_models
-        from mergekit_ray.config import load_recipe
+        from mergekit_ray.config.load import load_recipe
         from mergekit_ray.config.moe_recipe import MoeRecipe
         from mergekit_ray.routing.routers import routers as from_prompts
 

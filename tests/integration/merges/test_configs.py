@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import mergekit_ray
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.planning.make import referenced_models

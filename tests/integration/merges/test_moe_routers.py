@@ -76,7 +76,7 @@ class TestRouters:
     @pytest.mark.parametrize("case", [MIXTRAL, CASES["qwen2_moe of qwen2, shared"]], ids=lambda case: case.model_type)
     def test_from_prompts(self, case: Case, models: ModelLibrary, tmp_path: Path) -> None:
         from mergekit_ray.checkpoint.models import open_models
-        from mergekit_ray.config import load_recipe
+        from mergekit_ray.config.load import load_recipe
         from mergekit_ray.config.moe_recipe import MoeRecipe
         from mergekit_ray.routing.routers import routers
 

@@ -12,7 +12,7 @@ from mergekit_ray.architectures.anatomy import anatomy
 from mergekit_ray.architectures.moe.configs import layer_windows, rope_settings
 from mergekit_ray.architectures.moe.family import GATE, DenseModel, Wanted
 from mergekit_ray.architectures.moe.registry import FAMILIES, choose
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, ModelError

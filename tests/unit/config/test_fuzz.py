@@ -6,7 +6,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergekit_ray.config import DenseRecipe, MoeRecipe, load_recipe, normalise
+from mergekit_ray.config.load import load_recipe
+from mergekit_ray.config.moe_recipe import MoeRecipe
+from mergekit_ray.config.normal import normalise
+from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.core.errors import ConfigError
 from support.declared_methods import Methods, declared_methods
 

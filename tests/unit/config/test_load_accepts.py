@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_ray.config import (
-    ComputeDType,
-    DenseRecipe,
-    ModelReference,
-    MoeRecipe,
-    RecipeWarning,
-    Resolver,
-    check_recipe,
-    load_recipe,
-    normalise,
-)
+from mergekit_ray.config.fields import ComputeDType
+from mergekit_ray.config.load import RecipeWarning, check_recipe, load_recipe
+from mergekit_ray.config.moe_recipe import MoeRecipe
+from mergekit_ray.config.normal import normalise
+from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, Problem
 from support.declared_methods import Methods
@@ -270,7 +266,7 @@ def test_there_are_examples() -> None:
 
 def test_reading_a_recipe_needs_no_slow_library() -> None:
     code = (
-        "import sys, mergekit_ray.config as c\n"
+        "import sys, mergekit_ray.config.load as c\n"
         f"c.load_recipe({HEAD!r})\n"
         "print(sorted({'torch', 'ray', 'transformers', 'boto3', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
     )

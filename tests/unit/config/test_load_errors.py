@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.core.errors import ConfigError, Problem
 from support.declared_methods import Methods
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_ray.config import GateMode, MoeRecipe, load_recipe
+from mergekit_ray.config.load import load_recipe
+from mergekit_ray.config.moe_recipe import GateMode, MoeRecipe
 from mergekit_ray.core.errors import ConfigError
 from support.declared_methods import Methods
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from mergekit_ray.config import DenseRecipe, NormalModule, NormalSlice, load_recipe, normalise
+from mergekit_ray.config.load import load_recipe
+from mergekit_ray.config.normal import NormalModule, NormalSlice, normalise
+from mergekit_ray.config.recipe import DenseRecipe
 from support.declared_methods import Methods
 
 

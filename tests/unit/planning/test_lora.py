@@ -12,7 +12,7 @@ import pytest
 from mergekit_ray.checkpoint.adapter import Adapter, adapted, open_adapter
 from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.checkpoint.opening import Checkpoint
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError, PlanError

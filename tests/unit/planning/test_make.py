@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.plan_405b import headers, layer_groups, recipe
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import InputFile, Plan, SideFile
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mergekit_ray.checkpoint.opening import Checkpoint
-from mergekit_ray.config import load_recipe
+from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, MergekitRayError, ModelError, PlanError

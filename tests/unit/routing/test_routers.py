@@ -21,7 +21,7 @@ from mergekit_ray.core.errors import MergeError, MergekitRayError, ModelError, P
 from mergekit_ray.evaluation.threads import single_threaded_torch
 from mergekit_ray.routing.batches import make_batches
 from mergekit_ray.routing.prompts import tokenize
-from mergekit_ray.routing.routers import overlap_warnings, router_vectors, routers, shared_vectors
+from mergekit_ray.routing.routers import overlap_warnings, routers
 from mergekit_ray.routing.spread import Here
 from support.models import ModelLibrary, config_of, load, rewrite
 from support.references.routing import NUM_LAYERS, PROMPTS, opened, recipe_of, route, unit, whole_model_states
@@ -66,15 +66,10 @@ class TestVectors:
             expected = np.stack([unit(first[layer]), unit(second[layer])])
             np.testing.assert_allclose(rows, expected, rtol=0, atol=5e-6)
             np.testing.assert_allclose(found.shared[layer], unit(gate[layer])[None], rtol=0, atol=5e-6)
-        checkpoints = {recipe.base_model: opened(llama)}
-        for alone, together in [
-            (router_vectors(recipe, checkpoints), found.vectors),
-            (shared_vectors(recipe, checkpoints), found.shared),
-        ]:
-            assert alone.keys() == together.keys()
-            for layer, rows in alone.items():
-                assert rows.shape == together[layer].shape
-                np.testing.assert_allclose(rows, together[layer], rtol=0, atol=5e-6)
+        alone = route(recipe.model_copy(update={"shared_experts": None}))
+        assert alone.vectors.keys() == found.vectors.keys()
+        for layer, rows in alone.vectors.items():
+            np.testing.assert_allclose(rows, found.vectors[layer], rtol=0, atol=5e-6)
 
     @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
     def test_cheap_embed_adds_up_input_embeddings(self, family: str, library: ModelLibrary) -> None:
@@ -116,16 +111,11 @@ class TestVectors:
             np.testing.assert_array_equal(spread_out[layer], rows)
 
     def test_no_shared_expert(self, llama: Path) -> None:
-        recipe = recipe_of(llama, PROMPTS)
-        checkpoints = {recipe.base_model: opened(llama)}
-        assert shared_vectors(recipe, checkpoints) == {}
-        assert route(recipe).shared == {}
+        assert route(recipe_of(llama, PROMPTS)).shared == {}
 
     def test_a_shared_expert_without_prompts(self, llama: Path) -> None:
         recipe = recipe_of(llama, PROMPTS, shared_experts=[{"source_model": "./shared"}])
         assert route(recipe).shared == {}
-        with pytest.raises(PlanError, match=r"shared_experts\[0\]\.positive_prompts"):
-            shared_vectors(recipe, {recipe.base_model: opened(llama)})
 
 
 class TestWarnings:

@@ -1,0 +1,50 @@
+"""The layout of the code: no circles, files and folders of a size, a picture that is current."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MOST_LINES = 400
+MOST_FILES = 25
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports for annotations and within functions count too."""
+    graph = grimp.build_graph("mergekit_ray")
+    packages = {module for module in graph.modules if graph.find_children(module)}
+    for module in graph.modules - packages:
+        for imported in graph.find_modules_directly_imported_by(module):
+            chain = None if imported in packages else graph.find_shortest_chain(imported, module)
+            assert chain is None, f"a circle: {' -> '.join((module, *chain))}"
+
+
+@pytest.mark.parametrize("folder", ["mergekit_ray", "tests", "benchmarks", "demo", "docker", "helm", "scripts"])
+def test_files_and_folders_are_of_a_size(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    long = [str(file.relative_to(ROOT)) for file in files if len(file.read_text().splitlines()) > MOST_LINES]
+    assert not long, "split them by what they hold"
+    for parent in {file.parent for file in files}:
+        assert sum(file.parent == parent for file in files) <= MOST_FILES, f"too many files in {parent}"
+
+
+def test_what_methods_share_knows_no_method() -> None:
+    graph = grimp.build_graph("mergekit_ray")
+    rooms = ("mergekit_ray.methods.shared", "mergekit_ray.methods.compiled")
+    shared = {module for room in rooms for module in graph.find_descendants(room)} | {*rooms}
+    methods = graph.find_children("mergekit_ray.methods") - {*rooms}
+    for module in shared:
+        assert not graph.find_modules_directly_imported_by(module) & methods, module
+
+
+def test_the_picture_of_the_rooms_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/draw_floors.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
