@@ -244,6 +244,19 @@ class TestOtherCommands:
         assert found["plan_digest"] == planned.digest
         assert found["plan"] == json.loads(json.dumps(planned.to_json()))
 
+    def test_plan_explains_how_tensors_are_computed(self, recipe: Path) -> None:
+        shown = " ".join(invoke("plan", recipe, "--explain", "*.layers.2.mlp.*", "--device", "cpu").stdout.split())
+        for name in ("down_proj", "gate_proj", "up_proj"):
+            assert f"model.layers.2.mlp.{name}.weight float32" in shown
+        assert "torch: ties has no loops from bytes to bytes" in shown
+        assert "ties in float32 (" in shown
+        found = json.loads(invoke("plan", recipe, "--explain", "model.norm.weight", "--json").stdout)
+        assert [(each["tensor"], each["strategy"]) for each in found] == [("model.norm.weight", "torch")]
+        assert found[0]["expression"][0] == "merge"
+        wrong = invoke("plan", recipe, "--explain", "model.nrom.weight")
+        assert wrong.exit_code == 2
+        assert "did you mean 'model.norm.weight'?" in wrong.stderr
+
     def test_validate(self, recipe: Path) -> None:
         done = invoke("validate", recipe)
         assert (done.exit_code, done.stdout) == (0, f"{recipe}: a dense recipe, valid\n")
