@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,41 @@ def test_what_methods_share_knows_no_method() -> None:
     methods = graph.find_children("mergekit_ray.methods") - {*rooms}
     for module in shared:
         assert not graph.find_modules_directly_imported_by(module) & methods, module
+
+
+ROOMS = sorted(init.parent.name for init in (ROOT / "mergekit_ray").glob("*/__init__.py"))
+QUOTED = re.compile(rf"(?<!`)`(?:mergekit_ray[./])?((?:{'|'.join(ROOMS)})(?:[./]\w+)+)`(?!`)")
+PROSE = [
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+]
+
+
+def exists(quoted: str) -> bool:
+    """Whether a path, a module, or a name in a module (a member of a class too) is there."""
+    if quoted.endswith(".py"):
+        return (ROOT / "mergekit_ray" / quoted).is_file()
+    parts = quoted.replace("/", ".").split(".")
+    for length in range(len(parts), 0, -1):
+        place = ROOT / "mergekit_ray" / "/".join(parts[:length])
+        file = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+        if file.is_file():
+            text = file.read_text()
+            return all(re.search(rf"\b{name}\b", text) for name in parts[length:])
+    return False
+
+
+def test_modules_and_names_that_prose_and_docstrings_quote_are_there() -> None:
+    files = [*(ROOT / "mergekit_ray").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / name for name in PROSE)]
+    wrong = [
+        f"{file.relative_to(ROOT)}: {quoted}"
+        for file in files
+        for quoted in QUOTED.findall(file.read_text())
+        if not exists(quoted)
+    ]
+    assert not wrong
 
 
 def test_the_picture_of_the_rooms_is_current() -> None:
