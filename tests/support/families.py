@@ -1,6 +1,6 @@
 """Tensor names of well-known families, as their checkpoints have them on the Hugging Face Hub, and what they mean.
 
-A table: shapes by tensor name, `config.json`, expected attributes of the `Anatomy`.
+A table: shapes by tensor name, ``config.json``, expected attributes of the `Anatomy`.
 """
 
 from __future__ import annotations
