@@ -78,11 +78,11 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         None,
     ),
     "address": (Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")], None),
-    "workers": (
+    "num_workers": (
         Annotated[int | None, typer.Option("--workers", min=1, help="Shards processed at once (default: automatic).")],
         None,
     ),
-    "memory": (
+    "memory_bytes": (
         Annotated[
             int | None,
             typer.Option(
@@ -98,7 +98,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")], False),
     "allow_non_finite": (AllowNonFinite, False),
 }
-"""Annotation and default of what becomes `MergeOptions`, by the command's parameter."""
+"""Annotation and default of each option that becomes an attribute of `MergeOptions`."""
 
 
 def takes_merge_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -125,16 +125,7 @@ def takes_merge_options(**defaults: Any) -> Callable[[Callable[..., None]], Call
         @functools.wraps(command)
         def wrapped(*args: Any, **given: Any) -> None:
             chosen = {name: given.pop(name) for name in _MERGE_OPTIONS}
-            options = MergeOptions(
-                executor=None if chosen["executor"] is None else chosen["executor"].value,
-                address=chosen["address"],
-                num_workers=chosen["workers"],
-                memory_bytes=chosen["memory"],
-                device=chosen["device"],
-                overwrite=chosen["overwrite"],
-                allow_non_finite=chosen["allow_non_finite"],
-            )
-            command(*args, options=options, **given)
+            command(*args, options=MergeOptions(**chosen), **given)
 
         # What typer reads: the signature, and the annotations with the names evaluated.
         wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
