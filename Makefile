@@ -26,7 +26,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format docs site parity gpu memory ray fuzz container bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format docs site parity gpu memory ray fuzz container package bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -98,6 +98,9 @@ fuzz: $(READY)  ## five minutes of coverage-guided fuzzing of each reader of fil
 
 container: $(READY)  ## build the container image with podman and try it (minutes, 6 GB of disk)
 	$(BIN)/python -m pytest -m container tests/container $(PYTEST_ARGS)
+
+package: $(READY)  ## build wheel and sdist in dist/, and try the wheel in an empty environment
+	PATH=$(CURDIR)/$(BIN):$$PATH PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) release/package.sh $(TORCH_OPTION)
 
 bench: $(READY) $(MERGEKIT_READY)  ## mergekit and mergekit-ray side by side on a 1.1B model (13 GB of disk, 30 minutes)
 	$(BIN)/python -m benchmarks.side_by_side --mergekit-python $(MERGEKIT)/bin/python
