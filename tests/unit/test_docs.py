@@ -1,4 +1,7 @@
-"""The documents are right: generated pages are up to date, recipes load, commands parse, links lead somewhere."""
+"""The documents are right: generated pages are up to date, recipes load, commands parse, links lead somewhere.
+
+So are the commands of the workflows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +26,12 @@ from mergekit_ray.cli import app
 from mergekit_ray.cli.tables import methods_markdown
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_COMMANDS = ("README.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md")
+PAGES = [*(ROOT / name for name in WITH_COMMANDS), *sorted((ROOT / "docs").glob("*.md"))]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+FOLDERS = (".ci/", ".github/", "configs/", "docker/", "helm/", "release/")
+"""Whose files are checked for being there."""
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -47,7 +56,16 @@ def blocks() -> Iterator[Block]:
             yield Block(page.name, line, match["language"], match["text"])
 
 
-BLOCKS = list(blocks())
+def steps() -> Iterator[Block]:
+    """What workflows run, as blocks without a language."""
+    for page in WORKFLOWS:
+        text = page.read_text()
+        for job in yaml.safe_load(text)["jobs"].values():
+            for run in (step["run"] for step in job.get("steps", []) if "run" in step):
+                yield Block(page.name, text.count("\n", 0, text.index(run.splitlines()[0])) + 1, "", run)
+
+
+BLOCKS = [*blocks(), *steps()]
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 COMMANDS = [
     (str(block), line)
@@ -91,10 +109,9 @@ def test_commands_exist(place: str, line: str) -> None:
         _check_ours(words)
         return
     if words[0] == "make":
-        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        assert {word for word in words[1:] if "=" not in word} <= targets
+        assert {word for word in words[1:] if "=" not in word} <= TARGETS
     for word in words:
-        if word.startswith(("./docker/", "docker/", "helm/", "./helm/", "configs/")):
+        if word.removeprefix("./").startswith(FOLDERS):
             assert (ROOT / word).exists(), word
 
 
@@ -107,7 +124,11 @@ OTHERS = (
     "podman",
     "docker",
     "docker/build.sh",
+    "docker/podman.sh",
+    ".ci/run",
     "python",
+    "mkdir",
+    "test",
     "git",
     "cosign",
     "model_signing",
@@ -136,6 +157,53 @@ def _laid_over(values: Any, changes: Any) -> Any:
         return changes
     merged = {**values, **{key: _laid_over(values.get(key), value) for key, value in changes.items()}}
     return {key: value for key, value in merged.items() if value is not None}
+
+
+_OURS = re.compile(
+    r"https://(?:github\.com/mergekit-ray/mergekit-ray/(?:blob|tree)|raw\.githubusercontent\.com/mergekit-ray/mergekit-ray)/main/"
+)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text())):
+        _check_link(link)
+        assert page.name != "README.md" or "://" in link, f"{link} leads nowhere on PyPI"
+
+
+def test_links_of_the_package() -> None:
+    for link in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values():
+        _check_link(link)
+
+
+def _check_link(link: str) -> None:
+    path, _, anchor = _OURS.sub("", link).partition("#")
+    if "://" in path:
+        return
+    assert (ROOT / path).exists(), link
+    if anchor:
+        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, link
+
+
+@pytest.mark.parametrize("page", ["RELEASE.md", "SECURITY.md", ".github/pull_request_template.md"])
+def test_files_and_targets_in_running_text_exist(page: str) -> None:
+    for word in re.findall(r"`([^`\n]+)`", _FENCE.sub("", (ROOT / page).read_text())):
+        if word.startswith("make "):
+            assert word.removeprefix("make ") in TARGETS
+        elif re.fullmatch(r"[\w./-]+\.(md|py|sh|toml|yml|yaml)", word):
+            assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_call_workflows_that_exist(workflow: Path) -> None:
+    for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+        if "uses" in job:
+            assert (ROOT / job["uses"]).is_file(), job["uses"]
+
+
+def test_the_chart_has_the_version_that_its_archive_is_released_under() -> None:
+    assert yaml.safe_load((ROOT / "helm/mergekit-ray/Chart.yaml").read_text())["version"] == mergekit_ray.__version__
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
