@@ -3,8 +3,8 @@
 #
 #   release/package.sh [OPTION OF pip install]...
 #
-# `python` is the first on PATH and has build, twine and mypy. What pip reads from the environment holds for all that is
-# installed: PIP_CONSTRAINT is an absolute path.
+# Needs build, twine and mypy in the `python` that is first on PATH. pip's own PIP_CONSTRAINT, an absolute path, holds for what
+# builds the package and for what is installed with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
