@@ -26,7 +26,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format docs site parity gpu memory ray fuzz container package bench clean clean-venv
+.PHONY: help setup demo demo-moe test check format site parity gpu memory ray fuzz container package bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -58,9 +58,6 @@ check: $(READY)  ## style, types and layering
 format: $(READY)  ## put the code into the form that `check` wants
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-
-docs: $(READY)  ## write docs/methods.md from the methods' declarations
-	$(BIN)/mergekit-ray methods --markdown > docs/methods.md
 
 site: $(READY)  ## build the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict
