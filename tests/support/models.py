@@ -101,7 +101,7 @@ class ModelLibrary:
 
     def get(
         self,
-        family: str = "llama",
+        family: str | Family = "llama",
         variant: int = 0,
         *,
         tied: bool | None = None,
@@ -115,7 +115,7 @@ class ModelLibrary:
         """The folder of a checkpoint.
 
         Args:
-            family: of `FAMILIES` or `MOE_FAMILIES`.
+            family: one, or the name of one in `FAMILIES` or `MOE_FAMILIES`.
             variant: 0 is the base; others are the base plus noise of this seed.
             tied: whether embedding and head are one; None for what the family does.
             dtype: of all weights.
@@ -123,11 +123,12 @@ class ModelLibrary:
             max_shard_size: as `save_pretrained` takes it.
             with_tokenizer: save a tokenizer beside it.
         """
-        key = (family, variant, tied, dtype, num_layers, vocab_size, hidden_size, max_shard_size, with_tokenizer)
+        key = (str(family), variant, tied, dtype, num_layers, vocab_size, hidden_size, max_shard_size, with_tokenizer)
         if key not in self._made:
             sizes = {"num_hidden_layers": num_layers, "vocab_size": vocab_size, "hidden_size": hidden_size}
             model = build(family, variant, tied=tied, dtype=dtype, **sizes)
-            folder = self._folder / f"{family}-{variant}-{len(self._made)}"
+            name = family if isinstance(family, str) else family.prefix
+            folder = self._folder / f"{name}-{variant}-{len(self._made)}"
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             if with_tokenizer:
                 save_tokenizer(folder)
@@ -136,10 +137,15 @@ class ModelLibrary:
 
 
 def build(
-    family: str, variant: int = 0, *, tied: bool | None = None, dtype: torch.dtype = torch.float32, **sizes: Any
+    family: str | Family,
+    variant: int = 0,
+    *,
+    tied: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
 ) -> Any:
     """A model of a family with random weights: the same for the same arguments."""
-    made = FAMILIES.get(family) or MOE_FAMILIES[family]
+    made = (FAMILIES | MOE_FAMILIES)[family] if isinstance(family, str) else family
     values = {**SHAPE, **made.changes, **sizes}
     config = made.config_class(
         **{key: value for key, value in values.items() if value is not None},

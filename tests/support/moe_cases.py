@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import mergekit_ray
-from support.models import load, tensors_of
+from support.models import Family, load, tensors_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Case:
     """A dense family made into an MoE.
 
     Attributes:
-        dense: family of the models.
+        dense: family of the models, as `ModelLibrary.get` takes it.
         model_type: of the result.
         router: name of its router below a layer.
         class_name: what transformers loads it as.
@@ -25,7 +25,7 @@ class Case:
         shared: with a shared expert.
     """
 
-    dense: str
+    dense: str | Family
     model_type: str
     router: str
     class_name: str

@@ -5,75 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import mergekit_ray
 from support.models import ModelLibrary, config_of, load, logits, tensors_of
-from support.moe_cases import CASES, MIXTRAL, QWEN2, SHARED_GATE, Case, assert_close, expert, merge
+from support.moe_cases import CASES, MIXTRAL, QWEN2, Case, assert_close, expert, merge
+from support.moe_conformance import MoeConformance
 from support.references.moe import assemble
 
 
-@pytest.mark.parametrize("name", CASES)
-class TestEveryFamily:
-    def test_identical_experts_are_the_dense_model(self, name: str, models: ModelLibrary, tmp_path: Path) -> None:
-        case = CASES[name]
-        source = models.get(case.dense)
-        recipe = case.recipe(source, *[expert(source)] * 3, experts_per_token=2)
-        recipe["shared_experts"] = None
-        if case.shared:
-            recipe["architecture"] = case.model_type
-        model = merge(recipe, tmp_path / "out")
-        assert type(model).__name__ == case.class_name
-        assert config_of(tmp_path / "out")["model_type"] == case.model_type
-        assert_close(logits(model), logits(load(source)))
-
-    def test_different_experts_are_the_reference(self, name: str, models: ModelLibrary, tmp_path: Path) -> None:
-        case = CASES[name]
-        base, *sources = (models.get(case.dense, variant) for variant in range(4))
-        scales = [1.0, 0.5, -2.0]
-        listed = [expert(s, residual_scale=scale) for s, scale in zip(sources, scales, strict=True)]
-        model = merge(case.recipe(base, *listed, experts_per_token=2), tmp_path / "out")
-        gates = case.routers(tmp_path / "out", name=SHARED_GATE) if case.shared else None
-        reference = assemble(
-            base,
-            sources,
-            case.routers(tmp_path / "out"),
-            2,
-            shared=base if case.shared else None,
-            shared_gates=gates,
-            residual_scales=scales,
-            shared_scale=0.5,
-        )
-        expected = logits(reference)
-        assert_close(logits(model), expected)
-        assert float((expected - logits(load(base))).abs().max()) > 0.01  # the experts are seen to matter
-        self.check_use(model, tmp_path)
-
-    @staticmethod
-    def check_use(model: Any, tmp_path: Path) -> None:
-        """Saved and loaded again it is the same, and it writes text."""
-        said = logits(model)
-        model.save_pretrained(tmp_path / "saved")
-        torch.testing.assert_close(logits(load(tmp_path / "saved")), said, rtol=0, atol=0)
-        written = model.generate(torch.arange(3, 9).reshape(1, -1), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        assert written.shape == (1, 9)
-
-    def test_packed_experts_are_the_same_model(self, name: str, models: ModelLibrary, tmp_path: Path) -> None:
-        case = CASES[name]
-        base, *sources = (models.get(case.dense, variant) for variant in range(3))
-        listed = [expert(sources[0], noise_scale=0.05), expert(sources[1], noise_scale=0.05, residual_scale=0.5)]
-        both = {}
-        for layout in ("separate", "packed"):
-            recipe = case.recipe(base, *listed, *listed, expert_layout=layout)
-            both[layout] = merge(recipe, tmp_path / layout)
-        packed = tensors_of(tmp_path / "packed")
-        assert packed["model.layers.3.mlp.experts.gate_up_proj"].shape == (4, 128, 32)
-        assert packed["model.layers.3.mlp.experts.down_proj"].shape == (4, 32, 64)
-        assert not any(".experts.0." in each for each in packed)
-        torch.testing.assert_close(logits(both["packed"]), logits(both["separate"]), rtol=0, atol=0)
+class TestEveryFamily(MoeConformance):
+    CASES = CASES
 
 
 def test_deepseek_is_the_reference_with_its_own_names(models: ModelLibrary, tmp_path: Path) -> None:
