@@ -41,13 +41,13 @@ class RetryPolicy:
 
 def retry(
     policy: RetryPolicy,
-    attempt: Callable[[int], T],
+    attempt: Callable[[], T],
     *,
     kinds: tuple[type[Exception], ...],
     asked_pause: Callable[[Exception], float | None],
     explain: Callable[[Exception, int], MergekitRayError],
 ) -> T:
-    """``attempt(number)`` until it succeeds; numbers start at 1.
+    """``attempt()`` until it succeeds.
 
     Args:
         policy: how often and how soon.
@@ -64,7 +64,7 @@ def retry(
     while True:
         number += 1
         try:
-            return attempt(number)
+            return attempt()
         except kinds as error:
             seconds = asked_pause(error)
             if seconds is None or number >= policy.max_attempts:

@@ -242,7 +242,7 @@ class WorkingBranch:
             self._seen = None
 
     def _call(self, doing: str, call: Callable[[Any], T]) -> T:
-        return with_retries(self._policy, lambda _: ask(call), doing=doing, subject=self._subject)
+        return with_retries(self._policy, lambda: ask(call), doing=doing, subject=self._subject)
 
 
 def is_note(name: str) -> bool:

@@ -84,8 +84,8 @@ class Subject:
         return f"hf://{self.name}{at}" + (f"/{self.file}" if self.file else "")
 
 
-def with_retries(policy: RetryPolicy, attempt: Callable[[int], T], *, doing: str, subject: Subject) -> T:
-    """``attempt(number)`` until it succeeds; numbers start at 1.
+def with_retries(policy: RetryPolicy, attempt: Callable[[], T], *, doing: str, subject: Subject) -> T:
+    """``attempt()`` until it succeeds.
 
     Raises:
         ModelError: the repository or revision is not there, or not for this login.

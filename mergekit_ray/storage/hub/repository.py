@@ -79,7 +79,7 @@ def look_up(name: str, revision: str | None, policy: RetryPolicy) -> Repository:
     """
     subject = subject_of(name, revision)
 
-    def attempt(_: int) -> Repository:
+    def attempt() -> Repository:
         info = ask(lambda api: api.model_info(name, revision=revision, files_metadata=True, timeout=API_SECONDS))
         if len(info.siblings or ()) > _MAX_SIBLINGS:
             entries = ask(lambda api: list(api.list_repo_tree(name, revision=info.sha, recursive=True)))
@@ -141,7 +141,7 @@ class RemoteFiles:
             CheckpointError: there is no such file.
         """
         known = self.known(name)
-        return known or self._with_retries(name, "looking up", lambda _: self._place(name)).stat
+        return known or self._with_retries(name, "looking up", lambda: self._place(name)).stat
 
     def fetch(self, name: str, fetch: Fetch, version: str | None) -> None:
         """Carry a request out, going on from where it broke off as often as the policy allows.
@@ -150,7 +150,7 @@ class RemoteFiles:
             CheckpointError: the file is not there, is shorter, or is not at ``version``.
         """
         doing = f"reading bytes {fetch.start} to {fetch.end}"
-        self._with_retries(name, doing, lambda _: self._fetch_once(name, fetch, version))
+        self._with_retries(name, doing, lambda: self._fetch_once(name, fetch, version))
 
     def where(self, name: str) -> str:
         """A file's address, for messages."""

@@ -48,7 +48,7 @@ def make_client(uri: str, *, num_connections: int) -> Any:
 
     def connect(s3_settings: Any) -> Any:
         config = Config(
-            retries={"total_max_attempts": 1, "mode": "standard"},  # retries are ours, range by range
+            retries={"total_max_attempts": 1, "mode": "standard"},  # see `storage.s3.faults.retried`
             max_pool_connections=num_connections,
             connect_timeout=10,
             read_timeout=60,

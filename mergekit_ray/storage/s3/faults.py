@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from mergekit_ray.core.errors import StorageError
@@ -43,34 +44,72 @@ _REMEDY_BY_CODE = {
 }
 
 
-def with_retries(policy: RetryPolicy, attempt: Callable[[int], T], *, doing: str, where: str) -> T:
-    """``attempt(number)`` until it succeeds; numbers start at 1.
+def retried(client: Any, policy: RetryPolicy) -> Any:
+    """The boto3 client, which from now on sends a request again whose fault may pass; `with_retries` does for reads.
+
+    botocore sends and signs anew, and we say when. Its own modes give up too early: the quota of ``standard`` and
+    ``adaptive`` is used up when 24 requests at once meet an error 500 twice, and none resends a damaged body.
+    """
+    from botocore.exceptions import ClientError  # noqa: PLC0415 - boto3 loads only when used
+
+    def needs_retry(
+        *, attempts: int, operation: Any, response: Any, caught_exception: Exception | None, **_: Any
+    ) -> float | None:
+        error = caught_exception
+        if response is not None and response[0].status_code >= 300:
+            error = ClientError(response[1], operation.name)
+        if error is None or operation.name == "GetObject":
+            return None
+        if attempts < policy.max_attempts and is_transient(error):
+            return policy.pause(attempts, _retry_after(error))
+        if caught_exception is not None:
+            caught_exception.response = {"ResponseMetadata": {"RetryAttempts": attempts - 1}}  # type: ignore[attr-defined]
+        return None
+
+    client.meta.events.register("needs-retry.s3", needs_retry, unique_id="mergekit-ray")
+    return client
+
+
+@contextlib.contextmanager
+def explained(doing: str, where: str) -> Iterator[None]:
+    """Raise what goes wrong with the requests inside as the error that a user sees.
 
     Args:
-        policy: how often and how soon.
-        attempt: sends the request.
-        doing: what the request is for, in words: "reading".
-        where: the URI it concerns.
+        doing: what they are for, in words: "writing".
+        where: the URI they concern.
 
     Raises:
-        StorageError: a fault that another try will not cure, or one that outlasted the policy.
+        StorageError: a fault that another try will not cure, or one that outlasted the retries.
     """
-    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - boto3 loads only when used
-    from urllib3.exceptions import HTTPError  # noqa: PLC0415
+    try:
+        yield
+    except _kinds() as error:
+        raise explain(error, doing=doing, where=where, num_attempts=1 + _num_retries(error)) from error
 
+
+def with_retries(policy: RetryPolicy, attempt: Callable[[], T], *, doing: str, where: str) -> T:
+    """``attempt()`` until it succeeds: reads an answer to GetObject, and goes on from the byte it had reached.
+
+    Raises:
+        StorageError: see `explained`.
+    """
     return retry(
         policy,
         attempt,
-        kinds=(BotoCoreError, ClientError, HTTPError, OSError),
+        kinds=_kinds(),
         asked_pause=lambda error: _retry_after(error) if is_transient(error) else None,
         explain=lambda error, number: explain(error, doing=doing, where=where, num_attempts=number),
     )
 
 
+def was_retried(error: Exception) -> bool:
+    """Whether an earlier attempt at the request may have been carried out, its answer lost."""
+    return _num_retries(error) > 0
+
+
 def status_of(error: Exception) -> int:
     """HTTP status of an error answer; 0 if the error is not one."""
-    metadata: dict[str, Any] = _response(error).get("ResponseMetadata", {})
-    return int(metadata.get("HTTPStatusCode", 0))
+    return int(_metadata(error).get("HTTPStatusCode", 0))
 
 
 def code_of(error: Exception) -> str:
@@ -144,13 +183,30 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
     )
 
 
+def _kinds() -> tuple[type[Exception], ...]:
+    """The exceptions by which a request fails."""
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415
+
+    return BotoCoreError, ClientError, HTTPError, OSError
+
+
 def _response(error: Exception) -> dict[str, Any]:
     response = getattr(error, "response", None)
     return response if isinstance(response, dict) else {}
 
 
+def _metadata(error: Exception) -> dict[str, Any]:
+    metadata: dict[str, Any] = _response(error).get("ResponseMetadata", {})
+    return metadata
+
+
+def _num_retries(error: Exception) -> int:
+    return int(_metadata(error).get("RetryAttempts", 0))
+
+
 def _retry_after(error: Exception) -> float:
-    headers = _response(error).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    headers = _metadata(error).get("HTTPHeaders", {})
     try:
         return max(0.0, float(headers.get("retry-after", 0)))
     except ValueError:  # a date

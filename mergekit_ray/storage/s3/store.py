@@ -15,8 +15,8 @@ from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch, plan_fetches
 from mergekit_ray.storage.s3.checksums import Checksums
 from mergekit_ray.storage.s3.client import make_client
-from mergekit_ray.storage.s3.copy import Copies, Copy, abort_uploads, put_if_match
-from mergekit_ray.storage.s3.faults import code_of, status_of, with_retries
+from mergekit_ray.storage.s3.copy import Copy, abort_uploads, copy_all
+from mergekit_ray.storage.s3.faults import code_of, explained, retried, status_of, was_retried, with_retries
 from mergekit_ray.storage.s3.upload import S3Upload
 from mergekit_ray.storage.schemes import SCHEMES
 from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, fetch_all
@@ -49,7 +49,7 @@ class S3Store:
         self._bucket = bucket
         self._prefix = prefix.strip("/")
         self._retry = retry or RetryPolicy()
-        self._made_client = client
+        self._made_client = None if client is None else retried(client, self._retry)
         self._read_pool: ThreadPoolExecutor | None = None
         self._write_pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -73,32 +73,29 @@ class S3Store:
     def list(self) -> builtins.list[FileStat]:
         """See `Source.list`."""
         base = f"{self._prefix}/" if self._prefix else ""
-        found: builtins.list[FileStat] = []
-        token: dict[str, str] = {}
-        while True:
-            page = self._list_page(base, token)
-            for entry in page.get("Contents", ()):
-                name = entry["Key"][len(base) :]
-                if name and not name.endswith("/"):
-                    found.append(FileStat(name, entry["Size"], entry["ETag"].strip('"')))
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda file: file.name)
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=base)
+        with explained("listing", self.uri):
+            entries = [entry for page in pages for entry in page.get("Contents", ())]
+        named = [(entry["Key"][len(base) :], entry) for entry in entries]
+        found = [
+            FileStat(name, entry["Size"], entry["ETag"].strip('"'))
+            for name, entry in named
+            if name and not name.endswith("/")
+        ]
+        return sorted(found, key=lambda file: file.name)
 
     def stat(self, name: str) -> FileStat | None:
         """See `Source.stat`."""
         key = self._key(name)
 
-        def attempt(_: int) -> FileStat | None:
+        with explained("looking up", self._where(name)):
             try:
                 answer = self._client.head_object(Bucket=self._bucket, Key=key)
             except Exception as error:
                 if code_of(error) in _NOT_THERE:
                     return None
                 raise
-            return FileStat(name, answer["ContentLength"], answer["ETag"].strip('"'))
-
-        return with_retries(self._retry, attempt, doing="looking up", where=self._where(name))
+        return FileStat(name, answer["ContentLength"], answer["ETag"].strip('"'))
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """See `Source.read`."""
@@ -113,14 +110,17 @@ class S3Store:
         """See `Source.read_head`."""
         key = self._key(name)
 
-        def attempt(_: int) -> tuple[bytes, FileStat]:
+        def attempt() -> tuple[bytes, FileStat]:
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{max(num_bytes, 1) - 1}")
             except Exception as error:
                 if code_of(error) in _NOT_THERE:
                     raise self._missing(name) from error
                 if status_of(error) == 416:  # an empty object has no ranges
-                    return b"", self._stat_of_empty(name)
+                    stat = self._stat_of(name)
+                    if stat.num_bytes:
+                        raise ShortBodyError("a range was refused that the object has") from error
+                    return b"", stat
                 raise
             with contextlib.closing(answer["Body"]) as body:
                 total = _total_bytes(answer)
@@ -152,7 +152,6 @@ class S3Store:
         return S3Upload(
             self._client,
             self._writers,
-            self._retry,
             bucket=self._bucket,
             key=self._key(name),
             name=name,
@@ -164,52 +163,30 @@ class S3Store:
         """See `Sink.put`."""
         key = self._key(name)
         checksum = Checksums(self._client).of_body(data)
-        answer = with_retries(
-            self._retry,
-            lambda _: self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **checksum),
-            doing="writing",
-            where=self._where(name),
-        )
+        with explained("writing", self._where(name)):
+            answer = self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **checksum)
         return FileStat(name, len(data), answer["ETag"].strip('"'))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`. Racers must write different data: it tells a lost answer from a lost race."""
-        key = self._key(name)
-        checksum = Checksums(self._client).of_body(data)
-
-        def attempt(number: int) -> bool:
-            try:
-                self._client.put_object(Bucket=self._bucket, Key=key, Body=data, IfNoneMatch="*", **checksum)
-            except Exception as error:
-                if status_of(error) != 412:  # precondition failed
-                    raise
-                return number > 1 and self._etag_of(name, data) is not None
-            return True
-
-        return with_retries(self._retry, attempt, doing="writing", where=self._where(name))
+        return self._put_if(name, data, IfNoneMatch="*") is not None
 
     def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
         """See `ConditionalSink.replace`: ``If-Match``. Racers must write different data, as for `put_if_absent`."""
-
-        def attempt(number: int) -> str | None:
-            etag = put_if_match(self._client, self._bucket, self._key(name), data, version)
-            return etag if etag is not None or number == 1 else self._etag_of(name, data)
-
-        etag = with_retries(self._retry, attempt, doing="writing", where=self._where(name))
+        etag = self._put_if(name, data, IfMatch=f'"{version}"')
         return None if etag is None else FileStat(name, len(data), etag)
 
     def move(self, names: Mapping[str, str]) -> None:
         """See `MovingSink.move`: copies that the server makes, then the originals are deleted."""
-        stats = {old: self.stat(old) for old in names}
-        copies = Copies(self._client, self._writers, self._retry, self._bucket)
-        copies.run([Copy(self._key(old), self._key(new), stats[old], self._where(old)) for old, new in names.items()])
+        copies = [
+            Copy(self._key(old), self._key(new), self._stat_of(old), self._where(old)) for old, new in names.items()
+        ]
+        copy_all(copies, self._client, self._writers, self._bucket)
         self.delete(list(names))
 
     def discard_remains(self, names: Collection[str]) -> int:
         """See `RemainsSink.discard_remains`."""
-        return abort_uploads(
-            self._client, self._retry, self._bucket, {self._key(name) for name in names}, where=self.uri
-        )
+        return abort_uploads(self._client, self._bucket, {self._key(name) for name in names}, where=self.uri)
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
@@ -221,7 +198,8 @@ class S3Store:
     def _client(self) -> Any:
         with self._lock:
             if self._made_client is None:
-                self._made_client = make_client(self.uri, num_connections=_NUM_READERS + 2 * _NUM_WRITERS)
+                made = make_client(self.uri, num_connections=_NUM_READERS + 2 * _NUM_WRITERS)
+                self._made_client = retried(made, self._retry)
             return self._made_client
 
     @property
@@ -239,23 +217,24 @@ class S3Store:
                 self._write_pool = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="s3-write")
             return self._write_pool
 
-    def _list_page(self, base: str, token: dict[str, str]) -> dict[str, Any]:
-        page: dict[str, Any] = with_retries(
-            self._retry,
-            lambda _: self._client.list_objects_v2(Bucket=self._bucket, Prefix=base, **token),
-            doing="listing",
-            where=self.uri,
-        )
-        return page
+    def _put_if(self, name: str, data: bytes, **condition: str) -> str | None:
+        """Write a file on a condition; gives its version, None if the condition does not hold."""
+        key = self._key(name)
+        checksum = Checksums(self._client).of_body(data)
+        with explained("writing", self._where(name)):
+            try:
+                answer = self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **condition, **checksum)
+            except Exception as error:
+                if status_of(error) != 412 and code_of(error) not in _NOT_THERE:
+                    raise
+                # An earlier attempt whose answer was lost may have made the condition false.
+                return self._etag_of(name, data) if was_retried(error) else None
+        return str(answer["ETag"]).strip('"')
 
     def _delete_batch(self, keys: Sequence[str]) -> None:
         batch = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        answer = with_retries(
-            self._retry,
-            lambda _: self._client.delete_objects(Bucket=self._bucket, Delete=batch),
-            doing="deleting",
-            where=self.uri,
-        )
+        with explained("deleting", self.uri):
+            answer = self._client.delete_objects(Bucket=self._bucket, Delete=batch)
         failed = [error for error in answer.get("Errors", ()) if error.get("Code") != "NoSuchKey"]
         if failed:
             key, code = failed[0].get("Key"), failed[0].get("Code")
@@ -275,12 +254,10 @@ class S3Store:
     def _missing(self, name: str) -> CheckpointError:
         return CheckpointError("no such file", where=self._where(name))
 
-    def _stat_of_empty(self, name: str) -> FileStat:
+    def _stat_of(self, name: str) -> FileStat:
         stat = self.stat(name)
         if stat is None:
             raise self._missing(name)
-        if stat.num_bytes:
-            raise ShortBodyError("a range was refused that the object has")
         return stat
 
     def _etag_of(self, name: str, data: bytes) -> str | None:
@@ -294,7 +271,7 @@ class S3Store:
     def _fetch(self, name: str, fetch: Fetch, version: str | None) -> None:
         with_retries(
             self._retry,
-            lambda _: self._fetch_once(name, fetch, version),
+            lambda: self._fetch_once(name, fetch, version),
             doing=f"reading bytes {fetch.start} to {fetch.end}",
             where=self._where(name),
         )

@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from typing import Any, TypeVar
+from typing import Any
 
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.storage.protocols import FileStat
 from mergekit_ray.storage.s3.checksums import Checksums
-from mergekit_ray.storage.s3.faults import code_of, with_retries
-from mergekit_ray.storage.transfers import RetryPolicy
-
-T = TypeVar("T")
+from mergekit_ray.storage.s3.faults import code_of, explained, was_retried
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +18,20 @@ MIN_PART_BYTES = 16 << 20
 _MAX_NUM_PARTS = 9000  # the limit of S3 is 10000
 _MAX_IN_FLIGHT = 4
 _PART_GRAIN_BYTES = 1 << 20
+
+
+def abort_upload(client: Any, upload: dict[str, str], where: str) -> None:
+    """Abort a multipart upload, given its bucket, key and id, if it is there."""
+    try:
+        with explained("aborting", where):
+            try:
+                client.abort_multipart_upload(**upload)
+            except Exception as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+    except StorageError as error:
+        # Whatever made the caller abort matters more than this.
+        logger.warning("an unfinished upload stays behind and is billed until removed: %s", error)
 
 
 def part_bytes_for(num_bytes: int) -> int:
@@ -38,7 +49,7 @@ class S3Upload:
     (AbortIncompleteMultipartUpload) removes those.
 
     Args:
-        client: a boto3 S3 client.
+        client: a boto3 S3 client, see `storage.s3.faults.retried`.
         executor: runs the parts; shared by all uploads of a store.
         stat: the store's `stat`.
     """
@@ -47,7 +58,6 @@ class S3Upload:
         self,
         client: Any,
         executor: Executor,
-        retry: RetryPolicy,
         *,
         bucket: str,
         key: str,
@@ -58,7 +68,6 @@ class S3Upload:
         self._client = client
         self._checksums = Checksums(client)
         self._executor = executor
-        self._retry = retry
         self._target = {"Bucket": bucket, "Key": key}
         self._where = f"s3://{bucket}/{key}"
         self._name = name
@@ -106,7 +115,8 @@ class S3Upload:
         if self._upload_id is None:
             body = self._buffer
             checksum = self._checksums.of_body(body)
-            answer = self._call("writing", lambda _: self._client.put_object(**self._target, Body=body, **checksum))
+            with explained("writing", self._where):
+                answer = self._client.put_object(**self._target, Body=body, **checksum)
             version = answer["ETag"].strip('"')
         else:
             self._send(last=True)
@@ -126,24 +136,13 @@ class S3Upload:
         self._close()
         if upload_id is None:
             return
-        try:
-            self._call("aborting", lambda _: self._abort_once(upload_id))
-        except StorageError as error:
-            # Whatever made the caller abort matters more than this.
-            logger.warning("an unfinished upload stays behind and is billed until removed: %s", error)
-
-    def _abort_once(self, upload_id: str) -> None:
-        try:
-            self._client.abort_multipart_upload(**self._target, UploadId=upload_id)
-        except Exception as error:
-            if code_of(error) != "NoSuchUpload":
-                raise
+        abort_upload(self._client, {**self._target, "UploadId": upload_id}, self._where)
 
     def _send(self, *, last: bool = False) -> None:
         """Hand the filled buffer to the executor and, unless it is the last, take a free one."""
         if self._upload_id is None:
-            begun = {**self._target, **self._checksums.of_upload}
-            answer = self._call("writing", lambda _: self._client.create_multipart_upload(**begun))
+            with explained("writing", self._where):
+                answer = self._client.create_multipart_upload(**self._target, **self._checksums.of_upload)
             self._upload_id = answer["UploadId"]
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._collect(everything=False)
@@ -160,7 +159,8 @@ class S3Upload:
     def _send_part(self, upload_id: str, number: int, buffer: bytearray) -> None:
         checksum = self._checksums.of_body(buffer)
         part = {**self._target, "UploadId": upload_id, "PartNumber": number, **checksum}
-        answer = self._call(f"writing part {number}", lambda _: self._client.upload_part(**part, Body=buffer))
+        with explained(f"writing part {number}", self._where):
+            answer = self._client.upload_part(**part, Body=buffer)
         self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **checksum}
         if not self._is_sent:
             self._free.append(buffer)
@@ -173,26 +173,20 @@ class S3Upload:
             part.result()
 
     def _complete(self, upload_id: str) -> str:
-        parts = [part for _, part in sorted(self._parts.items())]
-
-        def attempt(number: int) -> str:
+        parts = {"Parts": [part for _, part in sorted(self._parts.items())]}
+        with explained("completing", self._where):
             try:
                 answer = self._client.complete_multipart_upload(
-                    **self._target, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                    **self._target, UploadId=upload_id, MultipartUpload=parts
                 )
             except Exception as error:
                 # An earlier attempt whose answer was lost may have completed it.
-                if number > 1 and code_of(error) == "NoSuchUpload":
+                if was_retried(error) and code_of(error) == "NoSuchUpload":
                     found = self._stat(self._name)
                     if found is not None and found.num_bytes == self._num_bytes:
                         return found.version
                 raise
-            return str(answer["ETag"]).strip('"')
-
-        return self._call("completing", attempt)
-
-    def _call(self, doing: str, attempt: Callable[[int], T]) -> T:
-        return with_retries(self._retry, attempt, doing=doing, where=self._where)
+        return str(answer["ETag"]).strip('"')
 
     def _close(self) -> None:
         self._closed = True

@@ -17,6 +17,7 @@ from mergekit_ray.storage.s3 import copy as s3_copy
 from mergekit_ray.storage.s3.store import S3Store
 from mergekit_ray.storage.transfers import RetryPolicy
 from support.servers.faulty_s3 import FaultyS3, lose_answer, status
+from support.servers.hostile_proxy import TRANSIENT, HostileProxy, Schedule
 from support.servers.s3_server import S3Server
 
 QUICK = RetryPolicy(max_attempts=3, base_seconds=0.001)
@@ -120,6 +121,25 @@ class TestS3(Replacing):
         for name, content in data.items():
             assert store.read(name, max_bytes=1 << 24) == content
         assert self.unfinished(store, client) == []
+
+    @pytest.mark.parametrize("fault", TRANSIENT)
+    def test_moves_outlive_what_another_try_mends(
+        self, store: S3Store, s3_prefix: str, s3_server: S3Server, fault: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3_copy, "PART_BYTES", 5 << 20)
+        data = {name: random.Random(name).randbytes(size) for name, size in (("a", 11 << 20), ("b", 1_000), ("c", 0))}
+        for name, content in data.items():
+            store.put(f"staged/{name}", content)
+        with HostileProxy(s3_server.endpoint_url, Schedule(1, {fault: 0.5})) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+            patient = RetryPolicy(max_attempts=8, base_seconds=0.001, max_seconds=0.01)
+            disturbed = opened(s3_prefix, retry=patient)
+            disturbed.move({f"staged/{name}": name for name in data})
+            disturbed.close()
+            assert proxy.counts[fault] > 0
+        assert {name: store.read(name, max_bytes=1 << 24) for name in data} == data
+        # Only an upload of which nobody heard that it had begun is left for `discard_remains`.
+        assert store.discard_remains(list(data)) == 0 or fault in ("lost answer", "short body")
 
     @pytest.mark.parametrize("part_bytes", [5 << 20, 1 << 30])
     def test_an_object_that_changes_meanwhile_is_not_moved(

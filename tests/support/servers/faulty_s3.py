@@ -85,7 +85,7 @@ class FaultyS3:
         from botocore.config import Config
 
         config = Config(
-            retries={"total_max_attempts": 1},
+            retries={"total_max_attempts": 1, "mode": "standard"},
             read_timeout=0.5,
             connect_timeout=0.5,
             s3={"addressing_style": "path"},

@@ -189,7 +189,7 @@ def test_an_error_of_the_store_is_stripped_of_its_address(monkeypatch: pytest.Mo
 
 
 def test_other_exceptions_are_not_taken_for_faults_of_the_hub() -> None:
-    def fail(_: int) -> None:
+    def fail() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

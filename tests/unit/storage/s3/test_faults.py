@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_fault_that_lasts_becomes_an_error(server: FaultyS3, store: S3Store) -
 
 def test_a_lasting_reset_names_no_credential(server: FaultyS3, store: S3Store) -> None:
     server.faults.extend([reset] * 10)
-    with pytest.raises(StorageError, match="ConnectionClosedError") as caught:
+    with pytest.raises(StorageError, match="listing failed after 4 attempts: ConnectionClosedError") as caught:
         store.list()
     assert "secret" not in str(caught.value)
 
@@ -117,6 +118,15 @@ def test_head_and_stat_are_tried_again(server: FaultyS3, store: S3Store) -> None
     assert stat.num_bytes == len(DATA)
     server.faults.append(reset)
     assert store.stat("a") == stat
+
+
+def test_faults_of_many_requests_at_once_are_outlived(server: FaultyS3, store: S3Store) -> None:
+    server.faults.extend([status(500, "InternalError")] * 3 * 24)
+    policy = RetryPolicy(max_attempts=3 * 24 + 1, base_seconds=0.001, max_seconds=0.01)
+    patient = S3Store("bucket", "prefix", client=server.client, retry=policy)
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(lambda number: patient.put(f"{number}", b"1"), range(24)))
+    assert len(server.objects) == 1 + 24
 
 
 def test_after_an_error_nothing_more_is_written_to_the_buffers(
