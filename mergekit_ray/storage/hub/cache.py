@@ -28,6 +28,7 @@ def cached_snapshot(name: str, revision: str | None) -> Path | None:
     """
     from huggingface_hub import constants  # noqa: PLC0415 - it takes longer to import than `merge --help` may take
 
+    # Not by `snapshot_download`: it does not find a reference that ends a line, as those made by hand do.
     revision = revision or constants.DEFAULT_REVISION
     if not is_confined(revision):
         return None

@@ -9,16 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
-from mergekit_ray.core.errors import CheckpointError, MergekitRayError, ModelError, StorageError
-from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, retry
+from mergekit_ray.core.errors import MergekitRayError, ModelError, StorageError
+from mergekit_ray.storage.faults import TRANSIENT_STATUS, ShortBodyError, failed, is_untrusted, missing, untrusted
+from mergekit_ray.storage.transfers import RetryPolicy, retry
 
 T = TypeVar("T")
 
 LOG_IN: Final = "log in with `hf auth login`, or set HF_TOKEN"
-
-_TRANSIENT_STATUS: Final = {408, 429, 500, 502, 503, 504}
 
 _STALE_STATUS: Final = {400, 401, 403, 404, 410}
 """How stores answer when a signed address has expired."""
@@ -100,8 +100,8 @@ def with_retries(policy: RetryPolicy, attempt: Callable[[], T], *, doing: str, s
         policy,
         attempt,
         kinds=(http_error, OSError),
-        asked_pause=lambda error: 0.0 if is_transient(error) else None,
-        explain=lambda error, number: explain(error, doing=doing, subject=subject, num_attempts=number),
+        is_transient=is_transient,
+        explain=partial(explain, doing=doing, subject=subject),
     )
 
 
@@ -119,10 +119,10 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if status_of(error):
-        return status_of(error) in _TRANSIENT_STATUS or (isinstance(error, BackingStoreError) and error.stale)
+        return status_of(error) in TRANSIENT_STATUS or (isinstance(error, BackingStoreError) and error.stale)
     if isinstance(error, ShortBodyError | CommitConflictError | UploadError | ConnectionError | TimeoutError):
         return True
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+    if is_untrusted(error):
         return False
     return any(isinstance(error, kind) for kind in _transport_faults())
 
@@ -135,12 +135,12 @@ def explain(error: Exception, *, doing: str, subject: Subject, num_attempts: int
         refused = _refusal(error, subject)
         if refused is not None:
             return refused
-    after = f" after {num_attempts} attempts" if num_attempts > 1 else ""
+    what = failed(doing, num_attempts)
     status = status_of(error)
     if status == 429:
         more = "" if has_token() else f"; limits are higher for users: {LOG_IN}"
         return StorageError(
-            f"{doing} failed{after}: the Hub's rate limit is reached",
+            f"{what}: the Hub's rate limit is reached",
             where=subject.uri,
             remedy=f"wait some minutes, and run again to resume{more}",
         )
@@ -148,12 +148,12 @@ def explain(error: Exception, *, doing: str, subject: Subject, num_attempts: int
         answered = "the store behind the Hub" if isinstance(error, BackingStoreError) else "the Hub"
         passing = is_transient(error)
         return StorageError(
-            f"{doing} failed{after}: {answered} answered {status}",
+            f"{what}: {answered} answered {status}",
             where=subject.uri,
             remedy="it is overloaded or failing: run again to resume" if passing else "check HF_ENDPOINT",
             retryable=passing,
         )
-    return _unreachable(error, f"{doing} failed{after}", subject)
+    return _unreachable(error, what, subject)
 
 
 def has_token() -> bool:
@@ -169,15 +169,15 @@ def _refusal(error: Any, subject: Subject) -> MergekitRayError | None:
 
     repository = f"hf://{subject.name}"
     if isinstance(error, errors.EntryNotFoundError):
-        return CheckpointError("no such file", where=subject.uri)
+        return missing(subject.uri)
     if isinstance(error, errors.RevisionNotFoundError):
-        missing = NotOnHubError(
+        unknown = NotOnHubError(
             f"there is no branch, tag or commit {subject.revision!r}",
             where=repository,
             remedy=f"see which there are at {subject.page}/tree/main",
         )
-        missing.has_repository = True
-        return missing
+        unknown.has_repository = True
+        return unknown
     if isinstance(error, errors.GatedRepoError):
         then = (
             "with the account this token belongs to; a fine-grained token also needs access to gated repositories"
@@ -234,13 +234,8 @@ def _unreachable(error: Exception, what: str, subject: Subject) -> StorageError:
             remedy="unset HF_HUB_OFFLINE, or fetch the model with `hf download` first",
             retryable=False,
         )
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return StorageError(
-            f"{what}: no secure connection",
-            where=subject.uri,
-            remedy="the server's certificate is not trusted: name its authority's file in SSL_CERT_FILE",
-            retryable=False,
-        )
+    if is_untrusted(error):
+        return untrusted(what, subject.uri, "SSL_CERT_FILE")
     return StorageError(
         f"{what}: {type(error).__name__}",
         where=subject.uri,

@@ -10,12 +10,13 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.storage.faults import ShortBodyError, changed, missing
 from mergekit_ray.storage.hub.cache import file_version
 from mergekit_ray.storage.hub.faults import BackingStoreError, Subject, with_retries
 from mergekit_ray.storage.hub.requests import API_SECONDS, ask, endpoint, is_hub, stream
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch
-from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError
+from mergekit_ray.storage.transfers import RetryPolicy
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
@@ -24,6 +25,7 @@ _MAX_SIBLINGS: Final = 1000
 """Repositories of more files are listed page by page: the short way is not complete then."""
 
 _MAX_SKIPPED_BYTES: Final = 64 << 20
+_START_AGAIN: Final = "start the merge again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +154,8 @@ class RemoteFiles:
         doing = f"reading bytes {fetch.start} to {fetch.end}"
         self._with_retries(name, doing, lambda: self._fetch_once(name, fetch, version))
 
-    def where(self, name: str) -> str:
-        """A file's address, for messages."""
+    def _where(self, name: str) -> str:
         return f"{self.uri}/{name}"
-
-    def changed(self, name: str) -> CheckpointError:
-        """The file is not the one that was planned for."""
-        return CheckpointError(
-            "changed while it was being read: it is no longer the file that was planned for",
-            where=self.where(name),
-            remedy="start the merge again",
-        )
 
     def _with_retries(self, name: str, doing: str, attempt: Any) -> Any:
         subject = subject_of(self.repository.name, self.repository.commit, name)
@@ -171,11 +164,11 @@ class RemoteFiles:
     def _fetch_once(self, name: str, fetch: Fetch, version: str | None) -> None:
         place = self._place(name)
         if version is not None and place.stat.version != version:
-            raise self.changed(name)
+            raise changed(self._where(name), _START_AGAIN)
         if fetch.end > place.stat.num_bytes:
             raise CheckpointError(
                 f"has {place.stat.num_bytes} bytes, but byte {fetch.end - 1} is asked for",
-                where=self.where(name),
+                where=self._where(name),
                 remedy="the file in the repository is cut short: tell its owner",
             )
         with stream(place.url, fetch.position, fetch.end) as response:
@@ -200,7 +193,7 @@ class RemoteFiles:
         url = hf_hub_url(repository.name, name, revision=repository.commit, endpoint=endpoint())
         listed = None if self._files is None else self._files.get(name)
         if self._files is not None and listed is None:
-            raise CheckpointError("no such file", where=self.where(name))
+            raise missing(self._where(name))
         if listed is not None and not listed.is_large:
             return _Place(url, listed.stat)
         found = ask(lambda api: api.get_hf_file_metadata(url=url, timeout=API_SECONDS))
@@ -210,7 +203,7 @@ class RemoteFiles:
             return _Place(found.location, FileStat(name, found.size, file_version(found.etag, found.size)))
         # A mirror that keeps the Hub's headers to itself.
         if name not in self.files():
-            raise CheckpointError("no such file", where=self.where(name))
+            raise missing(self._where(name))
         return _Place(found.location, self.files()[name].stat)
 
     def _check(self, response: Any, place: _Place) -> None:
@@ -220,7 +213,7 @@ class RemoteFiles:
         if response.status_code in (200, 206):
             return
         if response.status_code == 416:  # the file ends before the range starts
-            raise self.changed(place.stat.name)
+            raise changed(self._where(place.stat.name), _START_AGAIN)
         if is_hub(str(response.url)):
             hf_raise_for_status(response)
         fault = BackingStoreError(response.status_code)
@@ -236,14 +229,14 @@ class RemoteFiles:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
         if span is not None:
             if int(span[2]) != place.stat.num_bytes:
-                raise self.changed(place.stat.name)
+                raise changed(self._where(place.stat.name), _START_AGAIN)
             if int(span[1]) == wanted:
                 return wanted
         elif response.status_code == 200 and wanted <= _MAX_SKIPPED_BYTES:
             return 0
         raise StorageError(
             "the server does not answer range requests as the Hub does",
-            where=self.where(place.stat.name),
+            where=self._where(place.stat.name),
             remedy="check HF_ENDPOINT and the proxy settings, or fetch the model with `hf download` first",
             retryable=False,
         )

@@ -112,6 +112,7 @@ def stream(url: str, start: int, end: int) -> Iterator[Any]:
 
     The user's token goes to the Hub only: neither to another host named by ``url``, nor along a redirect to one.
     """
+    # Not by `http_stream_backoff`: it logs the address, which may be a credential, and lets each thread wait by itself.
     from huggingface_hub.utils import get_session  # noqa: PLC0415
 
     gate = gate_of(url)

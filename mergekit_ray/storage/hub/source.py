@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import builtins
 import logging
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
@@ -15,15 +13,12 @@ from mergekit_ray.storage.hub.repository import COMMIT, RemoteFiles, Repository,
 from mergekit_ray.storage.hub.requests import is_offline
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, Source, WritableBuffer
-from mergekit_ray.storage.ranges import Fetch, plan_fetches
+from mergekit_ray.storage.ranges import Fetch
 from mergekit_ray.storage.schemes import SCHEMES
-from mergekit_ray.storage.transfers import RetryPolicy, fetch_all
+from mergekit_ray.storage.transfers import RangeReader, RetryPolicy, read_whole
 
 logger = logging.getLogger(__name__)
 
-_MAX_GAP_BYTES: Final = 1 << 20
-_PART_BYTES: Final = 16 << 20
-_NUM_READERS: Final = 16
 _LARGE_BYTES: Final = 1 << 20
 
 _LOOK_UP: Final = RetryPolicy(max_attempts=5)
@@ -50,8 +45,7 @@ class HubSource:
     ) -> None:
         self._remote = RemoteFiles(repository, retry or RetryPolicy())
         self._cache = cache
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._reader = RangeReader("hub-read")
 
     @property
     def uri(self) -> str:
@@ -60,10 +54,7 @@ class HubSource:
 
     def close(self) -> None:
         """End the threads. The source can still be used; it starts new ones."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
         if self._cache is not None:
             self._cache.close()
 
@@ -95,13 +86,7 @@ class HubSource:
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """See `Source.read`."""
-        data, stat = self.read_head(name, max_bytes)
-        if stat.num_bytes > max_bytes:
-            raise CheckpointError(
-                f"{stat.num_bytes} bytes, more than the {max_bytes} such a file may have",
-                where=self._remote.where(name),
-            )
-        return data
+        return read_whole(self, name, max_bytes)
 
     def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
         """See `Source.read_head`. One request if the list of files was asked for, else up to two."""
@@ -123,18 +108,12 @@ class HubSource:
         *,
         version: str | None = None,
     ) -> int:
-        """See `Source.read_ranges`.
-
-        Ranges up to 1 MiB apart are one request, requests have up to 16 MiB, up to 16 run at once. A request that
-        breaks off goes on from the byte it had reached.
-        """
+        """See `Source.read_ranges` and `RangeReader`. A request that breaks off goes on where it broke off."""
         check_name(name, self.uri)
         cache = self._cached(name, version)
         if cache is not None:
             return cache.read_ranges(name, ranges, buffers, version=version)
-        fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
-        fetch_all(fetches, lambda fetch: self._remote.fetch(name, fetch, version), self._readers)
-        return sum(fetch.end - fetch.start for fetch in fetches)
+        return self._reader.read(ranges, buffers, lambda fetch: self._remote.fetch(name, fetch, version))
 
     def _cached(self, name: str, version: str | None = None) -> HubCache | None:
         """The cache, if it holds the file as it is wanted (as it is listed, if a version is not given)."""
@@ -144,12 +123,6 @@ class HubSource:
         known = self._remote.known(name)
         wanted = version or (known.version if known is not None else None)
         return self._cache if wanted in (None, found.version) else None
-
-    def _readers(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="hub-read")
-            return self._pool
 
 
 class MappedHubSource(HubSource):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError
+from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.hub.branch import (
     BASE_FILE,
     Head,
@@ -22,7 +23,7 @@ from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
 from mergekit_ray.storage.schemes import SINKS
-from mergekit_ray.storage.transfers import RetryPolicy
+from mergekit_ray.storage.transfers import RetryPolicy, read_whole
 
 
 class HubStore:
@@ -77,12 +78,7 @@ class HubStore:
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """See `Source.read`."""
-        data, stat = self.read_head(name, max_bytes)
-        if stat.num_bytes > max_bytes:
-            raise CheckpointError(
-                f"{stat.num_bytes} bytes, more than the {max_bytes} such a file may have", where=f"{self.uri}/{name}"
-            )
-        return data
+        return read_whole(self, name, max_bytes)
 
     def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
         """See `Source.read_head`."""
@@ -101,11 +97,8 @@ class HubStore:
         """See `Source.read_ranges`. One request for the run of bytes that holds all: what is read here is small."""
         stat, data, head = self._find(name)
         if version is not None and stat.version != version:
-            raise CheckpointError(
-                "changed while it was being read: it is no longer the file that was planned for",
-                where=f"{self.uri}/{name}",
-                remedy="let nothing else write to the repository, and start the merge again",
-            )
+            remedy = "let nothing else write to the repository, and start the merge again"
+            raise changed(f"{self.uri}/{name}", remedy)
         wanted = sorted_ranges(ranges, buffers)
         if not wanted:
             return 0
@@ -197,7 +190,7 @@ class HubStore:
             return _staged_stat(name, staged), staged, None
         head = self._branch.look()
         if head is None or name not in head.files:
-            raise CheckpointError("no such file", where=f"{self.uri}/{name}")
+            raise missing(f"{self.uri}/{name}")
         return head.files[name].stat, b"", head
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.faults import wrong_size
 from mergekit_ray.storage.hub.branch import WorkingBranch
 from mergekit_ray.storage.local.upload import local_fault
 from mergekit_ray.storage.protocols import FileStat
@@ -49,7 +49,7 @@ class HubUpload:
             raise ValueError(f"{self._where} is already committed or aborted")
         num_bytes = memoryview(data).nbytes
         if self._num_written + num_bytes > self._num_bytes:
-            raise self._wrong_size(self._num_written + num_bytes)
+            raise wrong_size(self._num_written + num_bytes, self._num_bytes, self._where)
         try:
             self._file.write(data)
         except OSError as error:
@@ -61,7 +61,7 @@ class HubUpload:
         if self._closed:
             raise ValueError(f"{self._where} is already committed or aborted")
         if self._num_written != self._num_bytes:
-            raise self._wrong_size(self._num_written)
+            raise wrong_size(self._num_written, self._num_bytes, self._where)
         from huggingface_hub import CommitOperationAdd  # noqa: PLC0415
 
         try:
@@ -85,10 +85,3 @@ class HubUpload:
             self._file.close()
         finally:
             Path(self._file.name).unlink(missing_ok=True)
-
-    def _wrong_size(self, num_bytes: int) -> StorageError:
-        return StorageError(
-            f"{num_bytes} bytes were written where {self._num_bytes} were announced",
-            where=self._where,
-            remedy="this is a fault of the writer: please report it",
-        )

@@ -15,6 +15,7 @@ from stat import S_ISREG
 from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
+from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.local.mapped import map_file
 from mergekit_ray.storage.local.upload import (
     LocalUpload,
@@ -27,6 +28,7 @@ from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
 from mergekit_ray.storage.schemes import SCHEMES
+from mergekit_ray.storage.transfers import read_whole
 
 _MAX_OPEN_FILES = 128
 _MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
@@ -91,12 +93,7 @@ class LocalSource:
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """See `Source.read`."""
-        file, status = self._open(name)
-        if status.st_size > max_bytes:
-            raise CheckpointError(
-                f"{status.st_size} bytes, more than the {max_bytes} such a file may have", where=str(self._path(name))
-            )
-        return self._read_prefix(name, file, status.st_size)
+        return read_whole(self, name, max_bytes)
 
     def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
         """See `Source.read_head`."""
@@ -159,11 +156,7 @@ class LocalSource:
         )
 
     def _changed(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            "changed while it was being read: it is no longer the file that was planned for",
-            where=str(self._path(name)),
-            remedy="let nothing write to the inputs, and start the merge again",
-        )
+        return changed(str(self._path(name)))
 
     def _open(self, name: str) -> tuple[_OpenFile, os.stat_result]:
         """The open file that is now at ``name``, and its status."""
@@ -181,7 +174,7 @@ class LocalSource:
                 if len(self._open_files) > _MAX_OPEN_FILES:
                     self._open_files.popitem(last=False)
         except _NOT_THERE as error:
-            raise CheckpointError("no such file", where=str(path)) from error
+            raise missing(str(path)) from error
         except OSError as error:
             raise local_fault(error, path) from error
         return file, status
@@ -272,7 +265,7 @@ class LocalStore(LocalSource):
                 source.replace(target)
                 sync_folder(target.parent)
             except _NOT_THERE as error:
-                raise CheckpointError("no such file", where=str(source)) from error
+                raise missing(str(source)) from error
             except OSError as error:
                 raise local_fault(error, target) from error
             prune_empty_folders(source.parent, self._root)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.faults import wrong_size
 from mergekit_ray.storage.local.direct_io import AppendingFile
 from mergekit_ray.storage.local.file_system import free_bytes, is_in_memory
 from mergekit_ray.storage.protocols import FileStat
@@ -89,7 +90,7 @@ class LocalUpload:
             raise ValueError(f"{self._path} is already committed or aborted")
         view = memoryview(data).cast("B")
         if self._num_written + len(view) > self._num_bytes:
-            raise self._wrong_size(self._num_written + len(view))
+            raise wrong_size(self._num_written + len(view), self._num_bytes, str(self._path))
         try:
             self._file.write(view)
             self._num_written += len(view)
@@ -192,7 +193,7 @@ class LocalUpload:
         if self._fd is None or self._temporary is None:
             raise ValueError(f"{self._path} is already committed or aborted")
         if self._num_written != self._num_bytes:
-            raise self._wrong_size(self._num_written)
+            raise wrong_size(self._num_written, self._num_bytes, str(self._path))
         try:
             if self._file is not None:
                 self._file.finish()
@@ -208,13 +209,6 @@ class LocalUpload:
         os.close(fd)
         sync_folder(self._path.parent)
         return FileStat(self._name, status.st_size, self._version(self._name, status))
-
-    def _wrong_size(self, num_bytes: int) -> StorageError:
-        return StorageError(
-            f"{num_bytes} bytes were written where {self._num_bytes} were announced",
-            where=str(self._path),
-            remedy="this is a fault of the writer: please report it",
-        )
 
     def _temporary_prefix(self) -> str:
         # File names end at 255 bytes; what is added to the name takes 22.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from mergekit_ray.core.errors import StorageError
-from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, retry
+from mergekit_ray.storage.faults import TRANSIENT_STATUS, ShortBodyError, failed, is_untrusted, untrusted
+from mergekit_ray.storage.transfers import RetryPolicy, retry
 
 T = TypeVar("T")
 
@@ -26,7 +28,6 @@ _TRANSIENT_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
-_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 
 _CREDENTIALS = (
     "give credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, by AWS_PROFILE, in ~/.aws/credentials, or by the "
@@ -97,8 +98,9 @@ def with_retries(policy: RetryPolicy, attempt: Callable[[], T], *, doing: str, w
         policy,
         attempt,
         kinds=_kinds(),
-        asked_pause=lambda error: _retry_after(error) if is_transient(error) else None,
-        explain=lambda error, number: explain(error, doing=doing, where=where, num_attempts=number),
+        is_transient=is_transient,
+        asked_seconds=_retry_after,
+        explain=partial(explain, doing=doing, where=where),
     )
 
 
@@ -123,9 +125,9 @@ def is_transient(error: Exception) -> bool:
     from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
     if isinstance(error, exceptions.ClientError):
-        return status_of(error) in _TRANSIENT_STATUS or code_of(error) in _TRANSIENT_CODES
+        return status_of(error) in TRANSIENT_STATUS or code_of(error) in _TRANSIENT_CODES
     if isinstance(error, exceptions.SSLError):
-        return "CERTIFICATE_VERIFY_FAILED" not in str(error)
+        return not is_untrusted(error)
     kinds = (
         exceptions.ConnectionError,
         exceptions.HTTPClientError,
@@ -143,7 +145,7 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
     """The error a user sees. Neither the request nor its headers are quoted, so no credential can be."""
     from botocore import exceptions  # noqa: PLC0415
 
-    after = f" after {num_attempts} attempts" if num_attempts > 1 else ""
+    what = failed(doing, num_attempts)
     if isinstance(error, exceptions.ClientError):
         code, status = code_of(error), status_of(error)
         named = code if code and not code.isdigit() else "no reason given"
@@ -152,9 +154,12 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
             remedy = f"access is denied: {_CREDENTIALS}"
         if remedy is None and is_transient(error):
             remedy = "the server is overloaded or failing: run again to resume"
-        what = f"{doing} failed{after}: the server answered {status} ({named})"
-        remedy = remedy or "check the bucket and AWS_ENDPOINT_URL"
-        return StorageError(what, where=where, remedy=remedy, retryable=is_transient(error))
+        return StorageError(
+            f"{what}: the server answered {status} ({named})",
+            where=where,
+            remedy=remedy or "check the bucket and AWS_ENDPOINT_URL",
+            retryable=is_transient(error),
+        )
     credentials = (
         exceptions.NoCredentialsError,
         exceptions.PartialCredentialsError,
@@ -170,11 +175,10 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
             retryable=False,
         )
     if isinstance(error, exceptions.SSLError):
-        remedy = "the server's certificate is not trusted: name its authority's file in AWS_CA_BUNDLE"
-        return StorageError(f"{doing} failed{after}: no secure connection", where=where, remedy=remedy, retryable=False)
+        return untrusted(what, where, "AWS_CA_BUNDLE")
     if is_transient(error):
         remedy = "check the network and AWS_ENDPOINT_URL, and run again to resume"
-        return StorageError(f"{doing} failed{after}: {type(error).__name__}", where=where, remedy=remedy)
+        return StorageError(f"{what}: {type(error).__name__}", where=where, remedy=remedy)
     return StorageError(
         f"{doing} failed: {type(error).__name__}: {error}",
         where=where,

@@ -10,21 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
+from mergekit_ray.storage.faults import ShortBodyError, changed, missing
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
-from mergekit_ray.storage.ranges import Fetch, plan_fetches
+from mergekit_ray.storage.ranges import Fetch
 from mergekit_ray.storage.s3.checksums import Checksums
 from mergekit_ray.storage.s3.client import make_client
 from mergekit_ray.storage.s3.copy import Copy, abort_uploads, copy_all
 from mergekit_ray.storage.s3.faults import code_of, explained, retried, status_of, was_retried, with_retries
 from mergekit_ray.storage.s3.upload import S3Upload
 from mergekit_ray.storage.schemes import SCHEMES
-from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError, fetch_all
+from mergekit_ray.storage.transfers import NUM_READERS, RangeReader, RetryPolicy, read_whole
 
-_MAX_GAP_BYTES = 1 << 20
-_PART_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
-_NUM_READERS = 16
 _NUM_WRITERS = 8
 _DELETE_BATCH = 1000
 _NOT_THERE = {"NoSuchKey", "404", "NotFound"}
@@ -50,7 +48,7 @@ class S3Store:
         self._prefix = prefix.strip("/")
         self._retry = retry or RetryPolicy()
         self._made_client = None if client is None else retried(client, self._retry)
-        self._read_pool: ThreadPoolExecutor | None = None
+        self._reader = RangeReader("s3-read")
         self._write_pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
@@ -62,11 +60,11 @@ class S3Store:
     def close(self) -> None:
         """End the threads and connections. The store can still be used; it opens new ones."""
         with self._lock:
-            pools, self._read_pool, self._write_pool = (self._read_pool, self._write_pool), None, None
+            pool, self._write_pool = self._write_pool, None
             client, self._made_client = self._made_client, None
-        for pool in pools:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
         if client is not None:
             client.close()
 
@@ -99,12 +97,7 @@ class S3Store:
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """See `Source.read`."""
-        data, stat = self.read_head(name, max_bytes)
-        if stat.num_bytes > max_bytes:
-            raise CheckpointError(
-                f"{stat.num_bytes} bytes, more than the {max_bytes} such a file may have", where=self._where(name)
-            )
-        return data
+        return read_whole(self, name, max_bytes)
 
     def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
         """See `Source.read_head`."""
@@ -115,7 +108,7 @@ class S3Store:
                 answer = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{max(num_bytes, 1) - 1}")
             except Exception as error:
                 if code_of(error) in _NOT_THERE:
-                    raise self._missing(name) from error
+                    raise missing(self._where(name)) from error
                 if status_of(error) == 416:  # an empty object has no ranges
                     stat = self._stat_of(name)
                     if stat.num_bytes:
@@ -138,14 +131,8 @@ class S3Store:
         *,
         version: str | None = None,
     ) -> int:
-        """See `Source.read_ranges`.
-
-        Ranges up to 1 MiB apart are one request, requests have up to 16 MiB, up to 16 run at once. A request that
-        breaks off goes on from the byte it had reached.
-        """
-        fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
-        fetch_all(fetches, lambda fetch: self._fetch(name, fetch, version), lambda: self._readers)
-        return sum(fetch.end - fetch.start for fetch in fetches)
+        """See `Source.read_ranges` and `RangeReader`. A request that breaks off goes on where it broke off."""
+        return self._reader.read(ranges, buffers, lambda fetch: self._fetch(name, fetch, version))
 
     def open(self, name: str, num_bytes: int) -> S3Upload:
         """See `Sink.open`. Nothing is sent until a part is full."""
@@ -198,16 +185,9 @@ class S3Store:
     def _client(self) -> Any:
         with self._lock:
             if self._made_client is None:
-                made = make_client(self.uri, num_connections=_NUM_READERS + 2 * _NUM_WRITERS)
+                made = make_client(self.uri, num_connections=NUM_READERS + 2 * _NUM_WRITERS)
                 self._made_client = retried(made, self._retry)
             return self._made_client
-
-    @property
-    def _readers(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._read_pool is None:
-                self._read_pool = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="s3-read")
-            return self._read_pool
 
     @property
     def _writers(self) -> ThreadPoolExecutor:
@@ -251,13 +231,10 @@ class S3Store:
     def _where(self, name: str) -> str:
         return f"{self.uri}/{name}"
 
-    def _missing(self, name: str) -> CheckpointError:
-        return CheckpointError("no such file", where=self._where(name))
-
     def _stat_of(self, name: str) -> FileStat:
         stat = self.stat(name)
         if stat is None:
-            raise self._missing(name)
+            raise missing(self._where(name))
         return stat
 
     def _etag_of(self, name: str, data: bytes) -> str | None:
@@ -284,27 +261,20 @@ class S3Store:
             )
         except Exception as error:
             if status_of(error) == 412:  # precondition failed
-                raise self._changed(name) from error
+                raise changed(self._where(name)) from error
             if code_of(error) in _NOT_THERE:
-                raise self._missing(name) from error
+                raise missing(self._where(name)) from error
             if status_of(error) == 416:  # the object ends before the range starts
                 raise self._cut_short(name, fetch.end) from error
             raise
         with contextlib.closing(answer["Body"]) as body:
             if version is not None and answer["ETag"].strip('"') != version:
-                raise self._changed(name)  # a server that ignores the condition
+                raise changed(self._where(name))  # a server that ignores the condition
             if fetch.end > _total_bytes(answer, start=fetch.position):
                 raise self._cut_short(name, fetch.end)
             for num_skipped, buffer in fetch.remaining():
                 for view in (memoryview(bytearray(num_skipped)), buffer):
                     _fill(body, view, fetch)
-
-    def _changed(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            "changed while it was being read: it is no longer the file that was planned for",
-            where=self._where(name),
-            remedy="let nothing write to the inputs, and start the merge again",
-        )
 
     def _cut_short(self, name: str, end: int) -> CheckpointError:
         return CheckpointError(

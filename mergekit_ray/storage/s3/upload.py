@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any
 
 from mergekit_ray.core.errors import StorageError
+from mergekit_ray.storage.faults import wrong_size
 from mergekit_ray.storage.protocols import FileStat
 from mergekit_ray.storage.s3.checksums import Checksums
 from mergekit_ray.storage.s3.faults import code_of, explained, was_retried
@@ -95,7 +96,7 @@ class S3Upload:
             raise ValueError(f"{self._where} is already committed or aborted")
         view = memoryview(data).cast("B")
         if self._num_written + len(view) > self._num_bytes:
-            raise self._wrong_size(self._num_written + len(view))
+            raise wrong_size(self._num_written + len(view), self._num_bytes, self._where)
         while view:
             if self._used == len(self._buffer):
                 self._send()
@@ -110,7 +111,7 @@ class S3Upload:
         if self._closed:
             raise ValueError(f"{self._where} is already committed or aborted")
         if self._num_written != self._num_bytes:
-            raise self._wrong_size(self._num_written)
+            raise wrong_size(self._num_written, self._num_bytes, self._where)
         del self._buffer[self._used :]
         if self._upload_id is None:
             body = self._buffer
@@ -192,10 +193,3 @@ class S3Upload:
         self._closed = True
         self._buffer = bytearray()
         self._free.clear()
-
-    def _wrong_size(self, num_bytes: int) -> StorageError:
-        return StorageError(
-            f"{num_bytes} bytes were written where {self._num_bytes} were announced",
-            where=self._where,
-            remedy="this is a fault of the writer: please report it",
-        )

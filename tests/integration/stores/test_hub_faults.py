@@ -80,7 +80,7 @@ def test_a_broken_answer_is_continued_where_it_broke(server: HubServer) -> None:
 
 
 def test_only_the_failed_part_is_fetched_again(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_PART_BYTES", 20_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 20_000)
     source = opened()
     server.store_faults.append(BUSY)
     assert fetch(source, "model.safetensors", [(0, len(DATA))]) == [DATA]
@@ -90,7 +90,7 @@ def test_only_the_failed_part_is_fetched_again(server: HubServer, monkeypatch: p
 
 
 def test_an_expired_address_is_asked_for_anew_once(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_PART_BYTES", 20_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 20_000)
     source = opened()
     for times in (1, 2):
         assert fetch(source, "model.safetensors", [(0, len(DATA))]) == [DATA]
@@ -155,7 +155,7 @@ def test_other_content_behind_an_address_is_noticed(server: HubServer) -> None:
 def test_after_an_error_nothing_more_is_written_to_the_buffers(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_PART_BYTES", 2_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 2_000)
     source = opened()
     server.store_faults.append(refuse(418))
     buffer = bytearray(len(DATA))

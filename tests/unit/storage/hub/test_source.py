@@ -9,13 +9,14 @@ from huggingface_hub import constants, errors
 
 from mergekit_ray.core.errors import ModelError, StorageError
 from mergekit_ray.storage import open_source
+from mergekit_ray.storage.faults import ShortBodyError
 from mergekit_ray.storage.hub.branch import _without_address
 from mergekit_ray.storage.hub.cache import HubCache, cached_snapshot
 from mergekit_ray.storage.hub.faults import BackingStoreError, Subject, explain, is_transient, with_retries
 from mergekit_ray.storage.hub.repository import _receive
 from mergekit_ray.storage.hub.requests import Gate, asked_seconds, gate_of, is_hub
 from mergekit_ray.storage.ranges import Fetch
-from mergekit_ray.storage.transfers import RetryPolicy, ShortBodyError
+from mergekit_ray.storage.transfers import RetryPolicy
 
 httpx: Any = sys.modules[errors.HfHubHTTPError.__bases__[0].__module__]
 """httpx or httpx2, whichever huggingface_hub stands on."""

@@ -9,7 +9,6 @@ import pytest
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.storage.s3 import faults as s3_faults
-from mergekit_ray.storage.s3 import store as s3_module
 from mergekit_ray.storage.s3 import upload as s3_upload_module
 from mergekit_ray.storage.s3.store import S3Store
 from mergekit_ray.storage.s3.upload import part_bytes_for
@@ -66,7 +65,7 @@ def test_a_broken_answer_is_continued_where_it_broke(server: FaultyS3, store: S3
 def test_only_the_failed_part_is_fetched_again(
     server: FaultyS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "_PART_BYTES", 10_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 10_000)
     server.faults.extend([SLOW_DOWN])
     assert fetch(store, "a", [(0, len(DATA))], "etag") == [DATA]
     assert len(server.requests) == 11
@@ -132,7 +131,7 @@ def test_faults_of_many_requests_at_once_are_outlived(server: FaultyS3, store: S
 def test_after_an_error_nothing_more_is_written_to_the_buffers(
     server: FaultyS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "_PART_BYTES", 1_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 1_000)
     server.faults.append(status(403, "AccessDenied"))
     buffer = bytearray(len(DATA))
     with pytest.raises(StorageError):

@@ -1,0 +1,55 @@
+"""What goes wrong with any store, and how users are told."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mergekit_ray.core.errors import CheckpointError, StorageError
+
+TRANSIENT_STATUS: Final = {408, 429, 500, 502, 503, 504}
+"""Of HTTP answers: the same request may succeed if it is sent again."""
+
+
+class ShortBodyError(OSError):
+    """An answer that ended before it was complete."""
+
+
+def missing(where: str) -> CheckpointError:
+    """There is no file there."""
+    return CheckpointError("no such file", where=where)
+
+
+def changed(where: str, remedy: str = "let nothing write to the inputs, and start the merge again") -> CheckpointError:
+    """A file is at another version than was asked for."""
+    return CheckpointError(
+        "changed while it was being read: it is no longer the file that was planned for", where=where, remedy=remedy
+    )
+
+
+def wrong_size(num_bytes: int, num_announced: int, where: str) -> StorageError:
+    """A file that is written has more or fewer bytes than its writer had said."""
+    return StorageError(
+        f"{num_bytes} bytes were written where {num_announced} were announced",
+        where=where,
+        remedy="this is a fault of the writer: please report it",
+    )
+
+
+def failed(doing: str, num_attempts: int) -> str:
+    """What a request that failed was for, and how often it was sent."""
+    return f"{doing} failed" + (f" after {num_attempts} attempts" if num_attempts > 1 else "")
+
+
+def is_untrusted(error: Exception) -> bool:
+    """Whether the server's certificate is not one that this machine trusts."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def untrusted(what: str, where: str, variable: str) -> StorageError:
+    """The error for such a server; ``variable`` of the environment names the authorities that are trusted."""
+    return StorageError(
+        f"{what}: no secure connection",
+        where=where,
+        remedy=f"the server's certificate is not trusted: name its authority's file in {variable}",
+        retryable=False,
+    )
