@@ -31,8 +31,9 @@ from mergekit_ray.core.expressions import loads
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.executors import ray_executor as ray_runtime
 from mergekit_ray.executors.driver import Job, run_shards
+from mergekit_ray.executors.ray_cluster import Cluster
+from mergekit_ray.executors.ray_executor import RayExecutor
 from mergekit_ray.planning.make import make_plan, referenced_models
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import SilentReporter
@@ -167,14 +168,13 @@ def main() -> None:
     print(f"| {' | '.join([*columns, 'wall ms a shard', 'peak RSS MB'])} |")
     print("|---|---|---|---|---|---|---|---|")
     ray.init(num_cpus=arguments.workers, include_dashboard=False, log_to_driver=False, logging_level="error")
-    setattr(ray_runtime, "RayWorker", ray.remote(num_cpus=0)(IdleWorker))  # noqa: B010 - another class in its place
     for shape in arguments.shapes:
         began = time.perf_counter()
         plan = PLANS[shape]()
         planned = time.perf_counter() - began
         num_read = sum(len(list(loads(tensor.expression))) for shard in plan.shards for tensor in shard.tensors)
         job = Job(plan.inputs, "discard://nowhere", "records", WorkerOptions(memory_bytes=1, num_threads=1))
-        executor = ray_runtime.RayExecutor(num_workers=arguments.workers, cpus_per_worker=1)
+        executor = RayExecutor(Cluster(), arguments.workers, cpus_per_worker=1, worker=ray.remote(IdleWorker))
         cpu, wall = time.process_time(), time.perf_counter()
         records = run_shards(plan.shards, job, executor, SilentReporter(), threading.Event())
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

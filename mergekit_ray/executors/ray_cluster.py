@@ -8,7 +8,8 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import ray
@@ -22,19 +23,9 @@ MAX_CPUS_PER_WORKER: Final = 4
 
 _HOST_AND_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+):(?P<port>\d+)")
 _CONNECT_SECONDS: Final = 10.0
-
-
-@contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Connected to Ray meanwhile, and as before afterwards. See `connect`."""
-    if ray.is_initialized():
-        yield
-        return
-    connect(address)
-    try:
-        yield
-    finally:
-        disconnect()
+_RECONNECT_VARIABLE: Final = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_RECONNECT_SECONDS: Final = 60.0
+"""What Ray takes where the variable is not set."""
 
 
 def disconnect() -> None:
@@ -126,9 +117,73 @@ def _check_listening(address: str) -> None:
         ) from error
 
 
-def head_address() -> str:
-    """``host:port`` of the head node; empty if the connection is by way of Ray Client, which knows none."""
-    return "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
+class Cluster:
+    """The Ray cluster that this process is connected to: what `executors.ray_executor` asks of Ray.
+
+    Args:
+        address: to connect to unless this process is connected already. See `connect`, also for the errors.
+
+    Attributes:
+        head: ``host:port`` of the head node; empty if the connection is by way of Ray Client, which knows none.
+        patience_seconds: without an answer of the head node, until it is better to give up: two thirds of those after
+            which Ray ends this process, whatever it is doing.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            connect(address)
+        self.head = "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
+        self.patience_seconds = float(os.environ.get(_RECONNECT_VARIABLE) or _RECONNECT_SECONDS) * 2 / 3
+
+    def has_head(self) -> bool:
+        """Whether the head node answers now."""
+        return is_listening(self.head)
+
+    @staticmethod
+    def nodes() -> list[Mapping[str, float]]:
+        """What each live node that has CPUs to schedule on has, by ``CPU``, ``GPU`` and so on."""
+        return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+
+    @staticmethod
+    def start(actor: Any, *arguments: object, **options: Any) -> Any:
+        """A handle of a new actor; ``options`` are those of `ray.actor.ActorClass.options`."""
+        return actor.options(**options).remote(*arguments)
+
+    @staticmethod
+    def kill(handle: Any) -> None:
+        """End an actor at once."""
+        ray.kill(handle)
+
+    @staticmethod
+    def put(value: object) -> Any:
+        """A reference to a value, for actors."""
+        return ray.put(value)
+
+    @staticmethod
+    def get(reference: Any, seconds: float | None = None) -> Any:
+        """The result of a call.
+
+        Raises:
+            RayError: that of the call, or there is none within ``seconds``.
+        """
+        return ray.get(reference, timeout=seconds)
+
+    @staticmethod
+    def wait(references: Sequence[Any], seconds: float) -> set[Any]:
+        """The calls that have ended, waiting at most ``seconds`` for the first; all of them, if there is none."""
+        if not references:
+            time.sleep(seconds)
+            return set()
+        finished, others = ray.wait(references, num_returns=1, timeout=seconds)
+        if finished and others:
+            finished += ray.wait(others, num_returns=len(others), timeout=0)[0]
+        return set(finished)
+
+    def close(self) -> None:
+        """Leave the cluster, and end it if it was started for this, unless the process was connected before."""
+        if self._is_ours:
+            disconnect()
 
 
 def is_listening(address: str) -> bool:
@@ -141,11 +196,11 @@ def is_listening(address: str) -> bool:
 
 
 def _reach(address: str) -> None:
+    """Connect to a ``host:port``; nothing is done about other addresses.
+
+    Raises:
+        OSError, OverflowError: nobody listens there.
+    """
     found = _HOST_AND_PORT.fullmatch(address)
     if found is not None:
         socket.create_connection((found["host"], int(found["port"])), timeout=_CONNECT_SECONDS).close()
-
-
-def compute_nodes() -> list[dict[str, Any]]:
-    """Live nodes that have CPUs to schedule on."""
-    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]

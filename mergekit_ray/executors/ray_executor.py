@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
 from mergekit_ray.core.plan import Shard
@@ -25,15 +24,7 @@ from mergekit_ray.evaluation.device.names import AUTO, CPU, CUDA
 from mergekit_ray.evaluation.threads import single_threaded_torch
 from mergekit_ray.executors.cluster import check_ray_device, worker_slots
 from mergekit_ray.executors.driver import Job, Outcome
-from mergekit_ray.executors.ray_cluster import (
-    MAX_CPUS_PER_WORKER,
-    check_version,
-    compute_nodes,
-    connect,
-    disconnect,
-    head_address,
-    is_listening,
-)
+from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster, check_version
 from mergekit_ray.executors.ray_metrics import RayMetrics
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.signals import RESUME
@@ -41,12 +32,11 @@ from mergekit_ray.storage.opening import open_sink, open_sources
 from mergekit_ray.worker.resources import Resources
 from mergekit_ray.worker.worker import SHARDS_IN_WORK, Worker
 
-_SPREAD: Final[SchedulingStrategyT] = "SPREAD"
-_RESCALE_SECONDS: Final = 5.0
+RESCALE_SECONDS: Final = 5.0
+"""Between looks at what the cluster has room for."""
+
 _NO_WORKER_SECONDS: Final = 300.0
 _SETTLE_SECONDS: Final = 5.0
-_NO_HEAD_SECONDS: Final = 40.0
-"""Without the head node until the merge ends. After 60 s Ray ends this process, whatever it is doing."""
 _HEAD_CHECK_SECONDS: Final = 2.0
 
 
@@ -139,30 +129,39 @@ class RayExecutor:
     """Runs shards on actors of a Ray cluster.
 
     Args:
-        address: of the cluster; None for ``RAY_ADDRESS``, the cluster of the running job, or else a new local one.
+        cluster: to run on; left at the end.
         num_workers: actors; None for as many as the cluster's CPUs allow, growing when nodes join.
         cpus_per_worker: CPUs each actor reserves and computes on; None for at most `MAX_CPUS_PER_WORKER`, and no more
             than its share where ``num_workers`` is given.
+        worker: the class of the actors, as `RayWorker`.
+        version: of mergekit-ray, that workers must have.
+        clock: seconds, as `time.monotonic`.
     """
 
     def __init__(
-        self, address: str | None = None, num_workers: int | None = None, cpus_per_worker: int | None = None
+        self,
+        cluster: Cluster,
+        num_workers: int | None = None,
+        cpus_per_worker: int | None = None,
+        *,
+        worker: Any = RayWorker,
+        version: str = __version__,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._cluster = cluster
+        self._worker = worker
+        self._version = version
+        self._clock = clock
         self._num_wanted = num_workers
-        self._started_ray = False
         self._actors: list[_Actor] = []
         self._job: Job | None = None
         self._jobs: dict[str, Any] = {}
         self._metrics: RayMetrics | None = None
-        self._head = ""
         self._max_actors = self._num_on_gpu = 0
         self._is_stopping = False
         self._rescaled = 0.0
-        self._last_ready = self._head_seen = self._head_asked = time.monotonic()
-        if not ray.is_initialized():
-            connect(address)
-            self._started_ray = True
-        cpus = [int(node["Resources"].get("CPU", 0)) for node in compute_nodes()] or [1]
+        self._last_ready = self._head_seen = self._head_asked = clock()
+        cpus = [int(node.get("CPU", 0)) for node in cluster.nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
         share = min(cpus) if num_workers is None else sum(cpus) // num_workers
         self.cpus_per_worker = cpus_per_worker or max(1, min(MAX_CPUS_PER_WORKER, share, *cpus))
@@ -180,7 +179,6 @@ class RayExecutor:
         """
         check_ray_device(job.options.device)
         self._job = job
-        self._head = head_address()
         self._memory_bytes = job.options.memory_bytes
         self._max_actors = max(1, num_shards)
         self._metrics = RayMetrics(job.output, num_shards, job.options.memory_bytes)
@@ -205,13 +203,7 @@ class RayExecutor:
         self._has_head()
         self._scale()
         refs = [ref for actor in self._actors for ref in (actor.ready, *actor.shards) if ref is not None]
-        if not refs:
-            time.sleep(seconds)
-            return []
-        done, _ = ray.wait(refs, num_returns=1, timeout=seconds)
-        finished = set(done)
-        if len(refs) > 1:
-            finished |= set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        finished = self._cluster.wait(refs, seconds)
         outcomes = []
         for actor in self._actors:
             for result in [result for result in actor.shards if result in finished]:
@@ -222,8 +214,8 @@ class RayExecutor:
             if self._metrics is not None:
                 self._metrics.ended(outcome)
         if self.num_workers:
-            self._last_ready = time.monotonic()
-        elif time.monotonic() - self._last_ready > _NO_WORKER_SECONDS:
+            self._last_ready = self._clock()
+        elif self._clock() - self._last_ready > _NO_WORKER_SECONDS:
             raise StorageError(
                 f"no worker came up within {_NO_WORKER_SECONDS:.0f} s: {self.cpus_per_worker} CPUs"
                 f"{', a GPU' if self._num_on_gpu else ''} and {self._memory_bytes} bytes of memory were asked for each",
@@ -239,13 +231,13 @@ class RayExecutor:
                 continue
             if settled and not actor.shards:
                 with contextlib.suppress(RayError):
-                    actor.progress = ray.get(actor.handle.progress.remote(), timeout=_SETTLE_SECONDS)
+                    actor.progress = self._cluster.get(actor.handle.progress.remote(), _SETTLE_SECONDS)
                 continue
             if actor.progress_call is None:
                 actor.progress_call = actor.handle.progress.remote()
-            elif ray.wait([actor.progress_call], timeout=0)[0]:
+            elif self._cluster.wait([actor.progress_call], 0):
                 try:
-                    actor.progress = ray.get(actor.progress_call)
+                    actor.progress = self._cluster.get(actor.progress_call)
                 except RayError:
                     actor.base = Progress.total([actor.base, actor.progress.ended()])
                     actor.progress = Progress()
@@ -267,10 +259,9 @@ class RayExecutor:
         with contextlib.suppress(StorageError):
             if self._has_head(at_once=True):  # there is somebody to tell
                 for actor in self._actors:
-                    ray.kill(actor.handle)
+                    self._cluster.kill(actor.handle)
         self._actors.clear()
-        if self._started_ray:
-            disconnect()
+        self._cluster.close()
 
     def _has_head(self, *, at_once: bool = False) -> bool:
         """Whether the head node answers. A call that needs it does not return while it does not: Ray ends the process.
@@ -281,23 +272,23 @@ class RayExecutor:
         Raises:
             StorageError: it has not answered for too long.
         """
-        now = time.monotonic()
+        now = self._clock()
         if at_once or now - self._head_asked >= _HEAD_CHECK_SECONDS:
             self._head_asked = now
-            if is_listening(self._head):
+            if self._cluster.has_head():
                 self._head_seen = now
-        if now - self._head_seen > _NO_HEAD_SECONDS:
+        if now - self._head_seen > self._cluster.patience_seconds:
             raise StorageError(
-                f"the Ray cluster's head node has not answered for {_NO_HEAD_SECONDS:.0f} s",
-                where=self._head,
+                f"the Ray cluster's head node has not answered for {self._cluster.patience_seconds:.0f} s",
+                where=self._cluster.head,
                 remedy=f"bring the cluster up again, and {RESUME}",
             )
         return self._head_seen == self._head_asked
 
     def _scale(self) -> None:
         """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""
-        now = time.monotonic()
-        if self._is_stopping or (self._actors and now - self._rescaled < _RESCALE_SECONDS):
+        now = self._clock()
+        if self._is_stopping or (self._actors and now - self._rescaled < RESCALE_SECONDS):
             return
         if not self._has_head(at_once=True):
             return
@@ -305,19 +296,22 @@ class RayExecutor:
         wanted = self._num_wanted
         job = self._job
         assert job is not None  # held by the driver: started first
-        room, gpus = worker_slots([node["Resources"] for node in compute_nodes()], self.cpus_per_worker)
+        room, gpus = worker_slots(self._cluster.nodes(), self.cpus_per_worker)
         if wanted is None:
             wanted = max(1, gpus if job.options.device == CUDA else room)
         for i in range(len(self._actors), min(wanted, self._max_actors)):
             on_gpu = job.options.device == CUDA or (job.options.device == AUTO and self._num_on_gpu < gpus)
             self._num_on_gpu += on_gpu
             its_job = self._job_on(job.options.device if on_gpu else CPU)
-            handle = RayWorker.options(  # type: ignore[attr-defined] # added by the decorator, untyped
+            handle = self._cluster.start(
+                self._worker,
+                self._version,
+                [its_job],
                 num_cpus=self.cpus_per_worker,
                 num_gpus=int(on_gpu),
                 memory=self._memory_bytes,
-                scheduling_strategy=_SPREAD,
-            ).remote(__version__, [its_job])
+                scheduling_strategy="SPREAD",
+            )
             self._actors.append(_Actor(f"worker-{i}", handle, handle.node.remote()))
 
     def _job_on(self, device: str) -> Any:
@@ -325,16 +319,16 @@ class RayExecutor:
         if device not in self._jobs:
             job = self._job
             assert job is not None
-            self._jobs[device] = ray.put(replace(job, options=replace(job.options, device=device)))
+            self._jobs[device] = self._cluster.put(replace(job, options=replace(job.options, device=device)))
         return self._jobs[device]
 
     def _note_ready(self, actor: _Actor) -> None:
         try:
-            found = ray.get(actor.ready)
+            found = self._cluster.get(actor.ready)
         except RayActorError:
             # Died: Ray restarts it. What it had in work says so for itself.
             actor.ready = actor.handle.node.remote()
-            time.sleep(0.1)
+            self._cluster.wait((), 0.1)
             return
         if isinstance(found, MergekitRayError):
             raise found
@@ -347,7 +341,7 @@ class RayExecutor:
             return []
         name = f"{actor.name} on {actor.node}"
         try:
-            value = ray.get(result)
+            value = self._cluster.get(result)
         except RayError as error:
             reason = str(error).strip().splitlines()[0]
             lost = [shard]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -97,8 +98,9 @@ def make_routers(
 
     if not wants_ray(options.executor, options.address) or not recipe.gate_mode.needs_states:
         return make(recipe, checkpoints, spread=Here(resolve(options.device)))
-    from mergekit_ray.executors.ray_cluster import connected  # noqa: PLC0415
+    from mergekit_ray.executors.ray_cluster import Cluster  # noqa: PLC0415
     from mergekit_ray.routing.ray_spread import OnRay  # noqa: PLC0415
 
-    with connected(options.address):
-        return make(recipe, checkpoints, spread=OnRay.now(options.device, options.num_workers))
+    with contextlib.closing(Cluster(options.address)) as cluster:
+        spread = OnRay.over(cluster.nodes(), options.device, options.num_workers)
+        return make(recipe, checkpoints, spread=spread)

@@ -56,9 +56,10 @@ def write_shards(
 def _executor(options: MergeOptions, plan: Plan) -> tuple[Executor, int]:
     """The executor the options ask for, and the compute threads of each of its workers."""
     if wants_ray(options.executor, options.address):
-        from mergekit_ray.executors.ray_executor import RayExecutor  # noqa: PLC0415 - ray costs a second to import
+        from mergekit_ray.executors.ray_cluster import Cluster  # noqa: PLC0415 - ray costs a second to import
+        from mergekit_ray.executors.ray_executor import RayExecutor  # noqa: PLC0415
 
-        executor = RayExecutor(options.address, options.num_workers)
+        executor = RayExecutor(Cluster(options.address), options.num_workers)
         return executor, executor.cpus_per_worker
     num_workers = options.num_workers or local_workers(plan)
     return LocalExecutor(num_workers), local_threads(num_workers)

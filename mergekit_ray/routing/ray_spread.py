@@ -14,7 +14,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
 from mergekit_ray.evaluation.device.names import AUTO, CPU, CUDA, resolve
 from mergekit_ray.executors.cluster import check_ray_device, worker_slots
-from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, compute_nodes
+from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER
 from mergekit_ray.routing.batches import Batch
 from mergekit_ray.routing.layers import prompt_states
 from mergekit_ray.storage.opening import open_source
@@ -38,10 +38,11 @@ class OnRay:
     cpus_per_part: int
 
     @classmethod
-    def now(cls, device: str, num_workers: int | None) -> OnRay:
-        """Over the nodes that are there now.
+    def over(cls, nodes: Sequence[Mapping[str, float]], device: str, num_workers: int | None) -> OnRay:
+        """Over nodes of the cluster.
 
         Args:
+            nodes: what each has, see `executors.ray_cluster.Cluster.nodes`.
             device: see `OnRay`.
             num_workers: most parts; None for what there is room for.
 
@@ -49,7 +50,6 @@ class OnRay:
             ConfigError: a GPU is asked for by its number.
         """
         check_ray_device(device)
-        nodes = [node["Resources"] for node in compute_nodes()]
         cpus = max(1, min([MAX_CPUS_PER_WORKER, *(int(node.get("CPU", 0)) for node in nodes)]))
         room, gpus = worker_slots(nodes, cpus)
         on_gpus = device == CUDA or (device == AUTO and gpus > 0)

@@ -132,14 +132,12 @@ def _refuse(value: object) -> None:
 def test_ray_is_told_no_secret(plan: Plan, planted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from mergekit_ray.executors import ray_executor as executor
+    from mergekit_ray.executors.ray_cluster import connect
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **options: told.update(options))
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(executor, "compute_nodes", list)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    executor.RayExecutor()
+    connect(None)
     assert told.keys() <= {"address", "log_to_driver", "logging_level", "include_dashboard"}
     sent = [repr(told), repr(pickle.dumps(job_of(plan))), *(json.dumps(shard.to_json()) for shard in plan.shards)]
     assert not any(secret in text for secret in planted.values() for text in sent)

@@ -14,8 +14,10 @@ import torch
 
 import mergekit_ray
 from mergekit_ray.core.errors import Interrupted, MergeError, PlanError, StorageError
+from mergekit_ray.executors.driver import Job, run_shards
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.planning.windows import memory_needed
+from mergekit_ray.worker.resources import WorkerOptions
 from support.merging import Background, Events, recipe_of, stop_at, undisturbed, wait_until
 from support.models import ModelLibrary, contents, rewrite, tensors_of
 from support.servers.ray_cluster import RayCluster, freeze
@@ -317,11 +319,16 @@ class TestLostWorkers:
         assert_same(contents(tmp_path / "out"), many_expected)
 
     def test_workers_of_another_version_are_refused(
-        self, cluster: RayCluster, many: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, cluster: RayCluster, many: dict[str, Any], tmp_path: Path
     ) -> None:
-        monkeypatch.setattr("mergekit_ray.executors.ray_executor.__version__", "9.8.7")
+        from mergekit_ray.executors.ray_cluster import Cluster
+        from mergekit_ray.executors.ray_executor import RayExecutor
+
+        plan = mergekit_ray.plan(many)
+        job = Job(plan.inputs, str(tmp_path / "out"), "records", WorkerOptions(memory_needed(plan)))
+        executor = RayExecutor(Cluster(), version="9.8.7")
         with pytest.raises(StorageError, match=r"the driver runs mergekit-ray 9\.8\.7, and this node has "):
-            mergekit_ray.merge(many, tmp_path / "out", options=MergeOptions(executor="ray"))
+            run_shards(plan.shards, job, executor, Events(), threading.Event())
         assert written(tmp_path / "out") == []
 
     def test_added_node_joins_in(

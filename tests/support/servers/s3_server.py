@@ -184,6 +184,7 @@ class S3Server:
             "-volume.preStopSeconds=1",
             "-master.volumeSizeLimitMB=1024",
             "-master.telemetry=false",
+            "-master.electionTimeout=1s",  # there is no other, so after a restart nobody need be waited for
             "-filer",
             f"-filer.port={filer}",
             "-s3",

@@ -1,15 +1,11 @@
-"""What the driver makes of its actors' answers, with a Ray that answers as it is told."""
+"""What the driver makes of its actors' answers, over a Ray that answers as it is told."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import pytest
-import ray
 from ray.exceptions import RayActorError
 
 from mergekit_ray.core.dtypes import DType
@@ -17,79 +13,27 @@ from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import OutputTensor, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.executors import ray_executor as ray_runtime
 from mergekit_ray.executors.driver import Job, Outcome
+from mergekit_ray.executors.ray_cluster import Cluster
 from mergekit_ray.executors.ray_executor import Arrivals, RayExecutor
 from mergekit_ray.worker.resources import WorkerOptions
-
-
-class FakeRay:
-    """Actors whose calls end when `answer` is called. A call is its method's name and a number."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Any] = {}
-        self.calls: list[str] = []
-
-    def actor(self, name: str) -> SimpleNamespace:
-        """Something with the methods of `RayWorker`."""
-
-        def method(method_name: str) -> SimpleNamespace:
-            return SimpleNamespace(remote=lambda *_: self._call(f"{name}.{method_name}"))
-
-        return SimpleNamespace(**{each: method(each) for each in ("run", "has_read", "node", "progress", "stop")})
-
-    def answer(self, call: str, value: Any) -> None:
-        """End a call."""
-        assert call in self.calls
-        self.answers[call] = value
-
-    def wait(self, refs: Sequence[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
-        """See `ray.wait`."""
-        done = [ref for ref in refs if ref in self.answers][:num_returns]
-        return done, [ref for ref in refs if ref not in done]
-
-    def get(self, ref: str, timeout: float | None = None) -> Any:
-        """See `ray.get`."""
-        value = self.answers[ref]
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    def _call(self, name: str) -> str:
-        call = f"{name} {sum(each.startswith(f'{name} ') for each in self.calls)}"
-        self.calls.append(call)
-        return call
+from support.fake_ray import FakeCluster
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    """In Ray's place."""
-    fake = FakeRay()
-    actors = iter("abc")
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "put", lambda _: object())
-    monkeypatch.setattr(ray, "wait", fake.wait)
-    monkeypatch.setattr(ray, "get", fake.get)
-    monkeypatch.setattr(ray, "kill", lambda _: None)
-    monkeypatch.setattr(ray_runtime, "head_address", lambda: "head")
-    monkeypatch.setattr(ray_runtime, "is_listening", lambda _: True)
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]
-    monkeypatch.setattr(ray_runtime, "compute_nodes", lambda: nodes)
-    monkeypatch.setattr(ray_runtime, "RayMetrics", lambda *_: None)
-    made = SimpleNamespace(remote=lambda *_: fake.actor(next(actors)))
-    monkeypatch.setattr(ray_runtime, "RayWorker", SimpleNamespace(options=lambda **_: made))
-    return fake
+def fake() -> FakeCluster:
+    return FakeCluster()
 
 
-def executor_of(num_workers: int) -> RayExecutor:
-    executor = RayExecutor(num_workers=num_workers, cpus_per_worker=1)
+def executor_of(fake: FakeCluster, num_workers: int) -> RayExecutor:
+    executor = RayExecutor(cast(Cluster, fake), num_workers, cpus_per_worker=1)
     executor.start(Job({}, "out", "records", WorkerOptions(memory_bytes=1)), num_shards=8)
     return executor
 
 
-def with_two_shards(fake: FakeRay) -> RayExecutor:
+def with_two_shards(fake: FakeCluster) -> RayExecutor:
     """One actor, which has read its first shard and is reading its second."""
-    executor = executor_of(1)
+    executor = executor_of(fake, 1)
     fake.answer("a.node 0", "10.0.0.1")
     executor.wait(0)
     executor.submit(shard("first"))
@@ -109,8 +53,8 @@ def record(file: str) -> ShardRecord:
     return ShardRecord(file, 1, "0" * 64, {})
 
 
-def test_an_actor_is_given_the_next_shard_once_it_has_read_one(fake: FakeRay) -> None:
-    executor = executor_of(1)
+def test_an_actor_is_given_the_next_shard_once_it_has_read_one(fake: FakeCluster) -> None:
+    executor = executor_of(fake, 1)
     assert (executor.num_workers, executor.idle()) == (0, 0)
     fake.answer("a.node 0", "10.0.0.1")
     assert executor.wait(0) == []
@@ -130,8 +74,8 @@ def test_an_actor_is_given_the_next_shard_once_it_has_read_one(fake: FakeRay) ->
     executor.close()
 
 
-def test_an_actor_without_shards_comes_first(fake: FakeRay) -> None:
-    executor = executor_of(2)
+def test_an_actor_without_shards_comes_first(fake: FakeCluster) -> None:
+    executor = executor_of(fake, 2)
     for name in "ab":
         fake.answer(f"{name}.node 0", name)
     executor.wait(0)
@@ -146,10 +90,7 @@ def test_an_actor_without_shards_comes_first(fake: FakeRay) -> None:
 
 
 @pytest.mark.parametrize("is_told_first", ["run", "has_read"])
-def test_with_an_actor_all_its_shards_are_lost(
-    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, is_told_first: str
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: None)
+def test_with_an_actor_all_its_shards_are_lost(fake: FakeCluster, is_told_first: str) -> None:
     executor = with_two_shards(fake)
     died = RayActorError()
     if is_told_first == "has_read":
@@ -170,7 +111,7 @@ def test_with_an_actor_all_its_shards_are_lost(
     executor.close()
 
 
-def test_what_was_finished_before_the_actor_died_counts(fake: FakeRay) -> None:
+def test_what_was_finished_before_the_actor_died_counts(fake: FakeCluster) -> None:
     executor = with_two_shards(fake)
     fake.answer("a.run 0", record("first"))
     fake.answer("a.run 1", RayActorError())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
-import ray
 
 from mergekit_ray.core.errors import ConfigError
-from mergekit_ray.executors import ray_executor as ray_runtime
-from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER
+from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster
 from mergekit_ray.executors.ray_executor import RayExecutor
-from mergekit_ray.routing import ray_spread as ray_routing
 from mergekit_ray.routing.ray_spread import OnRay
+from support.fake_ray import FakeCluster
 
 
 @pytest.mark.parametrize(
@@ -26,20 +26,12 @@ from mergekit_ray.routing.ray_spread import OnRay
         ([], None, 1),  # nodes are still to come
     ],
 )
-def test_as_many_workers_as_asked_for_find_room(
-    nodes: list[int], num_workers: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    described = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in nodes]
-    monkeypatch.setattr(ray_runtime, "compute_nodes", lambda: described)
-    executor = RayExecutor(num_workers=num_workers)
-    assert executor.cpus_per_worker == expected
+def test_as_many_workers_as_asked_for_find_room(nodes: list[int], num_workers: int | None, expected: int) -> None:
+    assert RayExecutor(cast(Cluster, FakeCluster(nodes)), num_workers).cpus_per_worker == expected
 
 
-def test_what_is_asked_for_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray_runtime, "compute_nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
-    assert RayExecutor(cpus_per_worker=1, num_workers=2).cpus_per_worker == 1
+def test_what_is_asked_for_holds() -> None:
+    assert RayExecutor(cast(Cluster, FakeCluster([4])), num_workers=2, cpus_per_worker=1).cpus_per_worker == 1
 
 
 @pytest.mark.parametrize(
@@ -60,13 +52,11 @@ def test_prompts_are_split_over_what_there_is_room_for(
     device: str,
     num_workers: int | None,
     expected: OnRay,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    described = [{"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}} for cpus, gpus in nodes]
-    monkeypatch.setattr(ray_routing, "compute_nodes", lambda: described)
-    assert OnRay.now(device, num_workers) == expected
+    described = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in nodes]
+    assert OnRay.over(described, device, num_workers) == expected
 
 
 def test_prompts_on_one_gpu_of_all() -> None:
     with pytest.raises(ConfigError, match="--device cuda:1"):
-        OnRay.now("cuda:1", None)
+        OnRay.over([], "cuda:1", None)

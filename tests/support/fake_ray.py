@@ -1,0 +1,85 @@
+"""A Ray cluster that answers as it is told, in the place of `mergekit_ray.executors.ray_cluster.Cluster`."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Collection, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+
+class FakeCluster:
+    """Its actors are called a, b, c and so on. A call is ``actor.method number``, and ends when `answer` is called.
+
+    Args:
+        nodes: CPUs of each node.
+
+    Attributes:
+        calls: all that were made.
+        is_up: whether the head node answers. Nothing else may be asked of a cluster that does not.
+    """
+
+    head = "head:6379"
+    patience_seconds = 40.0
+
+    def __init__(self, nodes: Sequence[int] = (2,)) -> None:
+        self._nodes = nodes
+        self._names = iter(string.ascii_lowercase)
+        self._answers: dict[str, Any] = {}
+        self.calls: list[str] = []
+        self.is_up = True
+
+    def answer(self, call: str, value: Any) -> None:
+        """End a call."""
+        assert call in self.calls
+        self._answers[call] = value
+
+    def has_head(self) -> bool:
+        """See `Cluster.has_head`."""
+        return self.is_up
+
+    def nodes(self) -> list[Mapping[str, float]]:
+        """See `Cluster.nodes`."""
+        self._ask()
+        return [{"CPU": float(cpus)} for cpus in self._nodes]
+
+    def start(self, actor: object, *arguments: object, **options: Any) -> SimpleNamespace:
+        """Something with the methods of `RayWorker`."""
+        self._ask()
+        name = next(self._names)
+
+        def method(method_name: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=lambda *_: self._call(f"{name}.{method_name}"))
+
+        return SimpleNamespace(**{each: method(each) for each in ("run", "has_read", "node", "progress", "stop")})
+
+    def kill(self, handle: object) -> None:
+        """See `Cluster.kill`."""
+        self._ask()
+
+    def put(self, value: object) -> object:
+        """See `Cluster.put`."""
+        self._ask()
+        return object()
+
+    def get(self, call: str, seconds: float | None = None) -> Any:
+        """See `Cluster.get`."""
+        value = self._answers[call]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def wait(self, calls: Collection[str], seconds: float) -> set[str]:
+        """See `Cluster.wait`; it takes no time."""
+        return {call for call in calls if call in self._answers}
+
+    def close(self) -> None:
+        """See `Cluster.close`."""
+
+    def _ask(self) -> None:
+        assert self.is_up, "asked a head node that is gone"
+
+    def _call(self, name: str) -> str:
+        call = f"{name} {sum(each.startswith(f'{name} ') for each in self.calls)}"
+        self.calls.append(call)
+        return call
