@@ -157,6 +157,8 @@ def run_shards(
     reporter: Reporter,
     stop: threading.Event,
     check: Callable[[], None] = lambda: None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, ShardRecord]:
     """Have every shard written.
 
@@ -167,6 +169,7 @@ def run_shards(
         reporter: told of every end of a shard, and of progress.
         stop: set by the user's interrupt.
         check: called all the time; raises what ends the merge for another reason, as the loss of its lease.
+        clock: seconds, as `time.monotonic`.
 
     Returns:
         The record of each shard by file name.
@@ -210,7 +213,7 @@ def run_shards(
         if any("://" in model.uri for model in job.inputs.values()):
             _tell_fetched(shards, total, reporter)
     except BaseException:
-        _abandon(executor, running)
+        _abandon(executor, running, clock)
         raise
     finally:
         executor.close()
@@ -235,14 +238,14 @@ def _put_back_or_raise(waiting: ShardQueue, shard: Shard, outcome: Outcome, repo
     raise error
 
 
-def _abandon(executor: Executor, running: dict[str, Shard], grace_seconds: float = GRACE_SECONDS) -> None:
+def _abandon(executor: Executor, running: dict[str, Shard], clock: Callable[[], float]) -> None:
     """Let running shards clean up behind themselves before the workers go.
 
     What goes wrong meanwhile, as the loss of all workers, is of no interest any more.
     """
-    deadline = time.monotonic() + grace_seconds
+    deadline = clock() + GRACE_SECONDS
     with contextlib.suppress(MergekitRayError):
         executor.stop()
-        while running and time.monotonic() < deadline:
+        while running and clock() < deadline:
             for outcome in executor.wait(_WAIT_SECONDS):
                 running.pop(outcome.file, None)

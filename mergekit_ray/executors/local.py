@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,12 +16,11 @@ from mergekit_ray.evaluation.device.names import resolve
 from mergekit_ray.executors.driver import Job, Outcome
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.storage.opening import open_sink, open_sources
+from mergekit_ray.storage.protocols import Sink
 from mergekit_ray.worker.resources import Resources
 from mergekit_ray.worker.worker import SHARDS_IN_WORK, Worker
 
 _MAX_LOCAL_THREADS: Final = 8
-_HANGING_SECONDS: Final = 1.0
-"""For a thread that was stopped and waited for, until it is left alone."""
 
 
 @dataclass(slots=True)
@@ -67,10 +66,20 @@ class LocalExecutor:
 
     Args:
         num_workers: shards being read at the same time.
+        worker: makes each worker, as `Worker` does.
+        hanging_seconds: for a thread that was stopped and waited for, until it is left alone.
     """
 
-    def __init__(self, num_workers: int = 1) -> None:
+    def __init__(
+        self,
+        num_workers: int = 1,
+        *,
+        worker: Callable[[Resources, Sink, str], Worker] = Worker,
+        hanging_seconds: float = 1.0,
+    ) -> None:
         self._num_workers = num_workers
+        self._worker = worker
+        self._hanging_seconds = hanging_seconds
         self._events: queue.Queue[tuple[_Seat, Outcome | None]] = queue.Queue()
         self._seats: list[_Seat] = []
         self._stop = threading.Event()
@@ -89,7 +98,7 @@ class LocalExecutor:
         for i, device in enumerate(devices):
             sharing = devices.count(device)
             resources = Resources(job.inputs, sources, job.options, number=i, num_sharing=sharing)
-            seat = _Seat(f"worker-{i}", Worker(resources, sink, job.record_folder))
+            seat = _Seat(f"worker-{i}", self._worker(resources, sink, job.record_folder))
             self._seats.append(seat)
             for k in range(SHARDS_IN_WORK):
                 thread = threading.Thread(target=self._serve, args=(seat,), name=f"{seat.name}-{k}", daemon=True)
@@ -140,7 +149,7 @@ class LocalExecutor:
                 seat.shards.put(None)
         for seat in self._seats:
             for thread in seat.threads:
-                thread.join(_HANGING_SECONDS if self._stop.is_set() else None)
+                thread.join(self._hanging_seconds if self._stop.is_set() else None)
             if not any(thread.is_alive() for thread in seat.threads):
                 seat.worker.close()
 

@@ -30,7 +30,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +45,9 @@ from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, Sink
 _MAX_BYTES: Final = 64 << 10
 _MAX_ATTEMPTS: Final = 20
 _MAX_POLL_SECONDS: Final = 5.0
-_NEVER: Final = -1
+NEVER: Final = -1
+"""When a process started that has ended and waits for its parent to notice."""
+
 _HELD: Final[set[str]] = set()
 """Tokens of the leases that this process holds."""
 
@@ -96,12 +98,10 @@ class Holder:
     term: Term
 
     @classmethod
-    def of_this_process(cls, term: Term) -> Holder:
-        """A new lease's."""
-        now, pid = time.time(), os.getpid()
-        return cls(
-            secrets.token_hex(16), socket.gethostname(), pid, _user(), _processes(), _started(pid), now, now, term
-        )
+    def of_this_process(cls, term: Term, now: float) -> Holder:
+        """That of a lease which is taken now, in seconds since 1970."""
+        token, host, pid = secrets.token_hex(16), socket.gethostname(), os.getpid()
+        return cls(token, host, pid, _user(), _processes(), started_at(pid), now, now, term)
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -126,7 +126,7 @@ class Holder:
         """Whether it is known that its process is no more; only of this machine can that be known."""
         if self.processes is None or self.processes != _processes():
             return False
-        if self.pid == os.getpid() and self.started == _started(self.pid):
+        if self.pid == os.getpid() and self.started == started_at(self.pid):
             return self.token not in _HELD  # it could not be released
         try:
             os.kill(self.pid, 0)
@@ -134,7 +134,7 @@ class Holder:
             return True
         except OSError:  # somebody else's
             pass
-        return None not in (found := _started(self.pid), self.started) and found != self.started
+        return None not in (found := started_at(self.pid), self.started) and found != self.started
 
     def __str__(self) -> str:
         return f"{self.user} on {self.host} (process {self.pid}, since {_shown(self.acquired)})"
@@ -147,13 +147,15 @@ class Lease:
         sink: the output.
         mine: who holds it.
         version: of the file.
+        clock: seconds since 1970, as `time.time`.
     """
 
-    def __init__(self, sink: Sink, mine: Holder, version: str) -> None:
+    def __init__(self, sink: Sink, mine: Holder, version: str, clock: Callable[[], float]) -> None:
         self._sink = sink
+        self._clock = clock
         self._mine = mine
         self._version = version
-        self._confirmed = time.time()
+        self._confirmed = clock()
         self._lost: StorageError | None = None
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -166,7 +168,7 @@ class Lease:
         Raises:
             StorageError: it is another's by now.
         """
-        if self._lost is None and time.time() - self._confirmed > self._mine.term.seconds:
+        if self._lost is None and self._clock() - self._confirmed > self._mine.term.seconds:
             self.confirm()
         if self._lost is not None:
             raise self._lost
@@ -206,7 +208,7 @@ class Lease:
                 return
 
     def _renew(self) -> None:
-        now = time.time()
+        now = self._clock()
         data = replace(self._mine, renewed=now).to_bytes()
         for _ in range(2):
             version = self._write(data)
@@ -239,14 +241,17 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(sink: Sink, tell: Reporter, stop: threading.Event, term: Term | None = None) -> Iterator[Lease]:
+def hold(
+    sink: Sink, tell: Reporter, stop: threading.Event, term: Term | None = None, clock: Callable[[], float] = time.time
+) -> Iterator[Lease]:
     """Hold the lease of an output during the block.
 
     Args:
         sink: the output.
         tell: told when a lease that looks expired is watched.
         stop: set by the user's interrupt.
-        term: of the lease; None for what suits the store.
+        term: of the lease; None for what suits the store. It is also taken for that of a lease that cannot be read.
+        clock: seconds since 1970, as `time.time`.
 
     Raises:
         StorageError: another driver holds it; says who, and what to do.
@@ -254,7 +259,7 @@ def hold(sink: Sink, tell: Reporter, stop: threading.Event, term: Term | None = 
     """
     if term is None:
         term = LONG_TERM if isinstance(sink, PublishingSink) else Term()
-    lease = _acquire(sink, tell, stop, term)
+    lease = _acquire(sink, tell, stop, term, clock)
     try:
         yield lease
     finally:
@@ -275,24 +280,24 @@ def discard_dead(sink: Sink) -> None:
             sink.delete([LEASE_FILE])
 
 
-def _acquire(sink: Sink, tell: Reporter, stop: threading.Event, term: Term) -> Lease:
+def _acquire(sink: Sink, tell: Reporter, stop: threading.Event, term: Term, clock: Callable[[], float]) -> Lease:
     for _ in range(_MAX_ATTEMPTS):
-        mine = Holder.of_this_process(term)
+        mine = Holder.of_this_process(term, clock())
         _HELD.add(mine.token)  # before others of this process can see it
         version = None
         try:
-            version = _try(sink, mine, tell, stop)
+            version = _try(sink, mine, tell, stop, clock)
         finally:
             if version is None:
                 _HELD.discard(mine.token)
         if version is not None:
-            return Lease(sink, mine, version)
+            return Lease(sink, mine, version, clock)
     raise StorageError(
         "others keep taking the lease", where=f"{sink.uri}/{LEASE_FILE}", remedy="let only one merge write there"
     )
 
 
-def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event) -> str | None:
+def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event, clock: Callable[[], float]) -> str | None:
     """The version of the lease, if it is ours now; None if another was faster and it is worth another try.
 
     Raises:
@@ -303,22 +308,39 @@ def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event) -> str
     if not is_ours and found is not None:
         holder, version = found
         if holder is None or not holder.has_ended:
-            _wait_for_end(sink, holder, version, tell, stop)
+            age = mine.term.seconds if holder is None else clock() - holder.renewed
+            _wait_for_end(sink, holder, mine.term if holder is None else holder.term, age, version, tell, stop)
         found = _look(sink) if _take_over(sink, mine, version) else None
     # Read again: whatever the store promises, it is ours if it says so.
     return found[1] if found is not None and found[0] is not None and found[0].token == mine.token else None
 
 
-def _wait_for_end(sink: Sink, holder: Holder | None, version: str, tell: Reporter, stop: threading.Event) -> None:
+def _wait_for_end(
+    sink: Sink,
+    holder: Holder | None,
+    term: Term,
+    age: float,
+    version: str,
+    tell: Reporter,
+    stop: threading.Event,
+) -> None:
     """Return once a lease is certain to be nobody's any more.
+
+    Args:
+        sink: the output.
+        holder: of the lease; None if it cannot be read.
+        term: of the lease.
+        age: seconds since it was renewed.
+        version: of the file.
+        tell: told that it is watched.
+        stop: set by the user's interrupt.
 
     Raises:
         StorageError: it is somebody's.
+        Interrupted: ``stop`` was set.
     """
-    term = holder.term if holder is not None else Term()
-    age = time.time() - holder.renewed if holder is not None else term.seconds
-    if holder is not None and abs(age) < term.seconds:
-        raise _held(sink, holder, f"by its clock it was renewed {max(0.0, age):.0f} s ago")
+    if abs(age) < term.seconds:
+        raise _held(sink, holder, term, f"by its clock it was renewed {max(0.0, age):.0f} s ago")
     who = "somebody" if holder is None else str(holder)
     tell.event(
         "lease_expired",
@@ -334,11 +356,12 @@ def _wait_for_end(sink: Sink, holder: Holder | None, version: str, tell: Reporte
         if stat is None:
             return
         if stat.version != version:
-            raise _held(sink, holder, "it was renewed just now, though by its clock it has expired: see to the clocks")
+            raise _held(
+                sink, holder, term, "it was renewed just now, though by its clock it has expired: see to the clocks"
+            )
 
 
-def _held(sink: Sink, holder: Holder | None, sign: str) -> StorageError:
-    term = holder.term if holder is not None else Term()
+def _held(sink: Sink, holder: Holder | None, term: Term, sign: str) -> StorageError:
     return StorageError(
         f"another merge writes there: {holder or 'of a kind that cannot be read'}; {sign}",
         where=sink.uri,
@@ -383,12 +406,12 @@ def _processes() -> str | None:
         return None
 
 
-def _started(pid: int) -> int | None:
-    """When a process started; never, if it has ended and waits for its parent to notice."""
+def started_at(pid: int) -> int | None:
+    """When a process started, in ticks since the boot; `NEVER`, or None if that is unknown."""
     try:
         # The name of the program, in brackets, may hold anything; the 22nd field is the 20th after it.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return _NEVER if state in ("Z", "X") else int(fields[18])
+        return NEVER if state in ("Z", "X") else int(fields[18])
     except (OSError, ValueError, IndexError):
         return None
 

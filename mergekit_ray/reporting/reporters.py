@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import IO, Any, Final, Protocol
 
 from mergekit_ray.core.plan import Plan
@@ -44,15 +45,21 @@ class SilentReporter:
 
 
 class Meter:
-    """Rates and remaining time from the workers' counters, over a sliding window."""
+    """Rates and remaining time from the workers' counters, over a sliding window.
 
-    def __init__(self, total_bytes: int) -> None:
+    Args:
+        total_bytes: to be read and written.
+        clock: seconds, as `time.monotonic`.
+    """
+
+    def __init__(self, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total_bytes = total_bytes
+        self._clock = clock
         self._samples: list[tuple[float, int]] = []
 
     def update(self, progress: Progress) -> tuple[float, float | None]:
         """Bytes per second read and written together, and seconds to go (None while unknown)."""
-        now, done = time.monotonic(), progress.read_bytes + progress.written_bytes
+        now, done = self._clock(), progress.read_bytes + progress.written_bytes
         self._samples.append((now, done))
         while len(self._samples) > 2 and now - self._samples[0][0] > _LINE_SECONDS:
             self._samples.pop(0)
@@ -65,16 +72,17 @@ class Meter:
 class LineReporter:
     """A line per event, and one every ten seconds: for logs and pipes."""
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    def __init__(self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream or sys.stderr
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = self._clock()
         self._last = self._began
         self._meter = Meter(0)
         self._total = 0
 
     def begin(self, plan: Plan) -> None:
         """Remember how much there is to do."""
-        self._meter = Meter(plan.read_bytes + plan.num_bytes)
+        self._meter = Meter(plan.read_bytes + plan.num_bytes, self._clock)
         self._total = plan.num_bytes
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
@@ -85,9 +93,9 @@ class LineReporter:
     def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
         """A line every ten seconds."""
         rate, remaining = self._meter.update(progress)
-        if time.monotonic() - self._last < _LINE_SECONDS:
+        if self._clock() - self._last < _LINE_SECONDS:
             return
-        self._last = time.monotonic()
+        self._last = self._clock()
         left = "" if remaining is None else f", {duration(remaining)} to go"
         self._line(
             f"{format_bytes(progress.written_bytes)} of {format_bytes(self._total)} written, "
@@ -95,21 +103,22 @@ class LineReporter:
         )
 
     def _line(self, message: str) -> None:
-        print(f"[{time.monotonic() - self._began:7.1f}s] {message}", file=self._stream, flush=True)
+        print(f"[{self._clock() - self._began:7.1f}s] {message}", file=self._stream, flush=True)
 
 
 class JsonReporter:
     """A JSON object per line on standard output."""
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    def __init__(self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream or sys.stdout
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = self._clock()
         self._last = 0.0
         self._meter = Meter(0)
 
     def begin(self, plan: Plan) -> None:
         """Remember how much there is to do."""
-        self._meter = Meter(plan.read_bytes + plan.num_bytes)
+        self._meter = Meter(plan.read_bytes + plan.num_bytes, self._clock)
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """``{"event": kind, "seconds": ..., "message": ..., ...}``."""
@@ -118,9 +127,9 @@ class JsonReporter:
     def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
         """A ``progress`` event once a second."""
         rate, remaining = self._meter.update(progress)
-        if time.monotonic() - self._last < 1.0:
+        if self._clock() - self._last < 1.0:
             return
-        self._last = time.monotonic()
+        self._last = self._clock()
         self._emit(
             {
                 "event": "progress",
@@ -136,7 +145,7 @@ class JsonReporter:
         )
 
     def _emit(self, data: dict[str, Any]) -> None:
-        line = {"seconds": round(time.monotonic() - self._began, 3), **data}
+        line = {"seconds": round(self._clock() - self._began, 3), **data}
         print(json.dumps(line), file=self._stream, flush=True)
 
 

@@ -44,7 +44,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         ModelError: there is none, or it cannot be loaded.
         PlanError: transformers is needed and not installed.
     """
-    found = _plain(checkpoint)
+    found = plain_tokenizer(checkpoint)
     if found is not None:
         return found
     from mergekit_ray.routing import skeleton  # noqa: PLC0415 - transformers is slow to import
@@ -71,7 +71,7 @@ class _Plain:
         return ids
 
 
-def _plain(checkpoint: Checkpoint) -> _Plain | None:
+def plain_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer as its file has it; None if transformers would, or might, make something else of it."""
     names = {file.name for file in checkpoint.side_files}
     if not {"tokenizer.json", "tokenizer_config.json"} <= names:

@@ -11,7 +11,7 @@ from typing import Final
 from mergekit_ray.evaluation.pieces import Bytes
 from mergekit_ray.worker.buffers import BufferPool
 
-_PART_BYTES: Final = 4 << 20
+PART_BYTES: Final = 4 << 20
 """Of a part, for each thread that computes it. Much less, and threads wait for each other too often; much more, and it
 has left the processor's cache by the time it is hashed and written."""
 
@@ -65,7 +65,9 @@ class Parts:
             self._room.release()
 
 
-def cut(start: int, stop: int, itemsize: int, num_threads: int) -> Iterator[tuple[int, int]]:
+def cut(
+    start: int, stop: int, itemsize: int, num_threads: int, part_bytes: int = PART_BYTES
+) -> Iterator[tuple[int, int]]:
     """Parts ``[first, last)`` of elements ``[start, stop)``, of about the same length.
 
     Args:
@@ -73,9 +75,10 @@ def cut(start: int, stop: int, itemsize: int, num_threads: int) -> Iterator[tupl
         stop: of the one after the last.
         itemsize: bytes of an element.
         num_threads: that compute a part together.
+        part_bytes: of a part, for each of them.
     """
     num_elements = stop - start
-    num_parts = max(1, -(-num_elements * itemsize // (_PART_BYTES * num_threads)))
+    num_parts = max(1, -(-num_elements * itemsize // (part_bytes * num_threads)))
     step = -(-num_elements // (num_parts * _ALIGNMENT)) * _ALIGNMENT
     for first in range(start, stop, step):
         yield first, min(first + step, stop)

@@ -305,7 +305,9 @@ class ShardPipeline:
         itemsize = window.tensor.spec.dtype.itemsize
         evaluation = None
         try:
-            for start, stop in cut(window.start, window.stop, itemsize, self._pool.num_threads):
+            for start, stop in cut(
+                window.start, window.stop, itemsize, self._pool.num_threads, self._options.part_bytes
+            ):
                 num_bytes = (stop - start) * itemsize
                 out = parts.take(num_bytes)
                 began = time.perf_counter()

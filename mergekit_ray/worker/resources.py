@@ -13,6 +13,7 @@ from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS, ComputePool
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.storage.protocols import Source
 from mergekit_ray.worker.buffers import BufferPool
+from mergekit_ray.worker.parts import PART_BYTES
 
 if TYPE_CHECKING:
     from mergekit_ray.evaluation.device.evaluate import DeviceSession
@@ -26,6 +27,7 @@ class WorkerOptions:
         memory_bytes: budget for inputs, outputs and scratch.
         num_threads: compute threads.
         chunk_elements: elements computed at a time.
+        part_bytes: of a window's result, written at a time for each thread; see `worker.parts.cut`.
         allow_non_finite: let NaN and infinities pass.
         device: what to compute on, see `evaluation.device.names.check_device`.
     """
@@ -33,6 +35,7 @@ class WorkerOptions:
     memory_bytes: int
     num_threads: int = 1
     chunk_elements: int = CHUNK_ELEMENTS
+    part_bytes: int = PART_BYTES
     allow_non_finite: bool = False
     device: str = CPU
 

@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from container.engine import podman
 from helm.charts import Manifest, one
-from support.merging import wait_until
 from support.servers.hosts import Hosts
+from support.waiting import wait_until
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 """Of the cluster; KubeRay draws one where the manifest asks for `token`."""

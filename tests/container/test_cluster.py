@@ -15,12 +15,13 @@ from container.engine import Image
 from container.kuberay import Cluster, Pods
 from helm.charts import Manifest, render
 from mergekit_ray.operations.options import MergeOptions
-from support.merging import command_environment, run_command, wait_until
+from support.merging import command_environment, run_command
 from support.models import ModelLibrary, contents
 from support.servers import hosts as hosts_module
 from support.servers.hosts import Hosts
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import ACCESS_KEY, REGION, SECRET_KEY, S3Server
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 

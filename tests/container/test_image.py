@@ -16,8 +16,8 @@ import torch
 
 import mergekit_ray
 from container.engine import ROOT, WRITABLE_TMP, Container, Image, podman
-from support.merging import wait_until
 from support.models import tensors_of
+from support.waiting import wait_until
 
 # The build takes minutes, and is part of whichever test comes first.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]

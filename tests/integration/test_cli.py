@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 import mergekit_ray
 from mergekit_ray.cli import app
-from support.merging import COMMANDS, command_environment, recipe_of, run_command, wait_until
+from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import ModelLibrary, contents, load
+from support.waiting import wait_until
 
 METHODS = {"linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"}
 

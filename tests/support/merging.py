@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import MergeResult
 from mergekit_ray.reporting.progress import Progress
 from support.models import contents
+from support.waiting import DEADLINE_SECONDS
 
 COMMANDS = Path(sys.executable).parent
 """Where ``merge`` and ``mergekit-ray`` are installed."""
@@ -88,7 +88,7 @@ class Background:
         """Whether it has not ended yet."""
         return self._thread.is_alive()
 
-    def result(self, seconds: float = 120.0) -> MergeResult:
+    def result(self, seconds: float = DEADLINE_SECONDS) -> MergeResult:
         """Wait for the end of the merge; raises what it raised."""
         self._thread.join(seconds)
         assert not self._thread.is_alive(), f"the merge did not end within {seconds} s: {self.events.all[-5:]}"
@@ -96,17 +96,6 @@ class Background:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0, every: float = 0.02) -> Any:
-    """What ``condition`` gives once it is true; fails the test if that takes too long."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(every)
-    raise AssertionError(f"did not come true within {seconds} s")
 
 
 def command_environment(**changes: str) -> dict[str, str]:
@@ -126,7 +115,7 @@ def run_command(
         text=True,
         cwd=cwd,
         env=dict(env) if env is not None else command_environment(),
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
 

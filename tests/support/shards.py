@@ -16,6 +16,7 @@ from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.storage.local.store import LocalSource, LocalStore
 from mergekit_ray.storage.opening import open_sources
+from mergekit_ray.storage.protocols import Sink
 from mergekit_ray.worker.resources import Resources, WorkerOptions
 from mergekit_ray.worker.worker import Worker
 from support.memory_inputs import write_model
@@ -25,9 +26,10 @@ MIB = 1 << 20
 BUDGETS = {"tiny": FIXED_BYTES + 3 * 500_000, "one byte": FIXED_BYTES + 1, "ample": FIXED_BYTES + 64 * MIB}
 
 
-def make_worker(plan_inputs: dict[str, InputModel], output: Path, **options: Any) -> Worker:
+def make_worker(plan_inputs: dict[str, InputModel], output: Path | Sink, **options: Any) -> Worker:
     chosen = WorkerOptions(**{"memory_bytes": FIXED_BYTES + 64 * MIB, **options})
-    return Worker(Resources(plan_inputs, open_sources(plan_inputs), chosen), LocalStore(output), "records")
+    sink = LocalStore(output) if isinstance(output, Path) else output
+    return Worker(Resources(plan_inputs, open_sources(plan_inputs), chosen), sink, "records")
 
 
 def files_below(folder: Path) -> set[str]:

@@ -37,7 +37,7 @@ Ranks = Mapping[int, int]
 _SAMPLE = 1 << 16
 """Elements of the sample, about."""
 _SAMPLED_BLOCKS = 16
-_SMALL_BLOCKS = 4
+SMALL_BLOCKS = 4
 """Tensors of no more blocks are collected whole, without a sample."""
 _DIGIT_BITS = 16
 _NUM_DIGITS = 1 << _DIGIT_BITS
@@ -110,7 +110,7 @@ def by_bracket(
     num_elements = operands.num_elements
     limits = _brackets(operands, ranks, values, index_of)
     given_up: set[int] = set()
-    room = dict.fromkeys(ranks, BLOCK_ELEMENTS * _SMALL_BLOCKS + num_elements // 4)
+    room = dict.fromkeys(ranks, BLOCK_ELEMENTS * SMALL_BLOCKS + num_elements // 4)
 
     def collect(chunk: Chunk) -> dict[int, tuple[int, Patterns]]:
         found: dict[int, tuple[int, Patterns]] = {}
@@ -148,7 +148,7 @@ def _brackets(
     num_elements = operands.num_elements
     num_blocks = -(-num_elements // BLOCK_ELEMENTS)
     highest = _highest_pattern(operands)
-    if num_blocks <= _SMALL_BLOCKS:
+    if num_blocks <= SMALL_BLOCKS:
         return dict.fromkeys(ranks, (1, highest))
     # Blocks evenly apart, and an odd stride within them, so that all columns of a matrix are seen.
     sampled = sorted({place * num_blocks // _SAMPLED_BLOCKS for place in range(_SAMPLED_BLOCKS)})

@@ -123,14 +123,15 @@ def _select(
     ranks = {place: count for place, count in counts.items() if 0 < count < num_elements}
     found = kth_largest(operands, ranks, values, index_of) if ranks else {}
     return [
-        _selection(found[place], operands, cut_after(operands, index_of(place), found[place], values))
+        selection_at(found[place], operands, cut_after(operands, index_of(place), found[place], values))
         if place in found
         else (Selection(0.0, 0.0, num_elements) if count else Selection(math.inf, math.inf, 0))
         for place, count in counts.items()
     ]
 
 
-def _selection(threshold: Threshold, operands: Operands, cut: int) -> Selection:
+def selection_at(threshold: Threshold, operands: Operands, cut: int) -> Selection:
+    """What is above a threshold, and of its equals those before the flat index ``cut``."""
     pattern = threshold.pattern
     return Selection(_magnitude(pattern, operands), _magnitude(max(pattern - 1, 0), operands), cut)
 

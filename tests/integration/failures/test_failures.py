@@ -22,10 +22,11 @@ import mergekit_ray
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.storage import open_sink
 from mergekit_ray.worker.worker import SHARDS_IN_WORK
-from support.merging import COMMANDS, Events, command_environment, recipe_of, run_command, wait_until
+from support.merging import COMMANDS, Events, command_environment, recipe_of, run_command
 from support.models import ModelLibrary, contents, rewrite
 from support.servers.ray_cluster import ENVIRONMENT
 from support.servers.s3_server import S3Server
+from support.waiting import wait_until
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

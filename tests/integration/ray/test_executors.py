@@ -18,9 +18,10 @@ from mergekit_ray.executors.driver import Job, run_shards
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.planning.windows import memory_needed
 from mergekit_ray.worker.resources import WorkerOptions
-from support.merging import Background, Events, recipe_of, stop_at, undisturbed, wait_until
+from support.merging import Background, Events, recipe_of, stop_at, undisturbed
 from support.models import ModelLibrary, contents, rewrite, tensors_of
 from support.servers.ray_cluster import RayCluster, freeze
+from support.waiting import wait_until
 
 METHODS = ["linear", "slerp", "ties", "dare_ties"]
 NAN_TENSOR = "model.layers.2.mlp.up_proj.weight"

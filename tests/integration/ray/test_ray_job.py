@@ -14,9 +14,10 @@ import yaml
 
 import mergekit_ray
 from mergekit_ray.operations.options import MergeOptions
-from support.merging import COMMANDS, recipe_of, run_command, undisturbed, wait_until
+from support.merging import COMMANDS, recipe_of, run_command, undisturbed
 from support.models import ModelLibrary, contents, load
 from support.servers.ray_head import RayHead
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -15,9 +15,10 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from mergekit_ray.executors.ray_metrics import METRICS, OUTPUT
 from mergekit_ray.operations.options import MergeOptions
-from support.merging import Background, recipe_of, wait_until
+from support.merging import Background, recipe_of
 from support.models import ModelLibrary
 from support.servers.ray_head import RayHead
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -18,11 +18,12 @@ import yaml
 import mergekit_ray
 from mergekit_ray.checkpoint.header import HEAD_BYTES
 from mergekit_ray.operations.options import MergeOptions
-from support.merging import COMMANDS, Events, command_environment, recipe_of, run_command, wait_until
+from support.merging import COMMANDS, Events, command_environment, recipe_of, run_command
 from support.models import ModelLibrary, contents, load, logits, rewrite, tensors_of
 from support.servers.hostile_proxy import HostileProxy, Schedule
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import SECRET_KEY, S3Server
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.s3
 

@@ -15,8 +15,9 @@ from typing import Self
 
 import psutil
 
-from support.merging import COMMANDS, command_environment, wait_until
+from support.merging import COMMANDS, command_environment
 from support.servers.ray_cluster import ENVIRONMENT
+from support.waiting import wait_until
 
 
 class RayHead:

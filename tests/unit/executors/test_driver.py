@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -236,7 +235,7 @@ def test_workers_are_let_go_when_they_cannot_be_brought_up() -> None:
     assert executor.calls == ["start 1", "stop", "close"]
 
 
-def test_a_worker_that_does_not_obey_is_given_the_grace_period_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_obey_is_given_the_grace_period_only() -> None:
     class Deaf(ScriptedExecutor):
         def wait(self, seconds: float) -> Sequence[Outcome]:
             stop.set()
@@ -245,10 +244,9 @@ def test_a_worker_that_does_not_obey_is_given_the_grace_period_only(monkeypatch:
             return []
 
     now, waited, stop = [0.0], list[float](), threading.Event()
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     executor = Deaf({}, hold=["a"])
     with pytest.raises(Interrupted):
-        run(executor, [shard("a")], None, stop)
+        run_shards([shard("a")], JOB, executor, Notes(), stop, clock=lambda: now[0])
     assert executor.calls == ["start 1", "stop", "close"]
     assert sum(waited) == pytest.approx(GRACE_SECONDS, abs=1)
 

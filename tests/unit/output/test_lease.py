@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,13 +19,13 @@ from typing import Any
 import pytest
 
 from mergekit_ray.core.errors import Interrupted, StorageError
-from mergekit_ray.output import lease as lease_module
 from mergekit_ray.output.destination import LEASE_FILE
-from mergekit_ray.output.lease import LONG_TERM, Holder, Lease, Term, discard_dead, hold
+from mergekit_ray.output.lease import LONG_TERM, NEVER, Holder, Term, discard_dead, hold, started_at
 from mergekit_ray.reporting.reporters import SilentReporter
 from mergekit_ray.storage.local.store import LocalStore
 from mergekit_ray.storage.protocols import ConditionalSink
-from support.merging import Events, wait_until
+from support.merging import Events
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 QUICK = Term(seconds=0.4, renew_seconds=0.05)
 SLOW = Term(seconds=300.0, renew_seconds=60.0)
@@ -49,13 +50,23 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def taken(sink: LocalStore, term: Term = SLOW, tell: Any = None, stop: threading.Event | None = None) -> Any:
-    return hold(sink, tell or SilentReporter(), stop or threading.Event(), term)
+def taken(
+    sink: LocalStore,
+    term: Term = SLOW,
+    tell: Any = None,
+    stop: threading.Event | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Any:
+    return hold(sink, tell or SilentReporter(), stop or threading.Event(), term, clock)
+
+
+def own() -> Holder:
+    return Holder.of_this_process(SLOW, time.time())
 
 
 def elsewhere(**changes: Any) -> Holder:
     """A lease of another machine."""
-    return replace(Holder.of_this_process(SLOW), host="far-away", processes="another boot", pid=7, **changes)
+    return replace(own(), host="far-away", processes="another boot", pid=7, **changes)
 
 
 def written(sink: LocalStore) -> Holder:
@@ -99,10 +110,10 @@ def test_of_many_at_once_one_wins(sink: LocalStore) -> None:
     start, end = threading.Barrier(8), threading.Event()
 
     def compete(_: int) -> bool:
-        start.wait(10)
+        start.wait(DEADLINE_SECONDS)
         try:
             with taken(sink):
-                end.wait(10)
+                end.wait(DEADLINE_SECONDS)
         except StorageError:
             return False
         return True
@@ -117,11 +128,11 @@ def test_of_many_at_once_one_wins(sink: LocalStore) -> None:
 class TestDead:
     def test_of_this_machine_it_is_taken_over_at_once(self, sink: LocalStore) -> None:
         script = (
-            "import os, sys\n"
+            "import sys, time\n"
             "from mergekit_ray.output.lease import Holder, Term\n"
-            "sys.stdout.buffer.write(Holder.of_this_process(Term()).to_bytes())\n"
+            "sys.stdout.buffer.write(Holder.of_this_process(Term(), time.time()).to_bytes())\n"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
         sink.put(LEASE_FILE, done.stdout)
         assert written(sink).has_ended
         with taken(sink):
@@ -129,15 +140,14 @@ class TestDead:
 
     def test_a_process_that_has_ended_but_was_not_waited_for_is_dead(self) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as process:
-            own = Holder.of_this_process(SLOW)
-            started = wait_until(lambda: lease_module._started(process.pid))
-            holder = replace(own, pid=process.pid, started=started)
-            wait_until(lambda: holder.started == lease_module._NEVER or holder.has_ended)
+            started = wait_until(lambda: started_at(process.pid))
+            holder = replace(own(), pid=process.pid, started=started)
+            wait_until(lambda: holder.started == NEVER or holder.has_ended)
         assert holder.has_ended
 
     def test_another_process_of_the_same_number_is_not_it(self) -> None:
         parent = os.getppid()
-        other = replace(Holder.of_this_process(SLOW), pid=parent, started=lease_module._started(parent))
+        other = replace(own(), pid=parent, started=started_at(parent))
         assert other.started is not None
         assert not other.has_ended
         assert replace(other, started=other.started - 1).has_ended
@@ -160,48 +170,42 @@ class TestDead:
         assert not replace(elsewhere(), processes=processes, started=1).has_ended
 
     def test_elsewhere_it_is_watched_and_then_taken_over(self, sink: LocalStore) -> None:
-        now = time.time()
-        sink.put(LEASE_FILE, elsewhere(renewed=now - 1000, term=QUICK).to_bytes())
+        sink.put(LEASE_FILE, elsewhere(renewed=time.time() - 1000, term=QUICK).to_bytes())
         events = Events()
-        began = time.monotonic()
         with taken(sink, QUICK, events):
-            assert time.monotonic() - began >= QUICK.watch_seconds
             assert written(sink).pid == os.getpid()
         [told] = events.of("lease_expired")
         assert "far-away" in told["message"]
+        assert told["seconds"] == QUICK.watch_seconds
 
     @pytest.mark.parametrize("skew", [-299.0, 0.0, 299.0])
     def test_before_its_term_is_over_it_is_not(self, sink: LocalStore, skew: float) -> None:
-        sink.put(LEASE_FILE, elsewhere(renewed=time.time() + skew).to_bytes())
-        with pytest.raises(StorageError, match="far-away"), taken(sink):
+        now = time.time()
+        sink.put(LEASE_FILE, elsewhere(renewed=now + skew).to_bytes())
+        with pytest.raises(StorageError, match="far-away"), taken(sink, clock=lambda: now):
             pass
         assert written(sink).host == "far-away"
 
     @pytest.mark.parametrize("skew", [-1e6, 1e6])
     def test_one_that_is_renewed_is_alive_whatever_its_clock_says(self, sink: LocalStore, skew: float) -> None:
-        term = Term(seconds=0.4, renew_seconds=0.5)
-        holder = elsewhere(term=term)
-        stop = threading.Event()
+        holder = elsewhere(term=QUICK)
+        renewals = itertools.count()
 
-        def renew() -> None:
-            while not stop.wait(0.1):
-                sink.put(LEASE_FILE, replace(holder, renewed=time.time() + skew).to_bytes())
+        def renew(kind: str = "") -> None:
+            sink.put(LEASE_FILE, replace(holder, renewed=time.time() + skew + next(renewals)).to_bytes())
 
-        sink.put(LEASE_FILE, replace(holder, renewed=time.time() + skew).to_bytes())
-        thread = threading.Thread(target=renew)
-        thread.start()
-        try:
-            with pytest.raises(StorageError, match="see to the clocks"), taken(sink):
-                pass
-        finally:
-            stop.set()
-            thread.join()
+        renew()
+        # It is renewed once it is being watched.
+        with pytest.raises(StorageError, match="see to the clocks"), taken(sink, tell=Events(renew)):
+            pass
+        assert next(renewals) == 2
 
-    def test_one_that_cannot_be_read_is_watched(self, sink: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Term, "watch_seconds", 0.05)
+    def test_one_that_cannot_be_read_is_watched(self, sink: LocalStore) -> None:
         for damage in (b"", b"{", b"[]", b'{"format": 2}', b'{"format": 1, "term": 3}', b"\xff"):
             sink.put(LEASE_FILE, damage)
-            with taken(sink):
+            events = Events()
+            with taken(sink, QUICK, events):
+                assert [kind for kind, _ in events.all] == ["lease_expired"]
                 assert written(sink).pid == os.getpid()
 
     def test_watching_is_stopped(self, sink: LocalStore) -> None:
@@ -220,7 +224,7 @@ class TestDead:
         def compete(_: int) -> bool:
             try:
                 with taken(sink):
-                    end.wait(20)
+                    end.wait(DEADLINE_SECONDS)
             except StorageError:
                 return False
             return True
@@ -241,37 +245,34 @@ class TestHeld:
             assert written(sink).acquired == pytest.approx(first.acquired, abs=0.002)
 
     def test_at_rest_it_is_not(self, sink: LocalStore) -> None:
+        before = set(threading.enumerate())
         with taken(sink, QUICK) as lease:
+            [keeper] = set(threading.enumerate()) - before
             lease.rest()
-            before = written(sink)
-            time.sleep(4 * QUICK.renew_seconds)
-            assert written(sink) == before
+            assert not keeper.is_alive()
         assert sink.list() == []
 
     @pytest.mark.parametrize("by", ["another", "nobody"])
     def test_one_that_is_lost_is_noticed_and_left_alone(self, sink: LocalStore, by: str) -> None:
-        with taken(sink, QUICK) as lease:
+        def noticed() -> None:
+            # Again and again: in a store that has no conditions a renewal may come in between.
             if by == "another":
-                # As a store without locks may let it happen.
-                wait_until(lambda: self._overwritten(sink, lease))
+                sink.put(LEASE_FILE, elsewhere().to_bytes())
             else:
                 sink.delete([LEASE_FILE])
+            lease.check()
+
+        with taken(sink, QUICK) as lease:
             with pytest.raises(StorageError, match="no longer holds its output") as caught:
-                wait_until(lease.check)
+                wait_until(noticed)
             assert ("far-away" in str(caught.value)) is (by == "another")
             with pytest.raises(StorageError, match="no longer holds"):
                 lease.confirm()
         assert [file.name for file in sink.list()] == ([LEASE_FILE] if by == "another" else [])
 
-    @staticmethod
-    def _overwritten(sink: LocalStore, lease: Lease) -> bool:
-        with lease._lock:
-            sink.put(LEASE_FILE, elsewhere().to_bytes())
-        return True
-
     def test_a_renewal_whose_answer_was_lost_is_ours(self, sink: LocalStore) -> None:
         with taken(sink) as lease:
-            sink.put(LEASE_FILE, replace(lease._mine, renewed=1.0).to_bytes())
+            sink.put(LEASE_FILE, replace(written(sink), renewed=1.0).to_bytes())
             lease.confirm()
             assert written(sink).renewed > 1.0
 
@@ -287,14 +288,15 @@ class TestHeld:
             with monkeypatch.context() as broken:
                 for name in ("put", "read_head"):
                     broken.setattr(sink, name, fail)
-                assert failed.wait(10)
+                assert failed.wait(DEADLINE_SECONDS)
             lease.confirm()
 
     def test_one_who_slept_for_its_term_asks_before_it_goes_on(self, sink: LocalStore) -> None:
-        with taken(sink) as lease:
+        now = time.time()
+        with taken(sink, clock=lambda: now) as lease:
             sink.put(LEASE_FILE, elsewhere().to_bytes())
             lease.check()  # nothing is known of it yet
-            lease._confirmed -= SLOW.seconds + 1
+            now += SLOW.seconds + 1
             with pytest.raises(StorageError, match=r"taken over by .* far-away"):
                 lease.check()
 
@@ -305,14 +307,14 @@ class TestLeftBeside:
     @pytest.mark.parametrize(
         ("holder", "stays"),
         [
-            (elsewhere(renewed=time.time()), True),
-            (elsewhere(renewed=time.time() - 2 * SLOW.seconds), False),
-            (replace(Holder.of_this_process(SLOW), pid=os.getppid(), started=1), False),
+            (lambda: elsewhere(renewed=time.time()), True),
+            (lambda: elsewhere(renewed=time.time() - 2 * SLOW.seconds), False),
+            (lambda: replace(own(), pid=os.getppid(), started=1), False),
         ],
         ids=["renewed", "expired", "of a process that has ended"],
     )
-    def test_one_of_a_dead_driver_is_removed(self, sink: LocalStore, holder: Holder, stays: bool) -> None:
-        sink.put(LEASE_FILE, holder.to_bytes())
+    def test_one_of_a_dead_driver_is_removed(self, sink: LocalStore, holder: Callable[[], Holder], stays: bool) -> None:
+        sink.put(LEASE_FILE, holder().to_bytes())
         discard_dead(sink)
         assert [stat.name for stat in sink.list()] == [LEASE_FILE] * stays
 

@@ -6,7 +6,6 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,7 +14,6 @@ from mergekit_ray.cli import tables
 from mergekit_ray.cli.live import LiveReporter
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
-from mergekit_ray.reporting import reporters as reporting
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import JsonReporter, LineReporter, Meter, duration
 
@@ -24,15 +22,13 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 def done(read_bytes: int, written_bytes: int = 0, num_tensors: int = 0) -> Progress:
@@ -40,7 +36,7 @@ def done(read_bytes: int, written_bytes: int = 0, num_tensors: int = 0) -> Progr
 
 
 def test_rate_and_time_to_go(clock: Clock) -> None:
-    meter = Meter(total_bytes=10_000)
+    meter = Meter(10_000, clock)
     assert meter.update(done(0)) == (0.0, None)
     clock.now += 2
     assert meter.update(done(600, 200)) == (400.0, (10_000 - 800) / 400)
@@ -49,7 +45,7 @@ def test_rate_and_time_to_go(clock: Clock) -> None:
 
 
 def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
-    meter = Meter(total_bytes=1_000_000)
+    meter = Meter(1_000_000, clock)
     total = 0
     for second in range(60):
         total += 1000 if second < 30 else 50
@@ -60,14 +56,14 @@ def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
 
 
 def test_a_lost_worker_makes_no_negative_rate(clock: Clock) -> None:
-    meter = Meter(total_bytes=1000)
+    meter = Meter(1000, clock)
     meter.update(done(500))
     clock.now += 1
     assert meter.update(done(100)) == (0.0, None)
 
 
 def test_more_than_all_leaves_nothing_to_go(clock: Clock) -> None:
-    meter = Meter(total_bytes=100)
+    meter = Meter(100, clock)
     meter.update(done(0))
     clock.now += 1
     assert meter.update(done(150)) == (150.0, 0.0)
@@ -75,7 +71,7 @@ def test_more_than_all_leaves_nothing_to_go(clock: Clock) -> None:
 
 def test_json_lines(plan: Plan, clock: Clock) -> None:
     stream = io.StringIO()
-    reporter = JsonReporter(stream)
+    reporter = JsonReporter(stream, clock)
     reporter.begin(plan)
     reporter.event("planned", 'a "plan"\nof two lines', num_shards=3)
     reporter.progress(done(0), 0, 3)
@@ -102,7 +98,7 @@ def test_json_lines(plan: Plan, clock: Clock) -> None:
 
 def test_lines_of_text(plan: Plan, clock: Clock) -> None:
     stream = io.StringIO()
-    reporter = LineReporter(stream)
+    reporter = LineReporter(stream, clock)
     reporter.begin(plan)
     reporter.event("planned", "12 parameters", ignored=1)
     reporter.progress(done(0), 0, 3)
@@ -117,7 +113,7 @@ def test_lines_of_text(plan: Plan, clock: Clock) -> None:
     assert second.endswith(" to go")
 
 
-def test_the_live_bar_counts_tensors(plan: Plan, clock: Clock) -> None:
+def test_the_live_bar_counts_tensors(plan: Plan) -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120)
     reporter = LiveReporter(console)

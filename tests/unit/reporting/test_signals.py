@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mergekit_ray.reporting.signals import EXIT_CODE, Signals, listening
+from support.waiting import DEADLINE_SECONDS
 
 
 class EndedError(Exception):
@@ -79,14 +80,18 @@ class TestBoth:
 def test_a_stop_that_hangs_is_ended(process: Process) -> None:
     with listen(process, grace_seconds=0.05) as signals, signals.graceful():
         os.kill(os.getpid(), signal.SIGINT)
-        assert process.has_ended.wait(10)
+        assert process.has_ended.wait(DEADLINE_SECONDS)
     assert process.codes == [EXIT_CODE]
     assert "run the same command to resume" in process.said[-1]
 
 
 def test_nobody_is_ended_without_a_signal(process: Process) -> None:
+    before = set(threading.enumerate())
     with listen(process, grace_seconds=0.0) as signals, signals.graceful():
-        assert not process.has_ended.wait(0.2)
+        [watcher] = set(threading.enumerate()) - before
+    watcher.join(DEADLINE_SECONDS)
+    assert not watcher.is_alive()
+    assert process.codes == []
 
 
 def test_once_the_work_is_done_a_signal_ends_the_command_again(process: Process) -> None:
@@ -103,12 +108,14 @@ def test_a_process_that_cannot_end_by_itself_is_ended_with_the_code() -> None:
     script = (
         "import os, signal, sys, threading, time\n"
         "from mergekit_ray.reporting.signals import listening\n"
-        "threading.Thread(target=time.sleep, args=(100,)).start()\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
         "with listening(lambda line: print(line, flush=True), grace_seconds=0.3) as signals, signals.graceful():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(5)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
+    )
     assert done.returncode == EXIT_CODE, done.stderr
     assert "not stopped within" in done.stdout
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from mergekit_ray.core.errors import ModelError
-from mergekit_ray.routing import skeleton
+from mergekit_ray.routing import tokenizer
 from mergekit_ray.routing.prompts import tokenize
-from mergekit_ray.routing.tokenizer import load_tokenizer
 from support.models import ModelLibrary
 from support.references.routing import opened
 
@@ -43,24 +42,19 @@ def edit(folder: Path, name: str, change: Change) -> None:
     (folder / name).write_text(json.dumps(data))
 
 
-def is_plain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+def is_plain(folder: Path) -> bool:
     """Whether transformers was left out."""
-    called = []
-    real = skeleton.transformers_tokenizer
-    with monkeypatch.context() as patch:
-        patch.setattr(skeleton, "transformers_tokenizer", lambda checkpoint: called.append(1) or real(checkpoint))
-        load_tokenizer(opened(folder))
-    return not called
+    return tokenizer.plain_tokenizer(opened(folder)) is not None
 
 
 def by_transformers(folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     with monkeypatch.context() as patch:
-        patch.setattr("mergekit_ray.routing.tokenizer._plain", lambda _: None)
+        patch.setattr(tokenizer, "plain_tokenizer", lambda _: None)
         return tokenize(opened(folder), prompts)
 
 
 def test_tokens_are_those_of_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_plain(model, monkeypatch)
+    assert is_plain(model)
     assert tokenize(opened(model), PROMPTS) == by_transformers(model, PROMPTS, monkeypatch)
 
 
@@ -68,7 +62,7 @@ def test_truncation_and_padding_in_the_file_are_not_for_prompts(model: Path, mon
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     edit(model, "tokenizer.json", lambda data: data.update(truncation=truncation))
     prompts = ["the " * 20, "cat"]
-    assert is_plain(model, monkeypatch)
+    assert is_plain(model)
     assert tokenize(opened(model), prompts) == by_transformers(model, prompts, monkeypatch)
 
 
@@ -90,12 +84,12 @@ def test_whatever_transformers_may_change_is_left_to_it(
     name: str, change: Change, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit(model, name, change)
-    assert not is_plain(model, monkeypatch)
+    assert not is_plain(model)
 
 
 def test_older_files_are_left_to_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "special_tokens_map.json").write_text("{}")
-    assert not is_plain(model, monkeypatch)
+    assert not is_plain(model)
 
 
 def test_a_broken_file_is_an_error(model: Path) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from mergekit_ray.core.errors import CheckpointError, MergeError
 from mergekit_ray.core.plan import InputModel, Shard
+from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.worker import inputs as window_inputs
-from mergekit_ray.worker import pipeline
 from support.shards import BUDGETS, big_model, files_below, load_of, long_tensors, make_worker, merged, shard_of
 
 
@@ -83,15 +83,24 @@ def test_inputs_used_where_they_lie_give_the_same_bytes(
 def test_an_input_that_changes_while_it_is_used_is_refused(
     pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, shard = pair
+    inputs, _ = pair
     monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", 0)
-    compute = pipeline.ShardPipeline._compute
 
-    def touch_and_compute(*args: Any) -> Any:
-        os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
-        return compute(*args)
+    class Touched(LocalSource):
+        """Files whose time changes once a part of them has been mapped."""
 
-    monkeypatch.setattr(pipeline.ShardPipeline, "_compute", touch_and_compute)
+        def map_range(self, name: str, *args: Any, **options: Any) -> memoryview:
+            found = super().map_range(name, *args, **options)
+            mapped.append(name)
+            os.utime(Path(self.uri) / name, ns=(1, 1))
+            return found
+
+    mapped: list[str] = []
+    worker = make_worker(inputs, tmp_path / "out")
+    # Only one piece of it is used: whoever maps another finds out at once.
+    once = shard_of(("copy", load_of(inputs["b"], "t0")))
+    worker.resources.sources = {key: Touched(model.uri) for key, model in inputs.items()}
     with pytest.raises(CheckpointError, match="changed"):
-        make_worker(inputs, tmp_path / "out").run(shard)
+        worker.run(once)
+    assert len(mapped) == 1
     assert files_below(tmp_path / "out") == set()

@@ -16,7 +16,7 @@ from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Load, Merge
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.worker.buffers import BufferPool
-from mergekit_ray.worker.parts import Parts, cut
+from mergekit_ray.worker.parts import PART_BYTES, Parts, cut
 from support.shards import big_model, files_below, load_of, long_tensors, make_worker, shard_of
 
 
@@ -36,7 +36,7 @@ def test_parts_cover_a_window_and_are_of_about_one_size(
     assert len(set(sizes[:-1])) <= 1
     assert min(sizes) > 0
     # As large as a thread's share times the threads, and what is rounded up.
-    assert max(sizes) * itemsize <= num_threads * (4 << 20) + itemsize * (1 << 16)
+    assert max(sizes) * itemsize <= num_threads * PART_BYTES + itemsize * (1 << 16)
 
 
 def test_they_are_written_in_order_and_their_buffers_used_again() -> None:
@@ -78,26 +78,22 @@ def karcher(name: str, *inputs: Load) -> Merge:
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_a_window_of_many_parts_is_the_same_as_one_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int
-) -> None:
+def test_a_window_of_many_parts_is_the_same_as_one_of_one(tmp_path: Path, num_threads: int) -> None:
     models = [big_model(tmp_path / name, *long_tensors(i)) for i, name in enumerate("ab")]
     inputs = {model.key: model for model in models}
     shard = shard_of(("big", karcher("big", *(load_of(model, "t0") for model in models))))
     whole = make_worker(inputs, tmp_path / "whole").run(shard)
     assert whole.tensors
-    monkeypatch.setattr("mergekit_ray.worker.parts._PART_BYTES", 1)
-    in_parts = make_worker(inputs, tmp_path / "cut", num_threads=num_threads).run(shard)
+    in_parts = make_worker(inputs, tmp_path / "cut", num_threads=num_threads, part_bytes=1).run(shard)
     assert (in_parts.sha256, in_parts.tensors) == (whole.sha256, whole.tensors)
 
 
 @pytest.mark.parametrize("place", [0, 299_999])
-def test_what_is_not_finite_in_any_part_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr("mergekit_ray.worker.parts._PART_BYTES", 1)
+def test_what_is_not_finite_in_any_part_is_told_of(tmp_path: Path, place: int) -> None:
     tensors = [long_tensors(i)[0] for i in range(2)]
     tensors[1][place] = torch.nan
     models = [big_model(tmp_path / name, tensor) for name, tensor in zip("ab", tensors, strict=True)]
     shard = shard_of(("big", karcher("big", *(load_of(model, "t0") for model in models))))
     with pytest.raises(MergeError, match=f"flat index {place} "):
-        make_worker({model.key: model for model in models}, tmp_path / "out").run(shard)
+        make_worker({model.key: model for model in models}, tmp_path / "out", part_bytes=1).run(shard)
     assert files_below(tmp_path / "out") == set()

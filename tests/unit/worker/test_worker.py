@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Sequence
@@ -25,11 +26,11 @@ from mergekit_ray.planning import windows
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.storage.local.store import LocalSource
-from mergekit_ray.storage.local.upload import LocalUpload
-from mergekit_ray.worker import worker as worker_module
 from mergekit_ray.worker.worker import Worker, record_name
+from support.hooked_store import HookedStore
 from support.memory_inputs import DTYPES, random_llama
 from support.shards import BUDGETS, files_below, long_tensors, make_worker
+from support.waiting import DEADLINE_SECONDS
 
 
 def run(plan: Plan, output: Path, **options: Any) -> list[ShardRecord]:
@@ -130,25 +131,20 @@ def begin(worker: Worker, shard: Shard) -> tuple[Future[ShardRecord], threading.
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 def test_the_next_shard_is_written_while_one_is_being_committed(
-    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, budget: int
 ) -> None:
     inputs, shard = pair
     expected = make_worker(inputs, tmp_path / "expected").run(shard)
-    commit, let_go = LocalUpload.commit, threading.Event()
-
-    def wait_and_commit(upload: LocalUpload) -> Any:
-        assert let_go.wait(60)
-        return commit(upload)
-
-    monkeypatch.setattr(LocalUpload, "commit", wait_and_commit)
-    worker = make_worker(inputs, tmp_path / "out", memory_bytes=budget)
+    let_go = threading.Event()
+    store = HookedStore(tmp_path / "out", on_commit=lambda: let_go.wait(DEADLINE_SECONDS))
+    worker = make_worker(inputs, store, memory_bytes=budget)
     first, first_read = begin(worker, replace(shard, file="first.safetensors"))
-    assert first_read.wait(60)
+    assert first_read.wait(DEADLINE_SECONDS)
     second, second_read = begin(worker, replace(shard, file="second.safetensors"))
-    assert second_read.wait(60), "though the first is not finished"
+    assert second_read.wait(DEADLINE_SECONDS), "though the first is not finished"
     assert not first.done()
     let_go.set()
-    assert first.result(60).sha256 == second.result(60).sha256 == expected.sha256
+    assert first.result(DEADLINE_SECONDS).sha256 == second.result(DEADLINE_SECONDS).sha256 == expected.sha256
     worker.close()
     assert worker.resources.budget.held_bytes == worker.progress.held_bytes == 0
     assert worker.progress.read_bytes == 2 * shard.read_bytes
@@ -159,7 +155,7 @@ def test_the_next_shard_is_written_while_one_is_being_committed(
 
 
 def test_a_shard_that_fails_says_once_that_it_reads_no_more_and_gives_all_back(
-    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path
 ) -> None:
     inputs, shard = pair
     read: list[str] = []
@@ -168,7 +164,8 @@ def test_a_shard_that_fails_says_once_that_it_reads_no_more_and_gives_all_back(
     with pytest.raises(StorageError, match="the disk is on fire"):
         worker.run(shard, on_read=lambda: read.append("in the middle"))
     assert worker.resources.budget.held_bytes == 0
-    monkeypatch.setattr(worker_module, "ShardWriter", fail)
+    worker.close()
+    worker = make_worker(inputs, HookedStore(tmp_path / "out", on_open=fail), memory_bytes=BUDGETS["tiny"])
     with pytest.raises(StorageError, match="the disk is on fire"):
         worker.run(shard, on_read=lambda: read.append("before it began"))
     worker.close()
@@ -194,7 +191,7 @@ class SlowSource(LocalSource):
 
     def read_ranges(self, *args: Any, **kwargs: Any) -> int:
         self.reading.set()
-        self.go.wait(10)
+        self.go.wait(DEADLINE_SECONDS)
         return super().read_ranges(*args, **kwargs)
 
 
@@ -213,10 +210,10 @@ def test_a_stop_interrupts_and_leaves_no_file(pair: tuple[dict[str, InputModel],
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert reading.wait(10)
+    assert reading.wait(DEADLINE_SECONDS)
     stop.set()
     go.set()
-    thread.join(10)
+    thread.join(DEADLINE_SECONDS)
     assert not thread.is_alive()
     worker.close()
     assert [type(error) for error in caught] == [Interrupted]
@@ -224,19 +221,16 @@ def test_a_stop_interrupts_and_leaves_no_file(pair: tuple[dict[str, InputModel],
 
 
 def test_a_store_that_fails_while_writing_ends_the_shard(
-    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[dict[str, InputModel], Shard], tmp_path: Path
 ) -> None:
-    write, calls = LocalUpload.write, 0
+    calls = itertools.count(1)
 
-    def failing(self: LocalUpload, data: memoryview | bytes) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
+    def fail_at_the_third() -> None:
+        if next(calls) == 3:
             raise StorageError("the disk is gone")
-        write(self, data)
 
-    monkeypatch.setattr(LocalUpload, "write", failing)
-    worker = make_worker(pair[0], tmp_path / "out", memory_bytes=BUDGETS["tiny"])
+    store = HookedStore(tmp_path / "out", on_write=fail_at_the_third)
+    worker = make_worker(pair[0], store, memory_bytes=BUDGETS["tiny"])
     with pytest.raises(StorageError, match="the disk is gone"):
         worker.run(pair[1])
     worker.close()

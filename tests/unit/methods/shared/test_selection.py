@@ -21,7 +21,7 @@ from mergekit_ray.methods.shared.order_statistics import (
     patterns_,
 )
 from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, Chunk
-from mergekit_ray.methods.shared.selection import Band, Selection, _selection, select_largest, select_next_largest
+from mergekit_ray.methods.shared.selection import Band, Selection, select_largest, select_next_largest, selection_at
 from support.operands import MemoryOperands
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -45,7 +45,7 @@ def select(x: torch.Tensor, count: int) -> Selection:
 def select_by_radix(x: torch.Tensor, count: int) -> Selection:
     operands = MemoryOperands([x], compute_dtype=x.dtype)
     threshold = by_radix(operands, {0: count}, values)[0]
-    return _selection(threshold, operands, cut_after(operands, 0, threshold, values))
+    return selection_at(threshold, operands, cut_after(operands, 0, threshold, values))
 
 
 WAYS = [select, select_by_radix]
@@ -207,7 +207,7 @@ def test_any_values_and_any_count(levels: list[float], repeats: int, part: float
 
 def test_small_blocks_sample_and_select(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampled way on tensors that would be collected whole."""
-    monkeypatch.setattr(order_statistics, "_SMALL_BLOCKS", 0)
+    monkeypatch.setattr(order_statistics, "SMALL_BLOCKS", 0)
     generator = torch.Generator().manual_seed(6)
     for size in (1, 2, 50, 5000):
         x = torch.randn(size, generator=generator)
