@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from helm.package_chart import CHART, find_helm
+from support.waiting import DEADLINE_SECONDS
 
 Manifest = dict[str, Any]
 
@@ -33,7 +34,7 @@ def run_helm(*words: str, values: Mapping[str, Any] | None = None) -> subprocess
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=DEADLINE_SECONDS,
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 from helm.charts import CHART
 from support.merging import run_command
 from support.servers.ray_head import RayHead
+from support.waiting import DEADLINE_SECONDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -27,7 +28,7 @@ def stop(*_):
     sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
 print("at work", flush=True)
-time.sleep(100)
+time.sleep(600)
 """
 
 
@@ -75,14 +76,14 @@ def runs(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_merge_on_a_cluster_with_a_token(runs: Runs) -> None:
-    said, _ = runs.merge.communicate(timeout=200)
+    said, _ = runs.merge.communicate(timeout=DEADLINE_SECONDS)
     assert runs.merge.returncode == 0, said
     assert f"{runs.folder / 'out'} is complete" in said
     assert run_command("mergekit-ray", "verify", runs.folder / "out").returncode == 0
 
 
 def test_a_wrong_recipe_is_not_worth_a_retry(runs: Runs) -> None:
-    said, _ = runs.wrong.communicate(timeout=200)
+    said, _ = runs.wrong.communicate(timeout=DEADLINE_SECONDS)
     assert runs.wrong.returncode == 2, said
     assert "recipe.yml:1" in said
 
@@ -93,7 +94,7 @@ def test_sigterm_lets_the_merge_stop_cleanly(runs: Runs) -> None:
         if "at work" in line:
             break
     runs.stopped.send_signal(signal.SIGTERM)
-    said, _ = runs.stopped.communicate(timeout=100)
+    said, _ = runs.stopped.communicate(timeout=DEADLINE_SECONDS)
     assert runs.stopped.returncode == 143, said
     assert (runs.folder / "stopped").exists(), said
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from helm.charts import CHART
 from support.merging import COMMANDS
+from support.waiting import DEADLINE_SECONDS
 
 SCRIPT = CHART / "files" / "tiny_merge.py"
 
@@ -16,7 +17,12 @@ SCRIPT = CHART / "files" / "tiny_merge.py"
 def run(path: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": path}
     return subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(SCRIPT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
     )
 
 

@@ -24,7 +24,7 @@ import mergekit_ray
 from mergekit_ray.cli import app
 from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import ModelLibrary, contents, load
-from support.waiting import wait_until
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 METHODS = {"linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"}
 
@@ -146,7 +146,7 @@ class TestMergeCommand:
                 process.send_signal(signal.SIGTERM)
             finally:
                 psutil.Process(process.pid).resume()
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == 130, said
         assert "SIGTERM" in said
         assert "run the same command to resume" in said
@@ -371,13 +371,13 @@ def run_on_terminal(command: list[Path]) -> tuple[int, str]:
     with subprocess.Popen([str(part) for part in command], stdin=child, stdout=child, stderr=child, env=env) as process:
         os.close(child)
         shown = b"".join(_read(parent))
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=DEADLINE_SECONDS)
     os.close(parent)
     return code, shown.decode(errors="replace")
 
 
 def _read(terminal: int) -> Iterator[bytes]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < deadline:
         ready, _, _ = select.select([terminal], [], [], 1.0)
         if not ready:

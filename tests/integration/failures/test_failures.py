@@ -26,7 +26,7 @@ from support.merging import COMMANDS, Events, command_environment, recipe_of, ru
 from support.models import ModelLibrary, contents, rewrite
 from support.servers.ray_cluster import ENVIRONMENT
 from support.servers.s3_server import S3Server
-from support.waiting import wait_until
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -85,7 +85,7 @@ def interrupt(process: subprocess.Popen[str], number: int) -> str:
     psutil.Process(process.pid).suspend()
     process.send_signal(number)
     psutil.Process(process.pid).resume()
-    return process.communicate(timeout=90)[1]
+    return process.communicate(timeout=DEADLINE_SECONDS)[1]
 
 
 class TestInterruption:
@@ -127,7 +127,7 @@ class TestInterruption:
                 # It has asked for the model's files, and is not answered.
                 asked, _ = silent.accept()
                 process.send_signal(number)
-                said = process.communicate(timeout=20)[1]
+                said = process.communicate(timeout=DEADLINE_SECONDS)[1]
                 asked.close()
         assert process.returncode == 130, said
         assert "run the same command to resume" in said
@@ -141,7 +141,7 @@ class TestInterruption:
             for number in SIGNALS:
                 process.send_signal(number)
             psutil.Process(process.pid).resume()
-            said = process.communicate(timeout=60)[1]
+            said = process.communicate(timeout=DEADLINE_SECONDS)[1]
         assert process.returncode == 130, said
         assert "stopped at once; run the same command to resume" in said
         assert run_command("merge", many, out, "--quiet").returncode == 0
@@ -220,7 +220,7 @@ class TestTwoDrivers:
                 assert f"process {process.pid}" in refused.stderr
                 assert contents(out) == before
             psutil.Process(process.pid).resume()
-            said = process.communicate(timeout=60)[1]
+            said = process.communicate(timeout=DEADLINE_SECONDS)[1]
         assert process.returncode == 0, said
         assert contents(out) == expected
 

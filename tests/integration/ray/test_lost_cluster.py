@@ -15,11 +15,9 @@ import yaml
 from support.merging import COMMANDS, command_environment, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.servers.ray_head import RayHead
+from support.waiting import DEADLINE_SECONDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-END_SECONDS = 150
-"""Ray itself waits a minute for a head that may come back."""
 
 
 @contextmanager
@@ -48,19 +46,19 @@ def wait_for(process: subprocess.Popen[str], kind: str, times: int) -> None:
 @pytest.mark.parametrize("num_done", [1, 40])
 def test_the_head_is_killed_with_all_its_workers(num_done: int, models: ModelLibrary, tmp_path: Path) -> None:
     """While shards are written."""
-    base, *tuned = (models.get("llama", variant, num_layers=32) for variant in range(3))
+    base, *tuned = (models.get("llama", variant, num_layers=16) for variant in range(3))
     recipe = recipe_of("ties", base, tuned, output={"max_shard_size": 1})
     path, out = tmp_path / "many.yml", tmp_path / "out"
     path.write_text(yaml.safe_dump(recipe))
     with RayHead() as head, merging(head, path, out) as process:
         wait_for(process, "shard_done", num_done)
         head.kill()
-        _, said = process.communicate(timeout=END_SECONDS)
+        _, said = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == 4, said
         assert "run the same command" in said
         assert not (out / "model.safetensors.index.json").exists()
     with RayHead() as head, merging(head, path, out) as process:
-        said, wrong = process.communicate(timeout=END_SECONDS)
+        said, wrong = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == 0, wrong
     assert any(json.loads(line)["event"] == "resumed" for line in said.splitlines())
     assert contents(out) == undisturbed(recipe, tmp_path / "expected")
@@ -78,13 +76,13 @@ def test_the_head_is_killed_before_the_first_shard_and_after_the_last(
     with RayHead() as head, merging(head, path, out) as process:
         wait_for(process, event, 1)
         head.kill()
-        _, said = process.communicate(timeout=END_SECONDS)
+        _, said = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == (4 if event == "planned" else 0), said
         if event == "planned":
             assert "cannot connect to Ray" in said
             assert not (out / "model.safetensors.index.json").exists()
     if event == "planned":
         with RayHead() as head, merging(head, path, out) as process:
-            _, said = process.communicate(timeout=END_SECONDS)
+            _, said = process.communicate(timeout=DEADLINE_SECONDS)
             assert process.returncode == 0, said
     assert contents(out) == undisturbed(recipe, tmp_path / "expected")

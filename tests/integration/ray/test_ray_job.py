@@ -17,7 +17,7 @@ from mergekit_ray.operations.options import MergeOptions
 from support.merging import COMMANDS, recipe_of, run_command, undisturbed
 from support.models import ModelLibrary, contents, load
 from support.servers.ray_head import RayHead
-from support.waiting import wait_until
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -41,7 +41,7 @@ def submit(head: RayHead, working_dir: Path, *command: str) -> subprocess.Comple
     """Submit a job and wait for its end."""
     ray = [str(COMMANDS / "ray"), "job", "submit", "--address", head.dashboard, "--working-dir", str(working_dir), "--"]
     return subprocess.run(
-        [*ray, *command], capture_output=True, text=True, env=head.environment, timeout=150, check=False
+        [*ray, *command], capture_output=True, text=True, env=head.environment, timeout=DEADLINE_SECONDS, check=False
     )
 
 
@@ -105,8 +105,8 @@ def test_interrupting_the_submitter_does_not_stop_the_job(
     job = Submitted(head, working_dir, "interrupted", tmp_path / "out")
     assert job.status == "RUNNING"
     job.process.send_signal(signal.SIGINT)
-    job.process.communicate(timeout=30)
-    wait_until(lambda: job.status != "RUNNING", seconds=120, every=0.5)
+    job.process.communicate(timeout=DEADLINE_SECONDS)
+    wait_until(lambda: job.status != "RUNNING", every=0.5)
     assert job.status == "SUCCEEDED"
     assert contents(tmp_path / "out") == undisturbed(many, tmp_path / "expected")
 
@@ -117,8 +117,8 @@ def test_a_job_that_is_stopped_leaves_nothing_half_written_and_is_resumed(
     out = tmp_path / "out"
     job = Submitted(head, working_dir, "stopped", out)
     stop = [str(COMMANDS / "ray"), "job", "stop", "--address", head.dashboard, job.number]
-    subprocess.run(stop, check=True, capture_output=True, env=head.environment, timeout=60)
-    said, _ = job.process.communicate(timeout=60)
+    subprocess.run(stop, check=True, capture_output=True, env=head.environment, timeout=DEADLINE_SECONDS)
+    said, _ = job.process.communicate(timeout=DEADLINE_SECONDS)
     assert job.status == "STOPPED"
     assert "run the same command" in said
     assert not (out / "model.safetensors.index.json").exists()

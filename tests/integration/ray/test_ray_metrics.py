@@ -81,7 +81,7 @@ def test_a_merge_is_counted(head: RayHead, models: ModelLibrary, tmp_path: Path)
     assert {name: found[name] for name in exact} == exact
     assert 0 <= found["ray_merge_held_bytes"] <= 2 * BUDGET_BYTES
     for name in ("read", "compute", "write"):
-        assert 0 < found[f"ray_merge_{name}_seconds_total"] < 60
+        assert found[f"ray_merge_{name}_seconds_total"] > 0
     # Counters that stayed at zero are not told.
     silent = {"ray_merge_shards_failed_total", "ray_merge_workers_lost_total", "ray_merge_fetched_bytes_total"}
     assert {metric.exported for metric in METRICS} - silent <= set(found)

@@ -16,6 +16,7 @@ import mergekit_ray
 from support.merging import COMMANDS, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.servers.ray_head import RayHead
+from support.waiting import DEADLINE_SECONDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -27,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package, built from this tree."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(pip, check=True, timeout=300)
+    subprocess.run(pip, check=True, timeout=DEADLINE_SECONDS)
     (found,) = folder.glob("*.whl")
     return found
 
@@ -63,7 +64,9 @@ def head(commands: Path) -> Iterator[RayHead]:
 def submit(head: RayHead, working_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
     ray = [str(COMMANDS / "ray"), "job", "submit", "--address", head.dashboard, "--working-dir", str(working_dir)]
     command = [*ray, *options, "--", "merge", "recipe.yml"]
-    return subprocess.run(command, capture_output=True, text=True, env=head.environment, timeout=280, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=head.environment, timeout=DEADLINE_SECONDS, check=False
+    )
 
 
 def test_the_package_comes_with_the_job(

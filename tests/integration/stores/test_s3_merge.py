@@ -23,7 +23,7 @@ from support.models import ModelLibrary, contents, load, logits, rewrite, tensor
 from support.servers.hostile_proxy import HostileProxy, Schedule
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import SECRET_KEY, S3Server
-from support.waiting import wait_until
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.s3
 
@@ -180,7 +180,7 @@ def test_interrupted_it_leaves_no_upload_and_no_file(
             time.sleep(1.0)
         finally:
             server.resume()
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 130, said
     assert "run the same command to resume" in said
     assert bucket.unfinished() == []

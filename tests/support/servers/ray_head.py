@@ -17,7 +17,7 @@ import psutil
 
 from support.merging import COMMANDS, command_environment
 from support.servers.ray_cluster import ENVIRONMENT
-from support.waiting import wait_until
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 
 class RayHead:
@@ -81,7 +81,7 @@ class RayHead:
         if not self._is_awaited:
             return self
         try:
-            wait_until(answers, seconds=90, every=0.5)
+            wait_until(answers, every=0.2)
         except BaseException:
             self._end()
             raise
@@ -92,34 +92,23 @@ class RayHead:
 
     def kill(self) -> None:
         """Kill the node with all that runs on it, as a power cut would."""
-        assert self._process is not None
-        for each in [*_below(self._process.pid), psutil.Process(self._process.pid)]:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        # Those whose parent is gone are nobody's children: all are found before the first is killed.
+        for each in [*_below(process.pid), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
-        self._process.wait()
+        process.wait()
 
     @staticmethod
     def get(url: str) -> str:
         """What a page says."""
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=DEADLINE_SECONDS) as answer:
             return str(answer.read().decode())
 
     def _end(self) -> None:
-        """End what was started, by its own process ids."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.poll() is None:
-            started = _below(process.pid)
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=15)
-            for each in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            psutil.wait_procs(started, timeout=10)
-            process.kill()
-            process.wait()
+        self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

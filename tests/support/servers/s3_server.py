@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from support.waiting import DEADLINE_SECONDS
+
 ACCESS_KEY = "testkey"
 SECRET_KEY = "testsecret"
 REGION = "us-east-1"
-_READY_SECONDS = 60.0
 _GRPC_OFFSET = 10_000  # weed adds this to each HTTP port for its gRPC twin
 
 
@@ -209,7 +210,7 @@ class S3Server:
     def _wait_until_ready(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + DEADLINE_SECONDS
         bucket = "ready"
         client = None
         while time.monotonic() < deadline:

@@ -18,6 +18,7 @@ from mergekit_ray.executors.ray_cluster import Cluster
 from mergekit_ray.executors.ray_executor import Arrivals, RayExecutor
 from mergekit_ray.worker.resources import WorkerOptions
 from support.fake_ray import FakeCluster
+from support.waiting import DEADLINE_SECONDS
 
 
 @pytest.fixture
@@ -135,5 +136,5 @@ def test_arrivals_are_waited_for_once_each() -> None:
     arrivals.add("early")
     assert passed == []
     arrivals.add("late")
-    thread.join(10)
+    thread.join(DEADLINE_SECONDS)
     assert passed == ["late", "early"]

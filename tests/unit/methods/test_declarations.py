@@ -13,6 +13,7 @@ from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.registry import METHODS
 from support.operands import merge
+from support.waiting import DEADLINE_SECONDS
 
 PARAMETERS = {
     "linear": {"weight": "model", "normalize": "global"},
@@ -166,4 +167,4 @@ def test_declarations_are_read_without_torch() -> None:
         "METHODS.get('ties').global_parameters.model_validate({'lambda': 0.5}); "
         "assert not {'torch', 'numpy'} & set(sys.modules), 'imported'"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=DEADLINE_SECONDS)

@@ -95,4 +95,4 @@ def test_older_files_are_left_to_transformers(model: Path, monkeypatch: pytest.M
 def test_a_broken_file_is_an_error(model: Path) -> None:
     (model / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        load_tokenizer(opened(model))
+        tokenizer.load_tokenizer(opened(model))
