@@ -1,12 +1,12 @@
 """One merge on 1, 2, 4 and 8 hosts whose links are the limit: S3 to S3, real Ray, hosts as network namespaces.
 
-    PYTHONPATH=tests python -m benchmarks.scaling [--workers 1 2 4 8] [--mbit 200] [--plot FILE.svg]
+    PYTHONPATH=tests python -m benchmarks.scaling [--workers 1 2 4 8] [--mbit 200] [--layers 64] [--plot FILE.svg]
 
 Needs Linux, root, and iproute2's ``ip`` and ``tc``. Each worker is a Ray node in namespaces of its own (network,
 mounts, processes, host name, shared memory) behind a link that ``tc`` holds to so many Mbit/s each way. The store
 (SeaweedFS), Ray's head, which computes nothing, and the driver are at the other end of all links, unlimited. The merge
-is ``linear`` of two models of 64 equal layers: a worker receives two bytes for each that it sends, so the bound is the
-link's inward rate.
+is ``linear`` of two models of 64 equal layers of 34 MB: a worker receives two bytes for each that it sends, so the
+bound is the link's inward rate.
 
 Reported: seconds from all workers' being up (here they start on the same few cores) to the published model, and those
 of the whole command. Linear means N times the rate of one worker.
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,13 +38,23 @@ from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
 
 MB, MBIT = 1e6, 1e6 / 8
-NUM_LAYERS, WIDTH = 64, 4096
+WIDTH, LAYERS_PER_FILE = 4096, 4
 BUCKET, PREFIX = "scaling", "s3://scaling/s"
 OUT_BUCKET = "scaling-out"
 OUT = f"s3://{OUT_BUCKET}/s"
 """In a bucket of its own, which is deleted between runs: the server gives a bucket's space back, and no object's."""
 HUB, HUB_ADDRESS = "mkrhub", "10.77.0.1"
 RAY_PORT = 6399
+NODES_SECONDS = 600.0
+"""For nodes to come up. They take seconds, but start on the same few cores."""
+
+COUNT_NODES = """
+import sys
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+print(sum(node["Alive"] for node in ray.nodes()))
+"""
+
 _INSIDE = "--inside"
 IN_MEMORY = Path("/dev/shm")  # noqa: S108 - where memory is a file system
 
@@ -85,19 +96,37 @@ def network(num_hosts: int, mbit: int) -> Iterator[None]:
 
 
 class Node:
-    """A Ray node that is started and, with all that it started, killed."""
+    """A Ray node that is started and, with all that it started, killed.
+
+    Args:
+        host: it runs on, with folders for temporary files and memory of its own; None for the hub.
+        arguments: of `ray start`.
+        environment: variables of its processes.
+        log: file for what it says.
+    """
 
     def __init__(self, host: str | None, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self._log = log
         ray = str(Path(sys.executable).with_name("ray"))
         command = [ray, "start", "--block", "--disable-usage-stats", "--object-store-memory", str(80 << 20), *arguments]
         if host is not None:
             apart = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--uts", "--ipc", "--kill-child"]
-            script = f'mount -t tmpfs shm /dev/shm && mount -t tmpfs tmp /tmp && hostname {host} && exec "$@"'
+            script = f'{with_own_folders()} && hostname {host} && exec "$@"'
             command = ["ip", "netns", "exec", host, *apart, "sh", "-c", script, "sh", *command]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=environment, start_new_session=True
             )
+
+    def check_running(self) -> None:
+        """See that it has not ended.
+
+        Raises:
+            RuntimeError: it has; carries the end of what it said.
+        """
+        if self._process.poll() is not None:
+            said = self._log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"`ray start` of {self._log.name} ended with {self._process.returncode}:\n{said}")
 
     def kill(self) -> None:
         """End it at once."""
@@ -106,25 +135,60 @@ class Node:
         self._process.wait()
 
 
-def make_models(folder: Path) -> list[Path]:
-    """Two models of equal layers of 34 MB, in sixteen files each."""
+def with_own_folders() -> str:
+    """Shell commands that give a host its own memory and temporary files, but leave it this checkout and its Python."""
+    hidden = Path("/tmp")  # noqa: S108 - it is the folder that is hidden
+    seen = [path.resolve() for path in (Path.cwd(), Path(sys.prefix)) if path.resolve().is_relative_to(hidden)]
+    kept = [path for path in seen if not any(path.is_relative_to(other) for other in seen if other != path)]
+    commands = ["mount -t tmpfs shm /dev/shm", "mkdir /dev/shm/kept"]
+    for number, path in enumerate(kept):  # bound elsewhere before what they lie in is hidden
+        commands += [f"mkdir /dev/shm/kept/{number}", f"mount --bind {shlex.quote(str(path))} /dev/shm/kept/{number}"]
+    commands.append("mount -t tmpfs tmp /tmp")
+    for number, path in enumerate(kept):
+        place = shlex.quote(str(path))
+        commands += [f"mkdir -p {place}", f"mount --move /dev/shm/kept/{number} {place}"]
+    return " && ".join(commands)
+
+
+def wait_for_nodes(nodes: Sequence[Node], address: str, environment: Mapping[str, str]) -> None:
+    """Return once the head knows of all nodes, itself included.
+
+    Raises:
+        RuntimeError: one has ended, or they are not all there after `NODES_SECONDS`.
+    """
+    deadline = time.monotonic() + NODES_SECONDS
+    num_alive = 0
+    while num_alive < len(nodes):
+        for node in nodes:
+            node.check_running()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"of {len(nodes)} nodes {num_alive} came up within {NODES_SECONDS:.0f} s")
+        time.sleep(0.5)
+        asked = subprocess.run(
+            (sys.executable, "-c", COUNT_NODES, address), env=environment, capture_output=True, text=True, check=False
+        )
+        num_alive = int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def make_models(folder: Path, num_layers: int) -> list[Path]:
+    """Two models of equal layers of 34 MB, four in a file."""
     found = []
     for seed, name in enumerate(("a", "b")):
         model = folder / name
         model.mkdir()
         generator = torch.Generator().manual_seed(seed)
         weight_map: dict[str, str] = {}
-        for start in range(0, NUM_LAYERS, 4):
-            file = f"model-{start // 4 + 1:05d}-of-00016.safetensors"
+        for start in range(0, num_layers, LAYERS_PER_FILE):
+            file = f"model-{start // LAYERS_PER_FILE + 1:05d}-of-{-(-num_layers // LAYERS_PER_FILE):05d}.safetensors"
             tensors = {
                 f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(WIDTH, WIDTH, generator=generator).bfloat16()
-                for layer in range(start, start + 4)
+                for layer in range(start, min(start + LAYERS_PER_FILE, num_layers))
             }
             save_file(tensors, model / file, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
-        index = {"metadata": {"total_size": NUM_LAYERS * WIDTH * WIDTH * 2}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": num_layers * WIDTH * WIDTH * 2}, "weight_map": weight_map}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": NUM_LAYERS}
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": num_layers}
         (model / "config.json").write_text(json.dumps(config))
         found.append(model)
     return found
@@ -165,12 +229,12 @@ def measured(num_workers: int, server: S3Server, folder: Path) -> dict[str, floa
     head = ["--head", f"--node-ip-address={HUB_ADDRESS}", f"--port={RAY_PORT}", "--num-cpus=0"]
     nodes = [Node(None, [*head, "--include-dashboard=false", f"--temp-dir={temporary}"], environment, logs / "head")]
     try:
-        time.sleep(8)
+        wait_for_nodes(nodes, address, environment)
         apart = {name: value for name, value in environment.items() if name != "RAY_TMPDIR"}
         for number in range(num_workers):
             arguments = [f"--address={address}", f"--node-ip-address=10.77.0.{10 + number}", "--num-cpus=1"]
             nodes.append(Node(host_name(number), arguments, apart, logs / host_name(number)))
-        time.sleep(5 + 3 * num_workers)
+        wait_for_nodes(nodes, address, environment)
         command = [sys.executable, "-m", "benchmarks.scaling", "--merge", str(folder / "recipe.yml"), address]
         done = subprocess.run([*command, str(num_workers)], env=environment, stdout=subprocess.PIPE, check=True)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -188,13 +252,13 @@ def inside(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         server.create_bucket(BUCKET)
         bucket = Bucket(server, PREFIX)
-        for model in make_models(folder):
+        for model in make_models(folder, arguments.layers):
             bucket.upload(model, model.name)
             shutil.rmtree(model)
         listed = [{"model": f"{PREFIX}/{name}", "parameters": {"weight": 0.5}} for name in ("a", "b")]
         recipe = {"merge_method": "linear", "models": listed, "output": {"max_shard_size": "140MB"}}
         (folder / "recipe.yml").write_text(json.dumps(recipe))
-        received = 2 * NUM_LAYERS * WIDTH * WIDTH * 2
+        received = 2 * arguments.layers * WIDTH * WIDTH * 2
         print(
             f"links of {arguments.mbit} Mbit/s; {received / MB:.0f} MB to be read, {received / 2 / MB:.0f} MB written"
         )
@@ -261,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--mbit", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=64, help="of the models; the README's figures are of 64")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--merge", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)
