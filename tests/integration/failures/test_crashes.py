@@ -13,16 +13,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import botocore
+import botocore.session
 import pytest
 
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError, StorageError
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.storage.local.store import LocalSource, LocalStore
+from mergekit_ray.storage.local.upload import LocalUpload
+from mergekit_ray.storage.s3 import upload as s3_upload
+from mergekit_ray.storage.s3.store import S3Store
 from mergekit_ray.storage.s3.upload import S3Upload
 from support.merging import Events, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
+from support.waiting import DEADLINE_SECONDS
 
 LOCAL = MergeOptions(executor="local", num_workers=2)
 NUM_SHARDS = 8
@@ -38,81 +45,106 @@ FORKS.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the process dies.
+    """Where something happens to the process.
 
     Attributes:
-        place: dotted name of a function; methods as ``module:Class.method``.
+        place: the kind of an event; ``read``; or a call to a store: ``put``, ``delete`` and the like of a `Sink`,
+            ``write`` and ``commit`` of an `Upload`, ``UploadPart`` and other operations of S3.
         after: once the call is over instead of before it.
-        name: only calls with this first argument count.
+        name: only calls about a file whose name ends so count.
         number: which of those calls it is.
         done: how many shards at least are found to be done afterwards.
     """
 
     place: str
     after: bool = False
-    name: str | None = None
+    name: str = ""
     number: int = 1
     done: int = 0
 
 
 BOUNDARIES: Mapping[str, Boundary] = {
-    "planned": Boundary("mergekit_ray.operations.run_plan:hold"),
-    "leased": Boundary("mergekit_ray.operations.run_plan:clear"),
-    "reading": Boundary("mergekit_ray.worker.pipeline:read_into", number=2),
-    "computed": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", number=5),
-    "written in part": Boundary("mergekit_ray.checkpoint.writer:ShardWriter.write", after=True, number=5),
-    "about to be committed": Boundary("{upload}.commit", number=2),
-    "committed, not recorded": Boundary("{upload}.commit", after=True, number=2),
-    "recorded": Boundary("{sink}.put", after=True, name=".safetensors.json", number=2, done=2),
-    "checked": Boundary("mergekit_ray.operations.run_plan:check_records", after=True, done=NUM_SHARDS),
-    "config": Boundary("{sink}.put", after=True, name="config.json", done=NUM_SHARDS),
-    "card": Boundary("{sink}.put", after=True, name="README.md", done=NUM_SHARDS),
-    "manifest": Boundary("{sink}.put", after=True, name="mergekit-ray.json", done=NUM_SHARDS),
-    "index not yet": Boundary("{sink}.put", name="model.safetensors.index.json", done=NUM_SHARDS),
-    "index": Boundary("{sink}.put", after=True, name="model.safetensors.index.json", done=NUM_SHARDS),
-    "notes gone": Boundary("mergekit_ray.operations.run_plan:clear_notes", after=True, done=NUM_SHARDS),
+    "planned": Boundary("planned"),
+    "leased": Boundary("put_if_absent", after=True, name="lease.json"),
+    "reading": Boundary("read", number=2),
+    "computed": Boundary("write", number=6),
+    "written in part": Boundary("write", after=True, number=6),
+    "about to be committed": Boundary("commit", number=2),
+    "committed, not recorded": Boundary("commit", after=True, number=2),
+    "recorded": Boundary("put", after=True, name=".safetensors.json", number=2, done=2),
+    "checked": Boundary("publishing", done=NUM_SHARDS),
+    "config": Boundary("put", after=True, name="config.json", done=NUM_SHARDS),
+    "card": Boundary("put", after=True, name="README.md", done=NUM_SHARDS),
+    "manifest": Boundary("put", after=True, name="mergekit-ray.json", done=NUM_SHARDS),
+    "index not yet": Boundary("put", name="model.safetensors.index.json", done=NUM_SHARDS),
+    "index": Boundary("put", after=True, name="model.safetensors.index.json", done=NUM_SHARDS),
+    "notes gone": Boundary("delete", name="lease.json", done=NUM_SHARDS),
 }
 
 ON_S3: Mapping[str, Boundary] = {
     **BOUNDARIES,
-    "upload begun": Boundary("mergekit_ray.storage.s3.upload:S3Upload._send_part", number=3),
-    "part sent": Boundary("mergekit_ray.storage.s3.upload:S3Upload._send_part", after=True, number=4),
-    "all parts sent": Boundary("mergekit_ray.storage.s3.upload:S3Upload._complete", number=2),
+    "upload begun": Boundary("UploadPart", number=3),
+    "part sent": Boundary("UploadPart", after=True, number=4),
+    "all parts sent": Boundary("CompleteMultipartUpload", number=2),
 }
 
-CLASSES = {
-    "local": {
-        "upload": "mergekit_ray.storage.local.upload:LocalUpload",
-        "sink": "mergekit_ray.storage.local.store:LocalStore",
-    },
-    "s3": {"upload": "mergekit_ray.storage.s3.upload:S3Upload", "sink": "mergekit_ray.storage.s3.store:S3Store"},
-}
+UPLOAD_CALLS = {"write", "commit"}
+SINK_CALLS = {"put", "put_if_absent", "delete"}
+CLASSES: Mapping[str, tuple[type, type]] = {"local": (LocalUpload, LocalStore), "s3": (S3Upload, S3Store)}
 
 
-def fault(boundary: Boundary, store: str, strike: Callable[[], None]) -> None:
-    """Have something happen there."""
-    import importlib
+class Fault:
+    """Has something happen at a boundary, once.
 
-    module, _, path = boundary.place.format(**CLASSES[store]).partition(":")
-    *owners, leaf = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    original: Callable[..., Any] = getattr(owner, leaf)
-    reached = itertools.count(1)
+    Args:
+        boundary: where.
+        strike: what happens.
+    """
 
-    def dying(*args: Any, **options: Any) -> Any:
-        named = args[1] if len(args) > 1 and isinstance(args[1], str) else None
-        counts = boundary.name is None or (named is not None and named.endswith(boundary.name))
-        if counts and not boundary.after and next(reached) == boundary.number:
-            strike()
-        result = original(*args, **options)
-        # Calls that are over are counted, not calls begun: the other worker's may still be under way.
-        if counts and boundary.after and next(reached) == boundary.number:
-            strike()
-        return result
+    def __init__(self, boundary: Boundary, strike: Callable[[], None]) -> None:
+        self._boundary = boundary
+        self._strike = strike
+        self._reached = itertools.count(1)
+        self.reporter = Events(self._at)
 
-    setattr(owner, leaf, dying)
+    def arm(self, store: str) -> None:
+        """For the rest of this process, in a store of this kind."""
+        place = self._boundary.place
+        upload, sink = CLASSES[store]
+        if place in UPLOAD_CALLS:
+            self._wrap(upload, place)
+        elif place in SINK_CALLS:
+            self._wrap(sink, place)
+        elif place == "read":
+            for name in ("read_ranges", "map_range"):
+                self._wrap(LocalSource, name)
+        else:
+            botocore.register_initializer(self.watch)
+
+    def watch(self, session: botocore.session.Session) -> None:
+        """What new sessions of boto3 are given to: their requests may be boundaries."""
+        moment = "after" if self._boundary.after else "before"
+        session.register(f"{moment}-call.s3.{self._boundary.place}", lambda **_: self._at(self._boundary.place))
+
+    def _wrap(self, owner: type, method: str) -> None:
+        original: Callable[..., Any] = getattr(owner, method)
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            if not self._boundary.after:
+                self._at(self._boundary.place, *args[1:2])
+            result = original(*args, **options)
+            # Calls that are over are counted, not calls begun: the other worker's may still be under way.
+            if self._boundary.after:
+                self._at(self._boundary.place, *args[1:2])
+            return result
+
+        setattr(owner, method, wrapped)
+
+    def _at(self, place: str, about: object = "") -> None:
+        names = [about] if isinstance(about, str) else about if isinstance(about, list) else [""]
+        counts = place == self._boundary.place and any(name.endswith(self._boundary.name) for name in names)
+        if counts and next(self._reached) == self._boundary.number:
+            self._strike()
 
 
 def merge_and_die(
@@ -121,8 +153,9 @@ def merge_and_die(
     """What the child does."""
     os.environ.update(environment)
     small_parts()
-    fault(boundary, store, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    mergekit_ray.merge(recipe, out, options=LOCAL)
+    fault = Fault(boundary, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    fault.arm(store)
+    mergekit_ray.merge(recipe, out, options=LOCAL, reporter=fault.reporter)
 
 
 def merge_while_the_store_dies(
@@ -131,16 +164,17 @@ def merge_while_the_store_dies(
     """What another child does; ``server`` is the process group that dies. The exit code is the command line's."""
     os.environ.update(environment)
     small_parts()
-    fault(boundary, "s3", lambda: os.killpg(server, signal.SIGKILL))
+    fault = Fault(boundary, lambda: os.killpg(server, signal.SIGKILL))
+    fault.arm("s3")
     try:
-        mergekit_ray.merge(recipe, out, options=LOCAL)
+        mergekit_ray.merge(recipe, out, options=LOCAL, reporter=fault.reporter)
     except MergekitRayError as error:
         sys.exit(error.exit_code)
 
 
 def small_parts() -> None:
     """For the rest of this process."""
-    mock.patch("mergekit_ray.storage.s3.upload.part_bytes_for", return_value=PART_BYTES).start()
+    mock.patch.object(s3_upload, "part_bytes_for", return_value=PART_BYTES).start()
 
 
 def die_and_resume(
@@ -149,7 +183,7 @@ def die_and_resume(
     """Run it until it dies, then again."""
     child = FORKS.Process(target=merge_and_die, args=(recipe, out, boundary, store, dict(environment)))
     child.start()
-    child.join(60)
+    child.join(DEADLINE_SECONDS)
     assert child.exitcode == -signal.SIGKILL
     result = mergekit_ray.merge(recipe, out, options=LOCAL)
     assert len(result.plan.shards) == NUM_SHARDS
@@ -196,7 +230,7 @@ def test_on_s3(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.s3.upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    monkeypatch.setattr(s3_upload, "part_bytes_for", lambda num_bytes: PART_BYTES)
     bucket = Bucket(s3_environment, s3_prefix)
     die_and_resume(large, f"{s3_prefix}/out", ON_S3[name], "s3", s3_environment.environment)
     assert bucket.unfinished() == []
@@ -214,7 +248,7 @@ STORE_BOUNDARIES = (
     "manifest",
     "index",
 )
-"""One of each phase: this server takes fifteen seconds to come back."""
+"""One of each phase: this server takes seconds to come back."""
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +272,7 @@ def test_the_store_itself_is_killed(
     """It comes back after seconds: the merge goes on, or ends with exit code 4 and is then resumed."""
     for variable, value in mortal.environment.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr("mergekit_ray.storage.s3.upload.part_bytes_for", lambda num_bytes: PART_BYTES)
+    monkeypatch.setattr(s3_upload, "part_bytes_for", lambda num_bytes: PART_BYTES)
     prefix = f"s3://merges/{name.replace(' ', '-').replace(',', '')}"
     bucket, environment = Bucket(mortal, prefix), dict(mortal.environment)
     child = FORKS.Process(
@@ -246,9 +280,9 @@ def test_the_store_itself_is_killed(
         args=(large, f"{prefix}/out", ON_S3[name], environment, mortal.process_group),
     )
     child.start()
-    mortal.wait_for_death(60)
+    mortal.wait_for_death(DEADLINE_SECONDS)
     mortal.restart()
-    child.join(120)
+    child.join(DEADLINE_SECONDS)
     assert child.exitcode in (0, StorageError.exit_code)
     if child.exitcode != 0:
         assert "model.safetensors.index.json" not in bucket.keys("out") or name == "index"
@@ -263,22 +297,22 @@ def test_what_a_failed_attempt_could_not_clean_up_is_gone_in_the_end(
     large: dict[str, Any], s3_environment: S3Server, s3_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part fails, and so does the abort of its upload, as while a store is away; the shard is tried again."""
-    monkeypatch.setattr("mergekit_ray.storage.s3.upload.part_bytes_for", lambda num_bytes: PART_BYTES)
-    send, abort = S3Upload._send_part, S3Upload.abort
-    parts, aborts = itertools.count(1), itertools.count(1)
+    monkeypatch.setattr(s3_upload, "part_bytes_for", lambda num_bytes: PART_BYTES)
+    abort, aborts = S3Upload.abort, itertools.count(1)
 
-    def send_part(upload: S3Upload, *args: Any) -> Any:
-        if next(parts) == 4:
-            raise StorageError("the connection was reset", where=s3_prefix, retryable=True)
-        return send(upload, *args)
+    def reset() -> None:
+        raise StorageError("the connection was reset", where=s3_prefix, retryable=True)
 
     def sometimes(upload: S3Upload) -> None:
         if next(aborts) > 1:
             abort(upload)
 
-    monkeypatch.setattr(S3Upload, "_send_part", send_part)
     monkeypatch.setattr(S3Upload, "abort", sometimes)
-    events = Events()
-    mergekit_ray.merge(large, f"{s3_prefix}/out", options=LOCAL, reporter=events)
+    fault, events = Fault(Boundary("UploadPart", number=4), reset), Events()
+    botocore.register_initializer(fault.watch)
+    try:
+        mergekit_ray.merge(large, f"{s3_prefix}/out", options=LOCAL, reporter=events)
+    finally:
+        botocore.unregister_initializer(fault.watch)
     assert len(events.of("shard_retried")) == 1
     assert Bucket(s3_environment, s3_prefix).unfinished() == []
