@@ -22,11 +22,13 @@ MERGEKIT_READY := $(MERGEKIT)/ready
 
 # Byte-compiling 1.5 GB of packages takes longer than installing them; modules are compiled when first imported instead.
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --no-compile
+# Files in the order of tests/conftest.py: the longest first.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test check format site parity gpu memory ray fuzz container package bench clean clean-venv
+.PHONY: help setup demo demo-moe test test-quick check format site parity gpu memory ray fuzz container package bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -47,7 +49,11 @@ demo-moe: $(READY)  ## four fine-tunes of a real model as the experts of a Mixtr
 	@PYTHONPATH=tests $(BIN)/python -m demo.moe
 
 test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
+
+test-quick: $(READY)  ## the unit tests of methods, evaluation, planning, config, core and worker (two minutes)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not slow and not s3 and not ray' \
+		$(addprefix tests/unit/,methods evaluation planning config core worker) $(PYTEST_ARGS)
 
 check: $(READY)  ## style, types and layering
 	$(BIN)/ruff check

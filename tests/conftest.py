@@ -12,6 +12,16 @@ from support.servers.s3_server import S3Server
 BUCKET = "merges"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take minutes come first, so that no process is left with one of them at the end."""
+    longest = ("ray", "s3", "slow")
+    rank: dict[object, int] = {}
+    for item in items:
+        marks = [longest.index(mark.name) for mark in item.iter_markers() if mark.name in longest]
+        rank[item.path] = min([rank.get(item.path, len(longest)), *marks])
+    items.sort(key=lambda item: rank[item.path])
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server, started at first use, with the bucket ``merges``."""
