@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import mergekit_ray
 from mergekit_ray.operations.options import MergeOptions
 from support.merging import COMMANDS, recipe_of, run_command, undisturbed
 from support.models import ModelLibrary, contents, load
+from support.servers.ray_cluster import freeze
 from support.servers.ray_head import RayHead
 from support.waiting import DEADLINE_SECONDS, wait_until
 
@@ -24,8 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    """Of two CPUs."""
-    with RayHead() as head:
+    """Of two CPUs. It gives jobs that are stopped all the time they need, where Ray's default is three seconds."""
+    with RayHead(environment={"RAY_JOB_STOP_WAIT_TIME_S": f"{DEADLINE_SECONDS:.0f}"}) as head:
         yield head
 
 
@@ -75,15 +77,18 @@ def test_wrong_recipe_reaches_the_submitter(head: RayHead, working_dir: Path, tm
 
 @pytest.fixture
 def many(working_dir: Path, models: ModelLibrary) -> dict[str, Any]:
-    """``configs/many.yml`` of over two hundred shards: long enough to be interrupted."""
-    base, *tuned = (models.get("llama", variant, num_layers=32) for variant in range(3))
+    """``configs/many.yml`` of over a hundred shards: long enough to be interrupted."""
+    base, *tuned = (models.get("llama", variant, num_layers=16) for variant in range(3))
     recipe = recipe_of("ties", base, tuned, output={"max_shard_size": 1})
     (working_dir / "configs" / "many.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return recipe
 
 
 class Submitted:
-    """``ray job submit`` of ``configs/many.yml`` in a process of its own, once shards have been written."""
+    """``ray job submit`` of ``configs/many.yml`` in a process of its own, once shards have been written.
+
+    Its workers are frozen, so that it cannot end, until `go_on`.
+    """
 
     def __init__(self, head: RayHead, working_dir: Path, number: str, out: Path) -> None:
         self._head = head
@@ -91,12 +96,28 @@ class Submitted:
         command = [str(COMMANDS / "ray"), "job", "submit", "--address", head.dashboard, "--submission-id", number]
         command += ["--working-dir", str(working_dir), "--", "merge", "configs/many.yml", str(out)]
         self.process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=head.environment)
-        wait_until(lambda: len(list(out.glob("*.safetensors"))) > 3)
+        wait_until(lambda: len(list(out.glob("*.safetensors"))) > 3, every=0.001)
+        self._frozen = head.workers()
+        for worker in self._frozen:
+            freeze(worker)
+        assert self._frozen
+        assert not (out / "model.safetensors.index.json").exists()
+
+    def go_on(self) -> None:
+        """Thaw the workers."""
+        for worker in self._frozen:
+            worker.resume()
 
     @property
     def status(self) -> str:
         """What Ray says of the job."""
         return str(json.loads(self._head.get(f"{self._head.dashboard}/api/jobs/{self.number}"))["status"])
+
+    def stop(self) -> None:
+        """What ``ray job stop`` asks for, without the seconds that the command takes to start."""
+        url = f"{self._head.dashboard}/api/jobs/{self.number}/stop"
+        with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=DEADLINE_SECONDS) as answer:
+            assert json.loads(answer.read()) == {"stopped": True}
 
 
 def test_interrupting_the_submitter_does_not_stop_the_job(
@@ -106,6 +127,7 @@ def test_interrupting_the_submitter_does_not_stop_the_job(
     assert job.status == "RUNNING"
     job.process.send_signal(signal.SIGINT)
     job.process.communicate(timeout=DEADLINE_SECONDS)
+    job.go_on()
     wait_until(lambda: job.status != "RUNNING", every=0.5)
     assert job.status == "SUCCEEDED"
     assert contents(tmp_path / "out") == undisturbed(many, tmp_path / "expected")
@@ -116,8 +138,8 @@ def test_a_job_that_is_stopped_leaves_nothing_half_written_and_is_resumed(
 ) -> None:
     out = tmp_path / "out"
     job = Submitted(head, working_dir, "stopped", out)
-    stop = [str(COMMANDS / "ray"), "job", "stop", "--address", head.dashboard, job.number]
-    subprocess.run(stop, check=True, capture_output=True, env=head.environment, timeout=DEADLINE_SECONDS)
+    job.stop()
+    job.go_on()
     said, _ = job.process.communicate(timeout=DEADLINE_SECONDS)
     assert job.status == "STOPPED"
     assert "run the same command" in said

@@ -90,9 +90,16 @@ class RayCluster:
         found = []
         for each in [node] if node is not None else self.nodes:
             [raylet] = each.all_processes["raylet"]
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found += psutil.Process(raylet.process.pid).children(recursive=True)
-        return [process for process in found if _title(process).startswith("ray::RayWorker")]
+            found += workers_below(raylet.process.pid)
+        return found
+
+
+def workers_below(pid: int) -> list[psutil.Process]:
+    """The processes that run our actors, of those that a process started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(pid).children(recursive=True)
+        return [process for process in started if _title(process).startswith("ray::RayWorker")]
+    return []
 
 
 def freeze(process: psutil.Process) -> None:

@@ -16,7 +16,7 @@ from typing import Self
 import psutil
 
 from support.merging import COMMANDS, command_environment
-from support.servers.ray_cluster import ENVIRONMENT
+from support.servers.ray_cluster import ENVIRONMENT, workers_below
 from support.waiting import DEADLINE_SECONDS, wait_until
 
 
@@ -100,6 +100,10 @@ class RayHead:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait()
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that run our actors."""
+        return workers_below(self._process.pid) if self._process is not None else []
 
     @staticmethod
     def get(url: str) -> str:

@@ -216,7 +216,7 @@ class S3Server:
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
                 break
-            time.sleep(0.3)
+            time.sleep(0.1)
             try:
                 socket.create_connection((self._host, self._port), timeout=1).close()
                 client = client or self.client()
