@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,11 +71,10 @@ def temporary(out: Path) -> list[Path]:
     return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
-def is_still(out: Path) -> bool:
-    """Whether nothing changes there."""
-    before = contents(out)
-    time.sleep(0.5)
-    return contents(out) == before
+def is_suspended(pid: int) -> bool:
+    """Whether all threads of a process have stopped; one that is writing does so when that is done."""
+    states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
 
 
 def interrupt(process: subprocess.Popen[str], number: int) -> str:
@@ -186,8 +184,7 @@ class TestKilled:
             found = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
             return [each["Key"] for each in found if each["Key"].startswith(prefix)]
 
-        assert s3_server._process is not None
-        server = psutil.Process(s3_server._process.pid)
+        server = psutil.Process(s3_server.process_group)
         with running(recipe, f"{s3_prefix}/out", **s3_server.environment) as process:
             wait_until(unfinished, every=0.002)
             server.suspend()  # so that it cannot be completed
@@ -210,8 +207,7 @@ class TestTwoDrivers:
         with running(many, out) as process:
             wait_until(lambda: shards(out), every=0.001)
             psutil.Process(process.pid).suspend()
-            # What its threads were in the middle of is still done.
-            wait_until(lambda: is_still(out))
+            wait_until(lambda: is_suspended(process.pid))
             for more in ([], ["--overwrite", "--seed", "7"]):
                 before = contents(out)
                 refused = run_command("merge", many, out, *more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ import torch
 import mergekit_ray
 from mergekit_ray.core.errors import Interrupted, MergeError, PlanError
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.routing import layers
 from mergekit_ray.routing.layers import prompt_states
 from support.merging import Events, run_command
 from support.models import ModelLibrary, contents, load, rewrite, tensors_of
 from support.moe_cases import CASES, MIXTRAL, SHARED_GATE, Case, expert, merge
 from support.servers.ray_cluster import RayCluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """A Ray of two nodes with one CPU each."""
+    with RayCluster(num_nodes=2) as running:
+        yield running
 
 
 @pytest.fixture
@@ -39,11 +48,9 @@ class TestSameBytes:
         assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
 
     @pytest.mark.ray
-    def test_on_ray(self, recipe: dict[str, Any], tmp_path: Path) -> None:
+    def test_on_ray(self, recipe: dict[str, Any], cluster: RayCluster, tmp_path: Path) -> None:
         mergekit_ray.merge(recipe, tmp_path / "local")
-        with RayCluster(num_nodes=2):
-            options = MergeOptions(executor="ray", num_workers=2)
-            mergekit_ray.merge(recipe, tmp_path / "ray", options=options)
+        mergekit_ray.merge(recipe, tmp_path / "ray", options=MergeOptions(executor="ray", num_workers=2))
         assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
     def test_another_seed_makes_other_routers_and_noise_and_changes_nothing_else(
@@ -132,12 +139,11 @@ def prompted(models: ModelLibrary) -> dict[str, Any]:
 class TestPromptsOnRay:
     @pytest.mark.ray
     def test_workers_compute_the_states(
-        self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, prompted: dict[str, Any], cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mergekit_ray.merge(prompted, tmp_path / "local")
-        with RayCluster(num_nodes=2):
-            monkeypatch.setattr("mergekit_ray.routing.layers.prompt_states", None)  # not in this process
-            mergekit_ray.merge(prompted, tmp_path / "ray", options=MergeOptions(executor="ray"))
+        monkeypatch.setattr(layers, "prompt_states", None)  # not in this process
+        mergekit_ray.merge(prompted, tmp_path / "ray", options=MergeOptions(executor="ray"))
         here, there = tensors_of(tmp_path / "local"), tensors_of(tmp_path / "ray")
         for name, tensor in here.items():
             # Workers may have another number of threads, and so another order of sums.
@@ -146,14 +152,14 @@ class TestPromptsOnRay:
 
     @pytest.mark.ray
     def test_errors_arrive_as_they_were_raised(
-        self, prompted: dict[str, Any], models: ModelLibrary, tmp_path: Path
+        self, prompted: dict[str, Any], cluster: RayCluster, models: ModelLibrary, tmp_path: Path
     ) -> None:
         base = models.get("llama", 1, with_tokenizer=True)
         folder = tmp_path / "damaged"
         shutil.copytree(base, folder)
         rewrite(folder, {"model.layers.1.mlp.up_proj.weight": torch.full((64, 32), torch.nan)})
         damaged = {**prompted, "base_model": str(folder)}
-        with RayCluster(num_nodes=1), pytest.raises(MergeError, match="entering layer 2 are not finite"):
+        with pytest.raises(MergeError, match="entering layer 2 are not finite"):
             mergekit_ray.merge(damaged, tmp_path / "out", options=MergeOptions(executor="ray"))
         assert not (tmp_path / "out").exists()
 
@@ -167,15 +173,15 @@ class TestRoutersAreMadeOnce:
         first, second = Events(), Events()
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=first)
         assert first.all[0][0] == "routing"
-        monkeypatch.setattr("mergekit_ray.routing.layers.prompt_states", None)
+        monkeypatch.setattr(layers, "prompt_states", None)
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=second)
-        assert [kind for kind, _ in second.all] == ["already_done"]
+        assert [kind for kind, _ in second.all] == ["planned", "already_done"]
 
     def test_not_for_a_place_that_is_taken(
         self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mergekit_ray.merge(MIXTRAL.recipe(Path(prompted["base_model"]), *prompted["experts"]), tmp_path / "out")
-        monkeypatch.setattr("mergekit_ray.routing.layers.prompt_states", None)
+        monkeypatch.setattr(layers, "prompt_states", None)
         with pytest.raises(PlanError, match="there is something else already"):
             mergekit_ray.merge(prompted, tmp_path / "out")
 
@@ -195,7 +201,7 @@ class TestRoutersAreMadeOnce:
         def elsewhere(*args: Any, **options: Any) -> np.ndarray:
             return prompt_states(*args, **options) * np.float32(1 + 2.0**-20)
 
-        monkeypatch.setattr("mergekit_ray.routing.layers.prompt_states", elsewhere)
+        monkeypatch.setattr(layers, "prompt_states", elsewhere)
         second = Events()
         result = mergekit_ray.merge(recipe, tmp_path / "out", reporter=second)
         assert second.of("resumed")

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +165,15 @@ def test_interrupted_it_leaves_no_upload_and_no_file(
     before = home.files()
     command = [str(COMMANDS / "merge"), str(path), f"{bucket.uri}/out"]
     env = home.environment(s3_server)
-    assert s3_server._process is not None
-    server = psutil.Process(s3_server._process.pid)
+    server = psutil.Process(s3_server.process_group)
     with subprocess.Popen(command, cwd=home.cwd, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         wait_until(bucket.unfinished, every=0.002)
         # Nothing more is stored until the merge has understood.
         server.suspend()
         try:
-            time.sleep(1.0)  # all is computed by now, and waits to be sent
             process.send_signal(signal.SIGTERM)
             assert any("stopping cleanly" in line for line in process.stderr)
-            time.sleep(1.0)
         finally:
             server.resume()
         _, said = process.communicate(timeout=DEADLINE_SECONDS)
