@@ -96,9 +96,10 @@ class RayHead:
         if process is None:
             return
         # Those whose parent is gone are nobody's children: all are found before the first is killed.
-        for each in [*_below(process.pid), psutil.Process(process.pid)]:
+        for each in _below(process.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
+        process.kill()
         process.wait()
 
     def workers(self) -> list[psutil.Process]:
