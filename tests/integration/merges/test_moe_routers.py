@@ -175,7 +175,7 @@ class TestRoutersAreMadeOnce:
         assert first.all[0][0] == "routing"
         monkeypatch.setattr(layers, "prompt_states", None)
         mergekit_ray.merge(prompted, tmp_path / "out", reporter=second)
-        assert [kind for kind, _ in second.all] == ["planned", "already_done"]
+        assert [kind for kind, _ in second.all] == ["warning", "planned", "already_done"]
 
     def test_not_for_a_place_that_is_taken(
         self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
