@@ -12,19 +12,15 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-import mergekit_ray
-from mergekit_ray.core.errors import ConfigError, MergekitRayError, ModelError, PlanError, StorageError
-from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage.hub import store as hub_store
 from mergekit_ray.storage.hub.branch import BASE_FILE, BRANCH
 from mergekit_ray.storage.hub.store import HubStore
 from mergekit_ray.storage.protocols import PublishingSink, Sink
 from mergekit_ray.storage.transfers import RetryPolicy
-from mergekit_ray.worker.worker import SHARDS_IN_WORK
-from support.memory_inputs import random_llama, write_model
-from support.servers.hub_http import Fault, pass_by, refuse, reset
-from support.servers.hub_server import TOKEN, Repo, point_at, serving
+from support.servers.hub_http import Fault, refuse, reset
+from support.servers.hub_server import TOKEN, point_at, serving
 from support.servers.hub_writing import CHUNK_BYTES, WritableHubServer
 from support.store_conformance import DATA, StoreConformance, store_bytes
 
@@ -281,121 +277,3 @@ def test_offline_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         opened()
-
-
-# Merges
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False, "vocab_size": 20}
-    side = {"tokenizer__json": '{"version": "1.0"}'}
-    return [write_model(tmp_path / f"model-{number}", random_llama(number), config, **side) for number in range(2)]
-
-
-def recipe(folders: list[Path], weight: float = 1.0) -> dict[str, Any]:
-    listed = [{"model": str(folder), "parameters": {"weight": weight + i}} for i, folder in enumerate(folders)]
-    return {"merge_method": "linear", "models": listed, "output": {"max_shard_size": 400}}
-
-
-def expected(folders: list[Path], out: Path, weight: float = 1.0) -> dict[str, bytes]:
-    """The files of the same merge to a folder."""
-    mergekit_ray.merge(recipe(folders, weight), out)
-    return {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
-
-
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_merge_to_the_hub(server: WritableHubServer, folders: list[Path], tmp_path: Path, num_workers: int) -> None:
-    options = MergeOptions(num_workers=num_workers)
-    result = mergekit_ray.merge(recipe(folders), "hf://org/out", options=options)
-    assert result.uri == "hf://org/out"
-    repo = server.repos["org/out"]
-    files = dict(repo.head())
-    assert files.pop(".gitattributes")
-    assert files == expected(folders, tmp_path / "local")
-    assert list(repo.branches) == ["main"]
-    assert published_times(server) == 1
-    assert spooled(tmp_path) == []
-    assert TOKEN.encode() not in b"".join(files.values())
-    again = mergekit_ray.merge(recipe(folders), "hf://org/out")
-    assert again.num_resumed == len(result.plan.shards)
-    assert published_times(server) == 1
-
-
-def test_a_merge_that_broke_off_is_resumed(server: WritableHubServer, folders: list[Path], tmp_path: Path) -> None:
-    def fail_late(handler: Any) -> bool:
-        shards = [name for name in server.repos["org/out"].head(BRANCH) if name.endswith(".safetensors")]
-        # Of three that are there, one at least has been recorded.
-        return pass_by(handler) if len(shards) <= SHARDS_IN_WORK else refuse(403)(handler)
-
-    def watch(handler: Any) -> bool:
-        return fail_late(handler) if BRANCH in server.repos.get("org/out", Repo("")).branches else True
-
-    server.faults.extend([watch] * 1000)
-    with pytest.raises(MergekitRayError):
-        mergekit_ray.merge(recipe(folders), "hf://org/out")
-    server.faults.clear()
-    repo = server.repos["org/out"]
-    assert set(repo.head()) == {".gitattributes"}
-    sent = uploaded(server)
-    with pytest.raises(PlanError, match="there is something else already"):
-        mergekit_ray.merge(recipe(folders, 2.0), "hf://org/out")
-    result = mergekit_ray.merge(recipe(folders), "hf://org/out")
-    assert result.num_resumed >= 1
-    files = dict(repo.head())
-    del files[".gitattributes"]
-    assert files == expected(folders, tmp_path / "local")
-    assert list(repo.branches) == ["main"]
-    assert uploaded(server) - sent <= len(result.plan.shards) - result.num_resumed
-
-
-def test_a_merge_that_broke_off_after_it_was_published_is_tidied_up(
-    server: WritableHubServer, folders: list[Path]
-) -> None:
-    def fail_to_remove(handler: Any) -> bool:
-        return refuse(403)(handler) if handler.command == "DELETE" else True
-
-    server.faults.extend([fail_to_remove] * 1000)
-    with pytest.raises(MergekitRayError):
-        mergekit_ray.merge(recipe(folders), "hf://org/out")
-    server.faults.clear()
-    repo = server.repos["org/out"]
-    published = dict(repo.head())
-    assert "model.safetensors.index.json" in published
-    assert set(repo.branches) == {"main", BRANCH}
-    mergekit_ray.merge(recipe(folders), "hf://org/out")
-    assert repo.head() == published
-    assert published_times(server) == 1
-    assert list(repo.branches) == ["main"]
-
-
-def test_another_model_is_replaced_only_if_told_to(
-    server: WritableHubServer, folders: list[Path], tmp_path: Path
-) -> None:
-    mergekit_ray.merge(recipe(folders), "hf://org/out")
-    repo = server.repos["org/out"]
-    before = dict(repo.head())
-    with pytest.raises(PlanError, match="there is something else already"):
-        mergekit_ray.merge(recipe(folders, 2.0), "hf://org/out")
-    assert repo.head() == before
-    mergekit_ray.merge(recipe(folders, 2.0), "hf://org/out", options=MergeOptions(overwrite=True))
-    files = dict(repo.head())
-    assert files.pop(".gitattributes")
-    assert files == expected(folders, tmp_path / "local", 2.0)
-    assert published_times(server) == 2
-
-
-def test_a_model_is_merged_into_its_own_repository(
-    server: WritableHubServer, folders: list[Path], tmp_path: Path
-) -> None:
-    """What is read is pinned to its commit, so replacing it meanwhile does no harm."""
-    server.add("org/out", {file.name: file.read_bytes() for file in folders[0].iterdir()})
-    names = ["org/out", str(folders[1])]
-    listed = [{"model": name, "parameters": {"weight": 1.0 + i}} for i, name in enumerate(names)]
-    made = {**recipe(folders), "models": listed}
-    mergekit_ray.merge(made, "hf://org/out", options=MergeOptions(overwrite=True))
-    local = expected(folders, tmp_path / "local")
-    files = server.repos["org/out"].head()
-    weights = {name for name in local if name.endswith(".safetensors")}
-    assert {name for name in files if name.endswith(".safetensors")} == weights
-    assert all(files[name] == local[name] for name in weights)

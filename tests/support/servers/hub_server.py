@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from support.merging import command_environment
 from support.servers.hub_http import Fault, Handler, Request, Server
 
 TOKEN = "hf_sesame0pen"
@@ -314,8 +315,10 @@ def point_at(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path, *, 
 
 
 def environment(server: HubServer, home: Path, *, token: str | None = None) -> dict[str, str]:
-    """The same for a process of its own, by its environment."""
+    """The whole environment of a process of its own for which it is the same."""
+    plain = command_environment()
     return {
+        **{name: value for name, value in plain.items() if not name.startswith(("HF_", "HUGGING"))},
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
