@@ -17,6 +17,10 @@ MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.
 LOWEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126, torch.float64: -1022}
 
 
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32. Numbers below it are rounded as coarsely as it is, before they are divided by the sum of the weights."""
+
+
 def ulp(x: Array, dtype: torch.dtype) -> Array:
     """Distance between neighbours of ``dtype`` at ``|x|``."""
     exponents = np.frexp(np.abs(x))[1] - 1
@@ -52,7 +56,7 @@ class Expected:
 def linear(xs: Sequence[Array], weights: Sequence[float], *, normalize: bool) -> Expected:
     divisor = math.fsum(weights) if normalize else 1.0
     value = sum(w * x for w, x in zip(weights, xs, strict=True)) / divisor
-    magnitude = sum(abs(w * x) for w, x in zip(weights, xs, strict=True)) / abs(divisor)
+    magnitude = (sum(abs(w * x) for w, x in zip(weights, xs, strict=True)) + SMALLEST_NORMAL) / abs(divisor)
     return Expected(value, magnitude, np.ones_like(value, dtype=bool))
 
 
@@ -77,7 +81,8 @@ def added_to_base(
     """``b + λ Σ w_i δ_i``, over ``Σ w_i`` if normalised."""
     divisor = math.fsum(weights) if normalize else 1.0
     change = sum(w * d for w, d in zip(weights, deltas, strict=True)) * scale / divisor
-    magnitude = abs(base) + sum(abs(w * d) for w, d in zip(weights, deltas, strict=True)) * abs(scale / divisor)
+    changes = sum(abs(w * d) for w, d in zip(weights, deltas, strict=True)) + SMALLEST_NORMAL
+    magnitude = abs(base) + changes * abs(scale / divisor)
     return Expected(base + change, magnitude, np.ones_like(base, dtype=bool))
 
 
