@@ -49,6 +49,11 @@ class ThreadScratch:
         self._buffers: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
         self._used: dict[torch.dtype, int] = defaultdict(int)
 
+    @property
+    def held_elements(self) -> dict[torch.dtype, int]:
+        """Of each dtype, in use or not."""
+        return {dtype: sum(buffer.numel() for buffer in held) for dtype, held in self._buffers.items()}
+
     def take(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised 1-D tensor."""
         pool, index = self._buffers[dtype], self._used[dtype]

@@ -50,20 +50,23 @@ class Meter:
     Args:
         total_bytes: to be read and written.
         clock: seconds, as `time.monotonic`.
+
+    Attributes:
+        samples: of the window: the time, and the bytes read and written until then.
     """
 
     def __init__(self, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total_bytes = total_bytes
         self._clock = clock
-        self._samples: list[tuple[float, int]] = []
+        self.samples: list[tuple[float, int]] = []
 
     def update(self, progress: Progress) -> tuple[float, float | None]:
         """Bytes per second read and written together, and seconds to go (None while unknown)."""
         now, done = self._clock(), progress.read_bytes + progress.written_bytes
-        self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[0][0] > _LINE_SECONDS:
-            self._samples.pop(0)
-        then, before = self._samples[0]
+        self.samples.append((now, done))
+        while len(self.samples) > 2 and now - self.samples[0][0] > _LINE_SECONDS:
+            self.samples.pop(0)
+        then, before = self.samples[0]
         # Counters go back when a worker is lost with what it had done.
         rate = max(0.0, (done - before) / (now - then)) if now > then else 0.0
         return rate, (max(0, self._total_bytes - done) / rate if rate > 0 else None)

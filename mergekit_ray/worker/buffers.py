@@ -17,12 +17,16 @@ class BufferPool:
 
     Args:
         limit_bytes: what buffers in use and idle ones may take together.
+
+    Attributes:
+        idle: the buffers that have been given back, the oldest first.
+        total_bytes: of these and of those in use.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._idle: list[Bytes] = []
-        self._total_bytes = 0
+        self.idle: list[Bytes] = []
+        self.total_bytes = 0
         self._lock = threading.Lock()
 
     @staticmethod
@@ -35,16 +39,16 @@ class BufferPool:
         """At least ``num_bytes``, to be given back with `give`."""
         size = self.size_class(num_bytes)
         with self._lock:
-            for i in range(len(self._idle) - 1, -1, -1):
-                if self._idle[i].size == size:
-                    return self._idle.pop(i)
-            while self._idle and self._total_bytes + size > self._limit_bytes:
-                self._total_bytes -= self._idle.pop(0).size
-            self._total_bytes += size
+            for i in range(len(self.idle) - 1, -1, -1):
+                if self.idle[i].size == size:
+                    return self.idle.pop(i)
+            while self.idle and self.total_bytes + size > self._limit_bytes:
+                self.total_bytes -= self.idle.pop(0).size
+            self.total_bytes += size
         # numpy asks for huge pages (a 512th of the page faults); torch does so only if its environment says.
         return np.empty(size, dtype=np.uint8)
 
     def give(self, buffer: Bytes) -> None:
         """Return a buffer; its content may be overwritten from now on."""
         with self._lock:
-            self._idle.append(buffer)
+            self.idle.append(buffer)

@@ -25,12 +25,12 @@ class Inputs:
     """Tensors as if they lay in files: `load` names one, `pieces` cuts windows out of all."""
 
     def __init__(self) -> None:
-        self._data: dict[Load, torch.Tensor] = {}
+        self.data: dict[Load, torch.Tensor] = {}
 
     def load(self, model: str, data: torch.Tensor, name: str = "w") -> Load:
         spec = TensorSpec(name, DTYPES[data.dtype], tuple(data.shape))
         load = Load(model, spec, Location(f"{name}.safetensors", 0, spec.num_bytes))
-        self._data[load] = data.reshape(-1)
+        self.data[load] = data.reshape(-1)
         return load
 
     def pieces(self, expression: Expression, start: int = 0, stop: int | None = None) -> dict[Load, Piece]:
@@ -39,7 +39,7 @@ class Inputs:
         for load, first, last in expression.needs(start, expression.spec.num_elements if stop is None else stop):
             low, high = runs.get(load, (first, last))
             runs[load] = (min(low, first), max(high, last))
-        return {load: Piece(self._data[load][low:high].clone(), low) for load, (low, high) in runs.items()}
+        return {load: Piece(self.data[load][low:high].clone(), low) for load, (low, high) in runs.items()}
 
 
 def evaluate(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import pickle
 import re
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import SSLError
 
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.executors.driver import Job
@@ -22,6 +26,7 @@ from mergekit_ray.reporting.reporters import SilentReporter
 from mergekit_ray.storage.local.store import LocalStore
 from mergekit_ray.storage.s3.client import make_client
 from mergekit_ray.worker.resources import WorkerOptions
+from support.servers.s3_server import make_certificate
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mergekit_ray"
@@ -149,14 +154,35 @@ def test_a_lease_holds_no_secret(planted: dict[str, str], tmp_path: Path) -> Non
     assert not any(secret in text for secret in planted.values())
 
 
-def test_certificates_are_verified(planted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def vouching_for_itself(folder: Path) -> Iterator[str]:
+    """The address of a server with a certificate that nobody else has signed."""
+    make_certificate(folder, "127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+
+    def answer() -> None:
+        with contextlib.suppress(OSError), listener.accept()[0] as connection:
+            context.wrap_socket(connection, server_side=True).close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def test_certificates_are_verified(planted: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     client = make_client("s3://bucket", num_connections=1)
     assert client.meta.endpoint_url.startswith("https://")
-    assert client._endpoint.http_session._verify is True
+    with vouching_for_itself(tmp_path) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        with pytest.raises(SSLError, match="self-signed certificate"):
+            make_client("s3://bucket", num_connections=1).list_buckets()
     said = [
         (name, ast.unparse(node))
         for name, tree in trees()

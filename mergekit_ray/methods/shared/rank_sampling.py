@@ -109,18 +109,18 @@ class MagnitudeSampling:
 
         words = hash_words(self.key, start, scratch.like(values, torch.int32), scratch.like(values, torch.int32))
         if not is_compiled_for(values):
-            return self._sampled_by_torch(values, words, length, scratch)
+            return self.sampled_by_torch(values, words, length, scratch)
         from mergekit_ray.methods.compiled import ranks  # noqa: PLC0415 - compilers load where they are needed
 
         magnitudes = values.abs_()
         kept = scratch.like(values, torch.uint8)
-        low, step = self._probabilities(length)
+        low, step = self.probabilities(length)
         patterns = patterns_(values).numpy()
         ranks.keep_rows(patterns, words.numpy(), kept.numpy(), length, low, step, _MANTISSA_BITS[values.itemsize])
         sums = torch.tensor(ranks.kept_norms(magnitudes.numpy(), kept.numpy()), dtype=torch.float64)
         return Sampled(pack(kept), sums[:1], sums[1:])
 
-    def _sampled_by_torch(self, values: torch.Tensor, words: torch.Tensor, length: int, scratch: Scratch) -> Sampled:
+    def sampled_by_torch(self, values: torch.Tensor, words: torch.Tensor, length: int, scratch: Scratch) -> Sampled:
         """On any device and in any dtype."""
         import torch  # noqa: PLC0415
 
@@ -138,11 +138,11 @@ class MagnitudeSampling:
         descending = magnitudes.view(-1, length).sort(dim=1, descending=True, stable=True).indices
         places = torch.arange(length - 1, -1, -1, device=magnitudes.device).expand_as(descending)
         ranks = torch.empty_like(descending).scatter_(1, descending, places)
-        low, step = self._probabilities(length)
+        low, step = self.probabilities(length)
         limits = ranks.to(torch.float64).mul_(step).add_(low).mul_(1 << 32).floor_().to(torch.int64).sub_(1 << 31)
         return (words.view(-1, length) < limits).to(torch.uint8).view(-1)
 
-    def _probabilities(self, length: int) -> tuple[float, float]:
+    def probabilities(self, length: int) -> tuple[float, float]:
         """That of the smallest magnitude of a row, and what each rank adds."""
         if length == 1:
             return self.density, 0.0

@@ -91,6 +91,12 @@ class TestLocal(Replacing):
         assert [path.name for path in Path(store.uri).rglob("*")] == ["a"]
 
 
+def place(store: S3Store) -> tuple[str, str]:
+    """The bucket, and what the keys of the store's files begin with."""
+    bucket, _, prefix = store.uri.removeprefix("s3://").partition("/")
+    return bucket, f"{prefix}/"
+
+
 @pytest.mark.s3
 class TestS3(Replacing):
     @pytest.fixture
@@ -104,8 +110,8 @@ class TestS3(Replacing):
         return s3_server.client()
 
     def unfinished(self, store: S3Store, client: Any) -> list[str]:
-        found = client.list_multipart_uploads(Bucket=store._bucket).get("Uploads", [])
-        prefix = f"{store._prefix}/"
+        bucket, prefix = place(store)
+        found = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
         return sorted(each["Key"].removeprefix(prefix) for each in found if each["Key"].startswith(prefix))
 
     def test_large_objects_are_moved_in_parts(
@@ -158,7 +164,8 @@ class TestS3(Replacing):
     def test_remains_of_certain_files_are_discarded(self, store: S3Store, client: Any) -> None:
         assert isinstance(store, RemainsSink)
         for name in ("a", "a", "b", "deeper/a", "staged/x"):
-            client.create_multipart_upload(Bucket=store._bucket, Key=f"{store._prefix}/{name}")
+            bucket, prefix = place(store)
+            client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}{name}")
         assert store.discard_remains([]) == 0
         assert store.discard_remains(["a", "c"]) == 2
         assert self.unfinished(store, client) == ["b", "deeper/a", "staged/x"]

@@ -75,7 +75,7 @@ class S3Server:
         self._directory = self._given_directory or Path(tempfile.mkdtemp(prefix="s3-server-"))
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._https:
-            self._make_certificate()
+            make_certificate(self._folder, self._host)
         for attempt in range(3):  # a port may be taken between choosing and using it
             try:
                 self._spawn()
@@ -239,11 +239,13 @@ class S3Server:
             self._process.wait()
             self._process = None
 
-    def _make_certificate(self) -> None:
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        command += ["-addext", f"subjectAltName=IP:{self._host},DNS:localhost"]
-        command += ["-keyout", str(self._folder / "key.pem"), "-out", str(self._folder / "cert.pem")]
-        subprocess.run(command, check=True, capture_output=True)
+
+def make_certificate(folder: Path, host: str) -> None:
+    """``cert.pem`` and ``key.pem`` of a host that vouches for itself."""
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", f"subjectAltName=IP:{host},DNS:localhost"]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _weed() -> str:

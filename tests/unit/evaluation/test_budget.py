@@ -5,24 +5,33 @@ from __future__ import annotations
 import threading
 
 from mergekit_ray.evaluation.budget import Budget, Share
+from support.waiting import DEADLINE_SECONDS
 
 
 def test_a_budget_makes_takers_wait_but_never_the_only_one() -> None:
-    budget, never = Budget(100), threading.Event()
-    budget.take(500, never)  # alone: let in whatever its size
-    entered = threading.Event()
+    class Never(threading.Event):
+        """Asked for by those who wait."""
+
+        def is_set(self) -> bool:
+            waiting.set()
+            return False
+
+    budget, waiting, entered = Budget(100), threading.Event(), threading.Event()
+    budget.take(500, threading.Event())  # alone: let in whatever its size
 
     def second() -> None:
-        budget.take(60, never)
+        budget.take(60, Never())
         entered.set()
 
     thread = threading.Thread(target=second)
     thread.start()
-    assert not entered.wait(0.15)
+    assert waiting.wait(DEADLINE_SECONDS)
+    assert not entered.is_set()
     budget.give(500)
-    assert entered.wait(5)
+    assert entered.wait(DEADLINE_SECONDS)
     thread.join()
-    assert budget._held == 60
+    assert budget.held_bytes == 60
+    assert budget.peak_bytes == 500
 
 
 def test_a_waiting_taker_is_let_go_when_the_shard_has_failed() -> None:
@@ -31,7 +40,7 @@ def test_a_waiting_taker_is_let_go_when_the_shard_has_failed() -> None:
     thread = threading.Thread(target=budget.take, args=(1, failed))
     thread.start()
     failed.set()
-    thread.join(5)
+    thread.join(DEADLINE_SECONDS)
     assert not thread.is_alive()
 
 

@@ -63,7 +63,7 @@ def test_every_method(case: MethodCase) -> None:
             assert_close(found, expected, case.tolerance)
         if tree.base is not None:
             assert isinstance(tree.base, Load)
-            base = inputs._data[tree.base].view(case.shape)
+            base = inputs.data[tree.base].view(case.shape)
             assert_same_choices(found, expected, base)
         assert bool(device.memory.peak_bytes) != (streamed and tree.access is Access.WHOLE)
 
@@ -95,6 +95,7 @@ def test_waits_for_the_device_do_not_grow_with_the_tensor(case: MethodCase) -> N
     assert waits[0] < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1 << 16])
 @pytest.mark.parametrize("slot_bytes", [999, 1 << 14, SLOT_BYTES])
 def test_any_way_of_cutting_gives_the_same_bits(window: int | None, slot_bytes: int) -> None:
@@ -221,7 +222,7 @@ def test_a_bad_input_is_named_as_on_the_cpu(method: str, streamed: bool) -> None
     tree = case.tree(inputs)
     damaged = tree.inputs[0]
     assert isinstance(damaged, Load)
-    inputs._data[damaged][123_456] = float("nan")
+    inputs.data[damaged][123_456] = float("nan")
     with pytest.raises(MergeError) as caught:
         on_device(session_on(SimulatedDevice()), tree, inputs, streamed=streamed, references={"model 0": "org/damaged"})
     assert caught.value.where == "model org/damaged, tensor 'w'"

@@ -169,7 +169,7 @@ def test_below_a_merge(compute: DType) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused_by_name(place: int, named: str, value: float) -> None:
     adapted = Adapted(dtypes=(torch.float32, torch.float32))
-    adapted.inputs._data[adapted.loads[place]][7] = value
+    adapted.inputs.data[adapted.loads[place]][7] = value
     with pytest.raises(MergeError, match=named):
         evaluate(adapted.tree, adapted.inputs, references={"base": "base", "adapter": "org/adapter"})
     assert not torch.isfinite(evaluate(adapted.tree, adapted.inputs, allow_non_finite=True)).all()
@@ -201,7 +201,7 @@ def test_scratch_does_not_grow_with_the_tensor() -> None:
         pieces = inputs.pieces(tree)
         Evaluation(tree, pieces, pool, chunk_elements=1 << 12).fill(0, rows * 256, torch.empty(rows * 256))
         assert not any(pool.scratch.mark().values())
-        return {dtype: sum(b.numel() for b in held) for dtype, held in pool.scratch._buffers.items()}
+        return pool.scratch.held_elements
 
     assert buffers_after(512) == buffers_after(64)
 

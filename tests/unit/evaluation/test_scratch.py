@@ -40,7 +40,7 @@ def test_a_larger_request_replaces_the_buffer() -> None:
     scratch.take(4, torch.float32)
     scratch.release(mark)
     assert scratch.take(400, torch.float32).shape == (400,)
-    assert sum(b.numel() for b in scratch._buffers[torch.float32]) == 400
+    assert scratch.held_elements == {torch.float32: 400}
 
 
 def test_like() -> None:
@@ -74,7 +74,7 @@ def test_what_is_held_never_exceeds_the_limit_while_users_keep_theirs(seed: int)
         while in_use and sum(b.size for b in in_use) + pool.size_class(size) > limit:
             pool.give(in_use.pop(drawn.randrange(len(in_use))))
         in_use.append(pool.take(size))
-        held = sum(b.size for b in (*in_use, *pool._idle))
-        assert held == pool._total_bytes <= limit
-        addresses = [b.ctypes.data for b in (*in_use, *pool._idle)]
+        held = sum(b.size for b in (*in_use, *pool.idle))
+        assert held == pool.total_bytes <= limit
+        addresses = [b.ctypes.data for b in (*in_use, *pool.idle)]
         assert len(set(addresses)) == len(addresses)

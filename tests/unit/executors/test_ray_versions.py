@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
+import ray
 
 import mergekit_ray
 from mergekit_ray.core.errors import StorageError
-from mergekit_ray.executors import ray_cluster
 from mergekit_ray.executors.ray_cluster import check_version, connect
 
 MISMATCH = """Version mismatch: The cluster was started with:
@@ -45,9 +47,10 @@ def test_what_ray_says_of_versions_is_passed_on(said: str, told: list[str], monk
     def refuse(**options: object) -> None:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(ray_cluster.ray, "init", refuse)
-    monkeypatch.setattr(ray_cluster, "_check_listening", lambda address: None)
-    with pytest.raises(StorageError, match="cannot connect to Ray") as caught:
-        connect("10.0.0.1:6379")
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "127.0.0.1:{1}".format(*listener.getsockname())
+        with pytest.raises(StorageError, match="cannot connect to Ray") as caught:
+            connect(address)
     assert all(part in str(caught.value) for part in told)
     assert "explanation" not in str(caught.value)

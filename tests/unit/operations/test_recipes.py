@@ -10,6 +10,7 @@ import mergekit_ray
 from mergekit_ray.core.errors import ConfigError, MergekitRayError
 from mergekit_ray.operations.recipes import is_uri
 from mergekit_ray.storage.local.store import LocalSource
+from mergekit_ray.storage.schemes import SCHEMES
 
 TEXT = "merge_method: linear\nmodels:\n  - model: a/b\n    parameters: {weight: 1e-1}\n"
 
@@ -60,6 +61,6 @@ def test_names_below_a_repository_belong_to_the_file(monkeypatch: pytest.MonkeyP
         asked.append(uri)
         return LocalSource(str(tmp_path))
 
-    monkeypatch.setattr("mergekit_ray.storage.opening._opener", lambda scheme: opener)
+    monkeypatch.setattr(SCHEMES, "get", lambda scheme: opener)
     assert mergekit_ray.load_recipe("hf://org/name/recipes/merge.yml").merge_method == "linear"
     assert asked == ["hf://org/name"]

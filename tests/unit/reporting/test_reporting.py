@@ -52,7 +52,7 @@ def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
         clock.now += 1
         rate, _ = meter.update(done(total))
     assert rate == 50.0
-    assert len(meter._samples) <= 12
+    assert len(meter.samples) <= 12
 
 
 def test_a_lost_worker_makes_no_negative_rate(clock: Clock) -> None:

@@ -128,8 +128,8 @@ def test_with_a_budget_that_is_just_enough_all_is_read_again(model: Any, tmp_pat
 def test_all_buffers_are_given_back(model: Any, tmp_path: Path) -> None:
     _, inputs, loads = model
     worker = run(shard_of(eight_experts(loads)), inputs, CountingSource(Path(inputs.uri)), tmp_path / "out", AMPLE)
-    idle = worker.resources.buffers._idle
-    assert sum(buffer.size for buffer in idle) == worker.resources.buffers._total_bytes
+    idle = worker.resources.buffers.idle
+    assert sum(buffer.size for buffer in idle) == worker.resources.buffers.total_bytes
     assert len({buffer.ctypes.data for buffer in idle}) == len(idle)
 
 

@@ -51,7 +51,7 @@ def test_a_damaged_input_leaves_nothing_and_names_the_model(tmp_path: Path) -> N
         assert files_below(output) == set()
     # The worker is fit for the next shard.
     worker.run(shard_of(("fine", load_of(model, "t2"))))
-    assert worker.resources.buffers._total_bytes <= 3 * 500_000
+    assert worker.resources.buffers.total_bytes <= 3 * 500_000
     worker.close()
     tolerant = make_worker({"a": model}, output, allow_non_finite=True)
     tolerant.run(shard_of(("w", load_of(model, "t0"))))

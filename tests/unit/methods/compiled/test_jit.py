@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mergekit_ray
 from mergekit_ray.methods.compiled import jit
 
@@ -28,6 +30,7 @@ def called(package: Path, cache: Path) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_code_is_compiled_anew_where_another_file_has_changed(tmp_path: Path) -> None:
     """Loops take in parts of each other's; the time of the file they are in says nothing of these."""
     package, cache = tmp_path / "package", tmp_path / "cache"

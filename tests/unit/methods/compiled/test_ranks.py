@@ -120,7 +120,7 @@ def test_sorting_by_torch_keeps_the_same(kind: str) -> None:
     x, words = ROWS[kind](4000), random_words(4000)
     for length in (1, 8, 500, 4000):
         sampling = MagnitudeSampling("key", 0.4, 0.3)
-        low, step = sampling._probabilities(length)
+        low, step = sampling.probabilities(length)
         by_torch = sampling.keep_by_torch(x.abs(), words, length).numpy().astype(bool)
         assert np.array_equal(by_torch, sampled(x, words, length, low, low + step * (length - 1)))
 
@@ -128,7 +128,7 @@ def test_sorting_by_torch_keeps_the_same(kind: str) -> None:
 def test_norms_by_torch_are_the_compiled_ones() -> None:
     x, words = random(70_001), random_words(70_001)
     sampling = MagnitudeSampling("key", 0.4, 0.3)
-    found = sampling._sampled_by_torch(x.clone(), words, 70_001, MemoryScratch())
+    found = sampling.sampled_by_torch(x.clone(), words, 70_001, MemoryScratch())
     kept = PackedMask(found.mask).unpack(0, 70_001)
     whole, part = compiled.kept_norms(x.abs().numpy(), kept.numpy())
     assert float(found.whole.sum()) == pytest.approx(whole, rel=1e-13)
