@@ -25,7 +25,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
             assert chain is None, f"a circle: {' -> '.join((module, *chain))}"
 
 
-@pytest.mark.parametrize("folder", ["mergekit_ray", "tests", "benchmarks", "demo", "docker", "helm", "scripts"])
+@pytest.mark.parametrize("folder", ["mergekit_ray", "tests", "benchmarks", "demo", "docker", "docs", "helm"])
 def test_files_and_folders_are_of_a_size(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
@@ -81,6 +81,6 @@ def test_modules_and_names_that_prose_and_docstrings_quote_are_there() -> None:
 
 def test_the_picture_of_the_rooms_is_current() -> None:
     done = subprocess.run(
-        [sys.executable, "scripts/draw_floors.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "docs/draw_floors.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """Draws docs/floors.svg: the rooms of the package on the floors that import-linter holds, and the imports between them.
 
-python scripts/draw_floors.py            # writes it
-python scripts/draw_floors.py --check    # exit code 1 if it is not current
+python docs/draw_floors.py            # writes it
+python docs/draw_floors.py --check    # exit code 1 if it is not current
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
     picture = draw()
     if "--check" in arguments:
         current = PICTURE.exists() and PICTURE.read_text() == picture
-        sys.stdout.write("" if current else f"{PICTURE.name} is not current: run `python scripts/draw_floors.py`\n")
+        sys.stdout.write("" if current else f"{PICTURE.name} is not current: run `python docs/draw_floors.py`\n")
         return 0 if current else 1
     PICTURE.write_text(picture)
     return 0
