@@ -23,21 +23,15 @@ Whoever may read the output sees host, process and user of its driver in this fi
 from __future__ import annotations
 
 import contextlib
-import getpass
-import json
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 from mergekit_ray.core.errors import CheckpointError, Interrupted, MergekitRayError, StorageError
 from mergekit_ray.output.destination import LEASE_FILE
+from mergekit_ray.output.holder import HELD, LONG_TERM, Holder, Term
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.signals import RESUME
 from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, Sink
@@ -45,99 +39,6 @@ from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, Sink
 _MAX_BYTES: Final = 64 << 10
 _MAX_ATTEMPTS: Final = 20
 _MAX_POLL_SECONDS: Final = 5.0
-NEVER: Final = -1
-"""When a process started that has ended and waits for its parent to notice."""
-
-_HELD: Final[set[str]] = set()
-"""Tokens of the leases that this process holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """How long a lease lasts.
-
-    Attributes:
-        seconds: without renewal.
-        renew_seconds: from one renewal to the next.
-    """
-
-    seconds: float = 300.0
-    renew_seconds: float = 60.0
-
-    @property
-    def watch_seconds(self) -> float:
-        """For which a lease that looks expired is watched before it is taken."""
-        return 1.5 * self.renew_seconds
-
-
-LONG_TERM: Final = Term(3000.0, 600.0)
-"""Where each renewal is a commit, whose number per hour is limited."""
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a lease, as its file says.
-
-    Attributes:
-        token: drawn for each lease.
-        host, pid, user: for people.
-        processes: what ``pid`` counts in: this boot of this machine, and the process namespace; None if unknown.
-        started: when the process started, in ticks since the boot; None if unknown.
-        acquired, renewed: seconds since 1970 by the holder's clock.
-        term: of the lease.
-    """
-
-    token: str
-    host: str
-    pid: int
-    user: str
-    processes: str | None
-    started: int | None
-    acquired: float
-    renewed: float
-    term: Term
-
-    @classmethod
-    def of_this_process(cls, term: Term, now: float) -> Holder:
-        """That of a lease which is taken now, in seconds since 1970."""
-        token, host, pid = secrets.token_hex(16), socket.gethostname(), os.getpid()
-        return cls(token, host, pid, _user(), _processes(), started_at(pid), now, now, term)
-
-    def to_bytes(self) -> bytes:
-        """The file."""
-        times = {"acquired": _shown(self.acquired), "renewed": _shown(self.renewed)}
-        return (json.dumps({"format": 1, **asdict(self), **times}, indent=2) + "\n").encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Holder | None:
-        """Inverse of `to_bytes`; None for what is no lease of ours."""
-        try:
-            found = json.loads(data)
-            if found.pop("format") != 1:
-                return None
-            times = {key: datetime.fromisoformat(found[key]).timestamp() for key in ("acquired", "renewed")}
-            term = Term(**{key: float(value) for key, value in found["term"].items()})
-            return cls(**{**found, **times, "term": term})
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it is known that its process is no more; only of this machine can that be known."""
-        if self.processes is None or self.processes != _processes():
-            return False
-        if self.pid == os.getpid() and self.started == started_at(self.pid):
-            return self.token not in _HELD  # it could not be released
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:  # somebody else's
-            pass
-        return None not in (found := started_at(self.pid), self.started) and found != self.started
-
-    def __str__(self) -> str:
-        return f"{self.user} on {self.host} (process {self.pid}, since {_shown(self.acquired)})"
 
 
 class Lease:
@@ -197,7 +98,7 @@ class Lease:
             found = _look(self._sink) if self._lost is None else None
             if found is not None and found[0] is not None and found[0].token == self._mine.token:
                 self._sink.delete([LEASE_FILE])
-        _HELD.discard(self._mine.token)
+        HELD.discard(self._mine.token)
 
     def _keep(self) -> None:
         while not self._done.wait(self._mine.term.renew_seconds):
@@ -274,7 +175,7 @@ def discard_dead(sink: Sink) -> None:
     with contextlib.suppress(MergekitRayError):
         found = _look(sink)
         holder = None if found is None else found[0]
-        if holder is None or holder.token in _HELD:
+        if holder is None or holder.token in HELD:
             return
         if holder.has_ended or time.time() - holder.renewed > holder.term.seconds + holder.term.watch_seconds:
             sink.delete([LEASE_FILE])
@@ -283,13 +184,13 @@ def discard_dead(sink: Sink) -> None:
 def _acquire(sink: Sink, tell: Reporter, stop: threading.Event, term: Term, clock: Callable[[], float]) -> Lease:
     for _ in range(_MAX_ATTEMPTS):
         mine = Holder.of_this_process(term, clock())
-        _HELD.add(mine.token)  # before others of this process can see it
+        HELD.add(mine.token)  # before others of this process can see it
         version = None
         try:
             version = _try(sink, mine, tell, stop, clock)
         finally:
             if version is None:
-                _HELD.discard(mine.token)
+                HELD.discard(mine.token)
         if version is not None:
             return Lease(sink, mine, version, clock)
     raise StorageError(
@@ -389,32 +290,3 @@ def _look(sink: Sink) -> tuple[Holder | None, str] | None:
     except CheckpointError:
         return None
     return Holder.from_bytes(data), stat.version
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a user without an entry, as in many containers
-        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
-
-
-def _processes() -> str | None:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # not Linux
-        return None
-
-
-def started_at(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; `NEVER`, or None if that is unknown."""
-    try:
-        # The name of the program, in brackets, may hold anything; the 22nd field is the 20th after it.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return NEVER if state in ("Z", "X") else int(fields[18])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _shown(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

@@ -20,7 +20,8 @@ import pytest
 
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.output.destination import LEASE_FILE
-from mergekit_ray.output.lease import LONG_TERM, NEVER, Holder, Term, discard_dead, hold, started_at
+from mergekit_ray.output.holder import LONG_TERM, NEVER, Holder, Term, started_at
+from mergekit_ray.output.lease import discard_dead, hold
 from mergekit_ray.reporting.reporters import SilentReporter
 from mergekit_ray.storage.local.store import LocalStore
 from mergekit_ray.storage.protocols import ConditionalSink
@@ -129,7 +130,7 @@ class TestDead:
     def test_of_this_machine_it_is_taken_over_at_once(self, sink: LocalStore) -> None:
         script = (
             "import sys, time\n"
-            "from mergekit_ray.output.lease import Holder, Term\n"
+            "from mergekit_ray.output.holder import Holder, Term\n"
             "sys.stdout.buffer.write(Holder.of_this_process(Term(), time.time()).to_bytes())\n"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
