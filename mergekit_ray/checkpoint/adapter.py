@@ -129,7 +129,7 @@ def _open_weights(
         files = [WEIGHTS_NAME]
     elif WEIGHTS_INDEX_NAME in listing:
         index = source.read(WEIGHTS_INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
-        weight_map = parse_index(index, f"{source.uri}/{WEIGHTS_INDEX_NAME}").weight_map
+        weight_map = parse_index(index, f"{source.uri}/{WEIGHTS_INDEX_NAME}")
         files = sorted(set(weight_map.values()))
     elif "adapter_model.bin" in listing:
         raise CheckpointError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mergekit_ray.checkpoint.strict_json import parse_object
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.storage.names import is_confined
@@ -13,24 +11,8 @@ MAX_INDEX_BYTES = 256 << 20
 """A weight map of a million tensors has about 100 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class WeightIndex:
-    """The content of an index.
-
-    Attributes:
-        weight_map: file of each tensor.
-    """
-
-    weight_map: dict[str, str]
-
-    @property
-    def files(self) -> list[str]:
-        """All files named, sorted."""
-        return sorted(set(self.weight_map.values()))
-
-
-def parse_index(data: bytes, where: str) -> WeightIndex:
-    """Parse an index.
+def parse_index(data: bytes, where: str) -> dict[str, str]:
+    """The weight map of an index: the file of each tensor.
 
     Raises:
         CheckpointError: not JSON, no ``weight_map``, or it names something that is not a safetensors file inside the
@@ -57,4 +39,4 @@ def parse_index(data: bytes, where: str) -> WeightIndex:
                 where=where,
                 remedy="convert the weights",
             )
-    return WeightIndex(weight_map)
+    return weight_map

@@ -126,12 +126,12 @@ def _read_config(source: Source, listing: Mapping[str, FileStat], reference: str
 
 def _is_indexed(source: Source, file: str) -> bool:
     data = source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
-    return file in parse_index(data, f"{source.uri}/{INDEX_NAME}").files
+    return file in parse_index(data, f"{source.uri}/{INDEX_NAME}").values()
 
 
 def _open_indexed(source: Source, listing: Mapping[str, FileStat]) -> _Weights:
     where = f"{source.uri}/{INDEX_NAME}"
-    weight_map = parse_index(source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES), where).weight_map
+    weight_map = parse_index(source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES), where)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if file not in listing]
     if missing:

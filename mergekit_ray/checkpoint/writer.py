@@ -48,11 +48,6 @@ class ShardWriter:
             self.abort()
             raise
 
-    @property
-    def num_written(self) -> int:
-        """Bytes of tensor data written so far."""
-        return self._num_written
-
     def write(self, data: memoryview | bytes) -> None:
         """Append tensor data. ``data`` may be reused as soon as this returns.
 

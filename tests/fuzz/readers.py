@@ -48,7 +48,7 @@ def header(data: bytes) -> None:
 def index(data: bytes) -> None:
     """An index of a checkpoint."""
     found = parse_index(data, "fuzz")
-    assert not any(".." in Path(file).parts or Path(file).is_absolute() for file in found.files), "outside"
+    assert not any(".." in Path(file).parts or Path(file).is_absolute() for file in found.values()), "outside"
 
 
 def adapter(data: bytes) -> None:

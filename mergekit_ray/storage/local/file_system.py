@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 from typing import Any, Final
 
@@ -18,18 +17,13 @@ def is_in_memory(fd: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     status = ctypes.create_string_buffer(_STATFS_BYTES)
-    if _libc().fstatfs(ctypes.c_int(fd), status) != 0:
+    if libc().fstatfs(ctypes.c_int(fd), status) != 0:
         return False
     # ``f_type`` comes first; it is a long, on a few processors an int. The magic number fits either, little-endian.
     return int.from_bytes(status.raw[:4], sys.byteorder) == _TMPFS_MAGIC
 
 
-def free_bytes(fd: int) -> int:
-    """Bytes that an ordinary user can still write to the file system of an open file."""
-    status = os.fstatvfs(fd)
-    return status.f_bavail * status.f_frsize
-
-
 @functools.cache
-def _libc() -> Any:
-    return ctypes.CDLL(None)
+def libc() -> Any:
+    """The C library, whose error numbers `ctypes.get_errno` tells."""
+    return ctypes.CDLL(None, use_errno=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import mmap
 import os
-from typing import Any
+
+from mergekit_ray.storage.local.file_system import libc
 
 _MADV_POPULATE_READ = 22  # Linux 5.14, <linux/mman.h>; not yet a constant of Python's mmap
 
@@ -30,13 +30,8 @@ def map_file(fd: int, start: int, end: int) -> memoryview:
 def _populate(mapped: mmap.mmap) -> None:
     """Read all of it in now, without holding the interpreter's lock. On older kernels it is read as it is touched."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-    if _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), _MADV_POPULATE_READ) == 0:
+    if libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), _MADV_POPULATE_READ) == 0:
         return
     code = ctypes.get_errno()
     if code not in (errno.EINVAL, errno.ENOSYS):  # what an older kernel says
         raise OSError(code, os.strerror(code))
-
-
-@functools.cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)

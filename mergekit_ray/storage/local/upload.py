@@ -15,7 +15,7 @@ from pathlib import Path
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.storage.faults import wrong_size
 from mergekit_ray.storage.local.direct_io import AppendingFile
-from mergekit_ray.storage.local.file_system import free_bytes, is_in_memory
+from mergekit_ray.storage.local.file_system import is_in_memory
 from mergekit_ray.storage.protocols import FileStat
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -180,7 +180,7 @@ class LocalUpload:
             return
         if is_in_memory(self._fd):
             # There nothing is scattered over a disk, and to reserve takes as long as to write.
-            if free_bytes(self._fd) < self._num_bytes:
+            if shutil.disk_usage(self._fd).free < self._num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return
         try:
