@@ -101,9 +101,9 @@ def test_the_checks_pass(tree: Path, command: tuple[str, ...]) -> None:
 def test_all_tests_pass_that_a_new_entry_can_break(tree: Path, tmp_path: Path) -> None:
     """The examples' own, and those that `support.affected` finds to depend on what the registries have."""
     (tmp_path / "known").write_text(run(ROOT, "-m", "pytest", "--collect-only", "-q", *COLLECTED))
-    options = ("-q", "-p", "support.affected", "-p", "no:cacheprovider", "--junit-xml", str(tmp_path / "report.xml"))
+    report = tmp_path / "report.xml"
+    options = ["-q", "-n", "2", "--dist", "loadfile", "-p", "support.affected", f"--junit-xml={report}"]
     run(tree, "-m", "pytest", *options, *COLLECTED, **{KNOWN: str(tmp_path / "known")})
-    report = (tmp_path / "report.xml").read_text()
     for name in EXAMPLES:
         if name.startswith("tests/"):
-            assert name.removesuffix(".py").replace("/", ".") in report, f"{name} was not run"
+            assert name.removesuffix(".py").replace("/", ".") in report.read_text(), f"{name} was not run"
