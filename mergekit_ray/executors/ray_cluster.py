@@ -23,9 +23,7 @@ MAX_CPUS_PER_WORKER: Final = 4
 
 _HOST_AND_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+):(?P<port>\d+)")
 _CONNECT_SECONDS: Final = 10.0
-_RECONNECT_VARIABLE: Final = "RAY_gcs_rpc_server_reconnect_timeout_s"
-_RECONNECT_SECONDS: Final = 60.0
-"""What Ray takes where the variable is not set."""
+_PATIENCE_SECONDS: Final = 40.0
 
 
 def disconnect() -> None:
@@ -125,8 +123,8 @@ class Cluster:
 
     Attributes:
         head: ``host:port`` of the head node; empty if the connection is by way of Ray Client, which knows none.
-        patience_seconds: without an answer of the head node, until it is better to give up: two thirds of those after
-            which Ray ends this process, whatever it is doing.
+        patience_seconds: without an answer of the head node until the merge ends, by ``MERGEKIT_RAY_HEAD_SECONDS``.
+            After 60 s (``RAY_gcs_rpc_server_reconnect_timeout_s``) Ray ends this process, whatever it is doing.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -134,7 +132,7 @@ class Cluster:
         if self._is_ours:
             connect(address)
         self.head = "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
-        self.patience_seconds = float(os.environ.get(_RECONNECT_VARIABLE) or _RECONNECT_SECONDS) * 2 / 3
+        self.patience_seconds = float(os.environ.get("MERGEKIT_RAY_HEAD_SECONDS") or _PATIENCE_SECONDS)
 
     def has_head(self) -> bool:
         """Whether the head node answers now."""

@@ -32,13 +32,6 @@ time.sleep(600)
 """
 
 
-@pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
-    """Of the submitter, for a cluster of one node with a token."""
-    with RayHead(1, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, is_awaited=False) as head:
-        yield {**head.environment, "RAY_DASHBOARD_ADDRESS": head.dashboard}
-
-
 @dataclass(frozen=True)
 class Runs:
     """Three submitters at once, begun before the cluster is up, as pods may be."""
@@ -50,7 +43,10 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """For a cluster of one node with a token."""
+    head = RayHead(1, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN})
+    environment = {**head.environment, "RAY_DASHBOARD_ADDRESS": head.dashboard}
     folder = tmp_path_factory.mktemp("runs")
     make_models(folder)
     models = "".join(f"  - model: {folder / name}\n    parameters: {{weight: 0.5}}\n" for name in ("first", "second"))
@@ -69,10 +65,13 @@ def runs(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         start("stopped", "", sys.executable, "-c", CLEAN_STOP, str(folder / "stopped")),
         folder,
     )
-    yield started
-    for process in (started.merge, started.wrong, started.stopped):
-        process.kill()
-        process.wait()
+    try:
+        with head:
+            yield started
+    finally:
+        for process in (started.merge, started.wrong, started.stopped):
+            process.kill()
+            process.wait()
 
 
 def test_a_merge_on_a_cluster_with_a_token(runs: Runs) -> None:

@@ -259,6 +259,7 @@ class TestOverwrite:
         events = Events(lambda kind: states.append((kind, seen() == before)))
         mergekit_ray.merge(new, out, options=MergeOptions(overwrite=True), reporter=events)
         assert dict(states) == {
+            "planned": True,
             "shard_done": True,
             "checking": True,
             "publishing": True,

@@ -20,12 +20,16 @@ from support.waiting import DEADLINE_SECONDS
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+IMPATIENT = {"MERGEKIT_RAY_HEAD_SECONDS": "5", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+"""The merge notices first that the head is gone, however busy the machine is; Ray's answer is to end the process."""
+
+
 @contextmanager
 def merging(head: RayHead, recipe: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     command = [str(COMMANDS / "merge"), str(recipe), str(out), "--executor", "ray", "--address", head.address]
-    with subprocess.Popen(
-        [*command, "--log-format", "json"], stdout=-1, stderr=-1, text=True, env=command_environment(**head.environment)
-    ) as process:
+    command += ["--log-format", "json"]
+    environment = command_environment(**head.environment, **IMPATIENT)
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment) as process:
         try:
             yield process
         finally:

@@ -21,8 +21,6 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
-    # And a dead cluster within half a minute.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
 }
 """For every process of a Ray in tests."""
 

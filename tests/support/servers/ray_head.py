@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +21,9 @@ from support.merging import COMMANDS, command_environment
 from support.servers.ray_cluster import ENVIRONMENT, workers_below
 from support.waiting import DEADLINE_SECONDS, wait_until
 
+_MAX_ATTEMPTS = 5
+"""At starting it: Ray itself gives a node half a minute, which is not enough on a machine that is very busy."""
+
 
 class RayHead:
     """A head node with its dashboard, on free ports.
@@ -26,8 +31,13 @@ class RayHead:
     Args:
         num_cpus: that it computes with.
         environment: variables of its processes beside those of all tests, so of the jobs that it runs.
-        is_awaited: until it answers; not for one that wants a token, or whose clients are to wait themselves.
         commands: ``bin`` of the virtual environment that it runs in.
+
+    Attributes:
+        address: of the cluster; known, as the others, before it is up.
+        dashboard: address of its page, where jobs are submitted.
+        metrics: address of what Prometheus reads.
+        environment: of its processes, and for its clients.
     """
 
     def __init__(
@@ -35,10 +45,8 @@ class RayHead:
         num_cpus: int = 2,
         environment: Mapping[str, str] | None = None,
         *,
-        is_awaited: bool = True,
         commands: Path = COMMANDS,
     ) -> None:
-        self._is_awaited = is_awaited
         self._num_cpus = num_cpus
         self._commands = commands
         outside = [place for place in os.environ["PATH"].split(os.pathsep) if Path(place) != COMMANDS]
@@ -46,12 +54,14 @@ class RayHead:
         self.environment = command_environment(**{**ENVIRONMENT, "PATH": path, **(environment or {})})
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = ""
-
-    def __enter__(self) -> Self:
-        port, page, client, agent, agent_grpc, metrics = _free_ports(6)
+        self._ports = _free_ports(6)
+        port, page, *_, metrics = self._ports
         self.address = f"127.0.0.1:{port}"
         self.dashboard = f"http://127.0.0.1:{page}"
         self.metrics = f"http://127.0.0.1:{metrics}/metrics"
+
+    def __enter__(self) -> Self:
+        port, page, client, agent, agent_grpc, metrics = self._ports
         # Sockets lie in it, and their paths may have 107 characters.
         self._folder = tempfile.mkdtemp(prefix="ray-")
         ports = [f"--port={port}", f"--dashboard-port={page}", f"--ray-client-server-port={client}"]
@@ -68,24 +78,30 @@ class RayHead:
             *sizes,
         ]
         log = Path(self._folder) / "start.log"
-        with log.open("wb") as said:
-            process = subprocess.Popen(command, env=self.environment, stdout=said, stderr=said, cwd=self._folder)
-        self._process = process
-
-        def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            with contextlib.suppress(OSError):
-                return bool(self.get(f"{self.dashboard}/api/jobs/"))
-            return False
-
-        if not self._is_awaited:
-            return self
         try:
-            wait_until(answers, every=0.2)
+            for _ in range(_MAX_ATTEMPTS):
+                with log.open("wb") as said:
+                    process = subprocess.Popen(
+                        command, env=self.environment, stdout=said, stderr=said, cwd=self._folder
+                    )
+                self._process = process
+                wait_until(lambda process=process: process.poll() is not None or self._answers(), every=0.2)
+                if process.poll() is None:
+                    return self
+                self.kill()
+            raise AssertionError(log.read_text())
         except BaseException:
             self._end()
             raise
-        return self
+
+    def _answers(self) -> bool:
+        try:
+            self.get(f"{self.dashboard}/api/jobs/")
+        except urllib.error.HTTPError as refusal:
+            return refusal.code == HTTPStatus.UNAUTHORIZED  # it wants a token
+        except OSError:
+            return False
+        return True
 
     def __exit__(self, *exc: object) -> None:
         self._end()
