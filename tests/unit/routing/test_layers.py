@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import transformers
 
 from mergekit_ray.checkpoint.opening import open_checkpoint
 from mergekit_ray.core.errors import ModelError
-from mergekit_ray.evaluation.threads import single_threaded_torch
 from mergekit_ray.routing.batches import make_batches
 from mergekit_ray.routing.layers import prompt_states
 from mergekit_ray.routing.prompts import tokenize
@@ -33,24 +30,6 @@ from support.references.routing import (
     unit,
     whole_model_states,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These matrices are so small that threads cost more than they bring."""
-    with single_threaded_torch():
-        yield
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ModelLibrary:
-    return ModelLibrary(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def llama(library: ModelLibrary, tmp_path: Path) -> Path:
-    """A Llama with a tokenizer, to be changed at will."""
-    return Path(shutil.copytree(library.get(with_tokenizer=True), tmp_path / "llama"))
 
 
 class TestStates:

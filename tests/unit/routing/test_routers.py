@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,12 @@ from safetensors.torch import load_file
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import MergeError, MergekitRayError, ModelError, PlanError
-from mergekit_ray.evaluation.threads import single_threaded_torch
 from mergekit_ray.routing.batches import make_batches
 from mergekit_ray.routing.prompts import tokenize
 from mergekit_ray.routing.routers import overlap_warnings, routers
 from mergekit_ray.routing.spread import Here
 from support.models import ModelLibrary, config_of, load, rewrite
 from support.references.routing import NUM_LAYERS, PROMPTS, opened, recipe_of, route, unit, whole_model_states
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These matrices are so small that threads cost more than they bring."""
-    with single_threaded_torch():
-        yield
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ModelLibrary:
-    return ModelLibrary(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def llama(library: ModelLibrary, tmp_path: Path) -> Path:
-    """A Llama with a tokenizer, to be changed at will."""
-    return Path(shutil.copytree(library.get(with_tokenizer=True), tmp_path / "llama"))
 
 
 class TestVectors:
