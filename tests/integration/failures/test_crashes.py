@@ -39,7 +39,12 @@ PART_BYTES = 5 << 20
 # Children are forked from a process that has imported everything and started no thread.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["mergekit_ray.operations.run_plan", "mergekit_ray.storage.s3.store", "boto3", "support.models"]
+    [
+        *("mergekit_ray.operations.merge", "mergekit_ray.operations.write_shards", "boto3", "support.models"),
+        *("mergekit_ray.storage.local.store", "mergekit_ray.storage.s3.store", "mergekit_ray.evaluation.compiled_sums"),
+        *("mergekit_ray.evaluation.nodes.merge", "mergekit_ray.methods.ties", "mergekit_ray.methods.compiled.election"),
+        "mergekit_ray.methods.compiled.brackets",
+    ]
 )
 
 

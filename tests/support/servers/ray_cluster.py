@@ -7,22 +7,28 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
 import psutil
 
+from support.waiting import wait_until
+
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A dead node is noticed within seconds.
+    # A dead node, where nobody listens any more, is noticed within seconds; one that is slow to answer is not dead.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "3",
 }
 """For every process of a Ray in tests."""
+
+MAX_ATTEMPTS = 5
+"""At starting a node."""
 
 _OBJECT_STORE_BYTES = 80 << 20
 
@@ -53,10 +59,11 @@ class RayCluster:
         environment = {**ENVIRONMENT, "RAY_TMPDIR": self._folder}
         self._environment.enter_context(mock.patch.dict(os.environ, environment))
         head = {"num_cpus": 0, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": str(place)})
+        head["temp_dir"] = str(place)
+        self._cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="error")
         for _ in range(self._num_nodes):
             self.add_node()
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="error")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -74,7 +81,12 @@ class RayCluster:
 
     def add_node(self, num_cpus: int = 1) -> Any:
         """A new node."""
-        return self._cluster.add_node(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES)
+        import ray
+
+        sizes = {"num_cpus": num_cpus, "object_store_memory": _OBJECT_STORE_BYTES}
+        node = patiently(lambda: self._cluster.add_node(wait=False, **sizes))
+        wait_until(lambda: any(each["NodeID"] == node.node_id and each["Alive"] for each in ray.nodes()))
+        return node
 
     def remove_node(self, node: Any) -> None:
         """Kill a node with all that runs on it, as a power cut would."""
@@ -90,6 +102,17 @@ class RayCluster:
             [raylet] = each.all_processes["raylet"]
             found += workers_below(raylet.process.pid)
         return found
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node of Ray, and again where Ray gave up: it waits half a minute, too little on a very busy machine."""
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 def workers_below(pid: int) -> list[psutil.Process]:

@@ -18,11 +18,8 @@ from typing import Self
 import psutil
 
 from support.merging import COMMANDS, command_environment
-from support.servers.ray_cluster import ENVIRONMENT, workers_below
+from support.servers.ray_cluster import ENVIRONMENT, MAX_ATTEMPTS, workers_below
 from support.waiting import DEADLINE_SECONDS, wait_until
-
-_MAX_ATTEMPTS = 5
-"""At starting it: Ray itself gives a node half a minute, which is not enough on a machine that is very busy."""
 
 
 class RayHead:
@@ -79,7 +76,7 @@ class RayHead:
         ]
         log = Path(self._folder) / "start.log"
         try:
-            for _ in range(_MAX_ATTEMPTS):
+            for _ in range(MAX_ATTEMPTS):
                 with log.open("wb") as said:
                     process = subprocess.Popen(
                         command, env=self.environment, stdout=said, stderr=said, cwd=self._folder
