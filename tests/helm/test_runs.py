@@ -49,8 +49,8 @@ def test_every_option() -> None:
         "output": "s3://models/nightly",
         "executor": None,
         "address": None,
-        "workers": 12,
-        "memory": "6GB",
+        "num_workers": 12,
+        "memory_bytes": 6_000_000_000,
         "device": "cpu",
         "overwrite": True,
         "allow_non_finite": True,
@@ -161,7 +161,7 @@ def test_a_group_with_an_image_of_its_own() -> None:
 
 def test_autoscaling_asks_for_workers_to_scale_to() -> None:
     def workers(values: Manifest) -> int | None:
-        found = options_of(shlex.split(job_of(values)["spec"]["entrypoint"]))["workers"]
+        found = options_of(shlex.split(job_of(values)["spec"]["entrypoint"]))["num_workers"]
         return None if found is None else int(found)
 
     group = {"workerGroups": {"cpu": {"minReplicas": 0, "maxReplicas": 9}, "more": {"maxReplicas": 3}}}
