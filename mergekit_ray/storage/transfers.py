@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 NUM_READERS: Final = 16
 _MAX_GAP_BYTES: Final = 1 << 20
-_PART_BYTES: Final = 16 << 20
+PART_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class RangeReader:
             buffers: one for each range.
             fetch: carries one request out.
         """
-        fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=_PART_BYTES)
+        fetches = plan_fetches(ranges, buffers, max_gap_bytes=_MAX_GAP_BYTES, part_bytes=PART_BYTES)
         if len(fetches) > 1:
             self._run(fetches, fetch)
         elif fetches:

@@ -24,7 +24,7 @@ _CONTENT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MAX_SIBLINGS: Final = 1000
 """Repositories of more files are listed page by page: the short way is not complete then."""
 
-_MAX_SKIPPED_BYTES: Final = 64 << 20
+MAX_SKIPPED_BYTES: Final = 64 << 20
 _START_AGAIN: Final = "start the merge again"
 
 
@@ -232,7 +232,7 @@ class RemoteFiles:
                 raise changed(self._where(place.stat.name), _START_AGAIN)
             if int(span[1]) == wanted:
                 return wanted
-        elif response.status_code == 200 and wanted <= _MAX_SKIPPED_BYTES:
+        elif response.status_code == 200 and wanted <= MAX_SKIPPED_BYTES:
             return 0
         raise StorageError(
             "the server does not answer range requests as the Hub does",

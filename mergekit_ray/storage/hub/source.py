@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _LARGE_BYTES: Final = 1 << 20
 
-_LOOK_UP: Final = RetryPolicy(max_attempts=5)
+LOOK_UP: Final = RetryPolicy(max_attempts=5)
 """Of the first request about a repository: without a network, it is better to say so soon."""
 
 
@@ -157,7 +157,7 @@ def open_repository(uri: str, revision: str | None) -> Source:
     if revision is not None and COMMIT.fullmatch(revision):
         return _open_commit(Repository(name, revision))
     try:
-        repository = look_up(name, revision, _LOOK_UP)
+        repository = look_up(name, revision, LOOK_UP)
     except StorageError as error:
         snapshot = cached_snapshot(name, revision)
         if snapshot is None or not error.retryable:

@@ -30,7 +30,7 @@ from mergekit_ray.storage.ranges import sorted_ranges
 from mergekit_ray.storage.schemes import SCHEMES
 from mergekit_ray.storage.transfers import read_whole
 
-_MAX_OPEN_FILES = 128
+MAX_OPEN_FILES = 128
 _MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -171,7 +171,7 @@ class LocalSource:
                     file = self._open_files[name] = _OpenFile(path)
                     status = os.fstat(file.fd)
                 self._open_files.move_to_end(name)
-                if len(self._open_files) > _MAX_OPEN_FILES:
+                if len(self._open_files) > MAX_OPEN_FILES:
                     self._open_files.popitem(last=False)
         except _NOT_THERE as error:
             raise missing(str(path)) from error

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 MIN_PART_BYTES = 16 << 20
 _MAX_NUM_PARTS = 9000  # the limit of S3 is 10000
 _MAX_IN_FLIGHT = 4
-_PART_GRAIN_BYTES = 1 << 20
+PART_GRAIN_BYTES = 1 << 20
 
 
 def abort_upload(client: Any, upload: dict[str, str], where: str) -> None:
@@ -38,7 +38,7 @@ def abort_upload(client: Any, upload: dict[str, str], where: str) -> None:
 def part_bytes_for(num_bytes: int) -> int:
     """Size of the parts of an object of ``num_bytes``: 16 MiB, or whole MiB so that 9000 suffice."""
     needed = -(-num_bytes // _MAX_NUM_PARTS)
-    return max(MIN_PART_BYTES, -(-needed // _PART_GRAIN_BYTES) * _PART_GRAIN_BYTES)
+    return max(MIN_PART_BYTES, -(-needed // PART_GRAIN_BYTES) * PART_GRAIN_BYTES)
 
 
 class S3Upload:

@@ -33,7 +33,7 @@ BUSY = refuse(503)
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub, which this process's huggingface_hub takes for the only one, with a public repository."""
     monkeypatch.setattr(hub, "RetryPolicy", lambda: QUICK)
-    monkeypatch.setattr(hub, "_LOOK_UP", QUICK)
+    monkeypatch.setattr(hub, "LOOK_UP", QUICK)
     with serving(HubServer(), monkeypatch, tmp_path / "home") as server:
         server.add("org/name", {"config.json": CONFIG, "model.safetensors": DATA})
         yield server

@@ -35,7 +35,7 @@ BUSY = refuse(503)
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub, which this process's huggingface_hub takes for the only one, with a public repository."""
     monkeypatch.setattr(hub, "RetryPolicy", lambda: QUICK)
-    monkeypatch.setattr(hub, "_LOOK_UP", QUICK)
+    monkeypatch.setattr(hub, "LOOK_UP", QUICK)
     with serving(HubServer(), monkeypatch, tmp_path / "home") as server:
         server.add("org/name", {"config.json": CONFIG, "model.safetensors": DATA})
         yield server
@@ -80,7 +80,7 @@ def test_a_broken_answer_is_continued_where_it_broke(server: HubServer) -> None:
 
 
 def test_only_the_failed_part_is_fetched_again(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 20_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers.PART_BYTES", 20_000)
     source = opened()
     server.store_faults.append(BUSY)
     assert fetch(source, "model.safetensors", [(0, len(DATA))]) == [DATA]
@@ -90,7 +90,7 @@ def test_only_the_failed_part_is_fetched_again(server: HubServer, monkeypatch: p
 
 
 def test_an_expired_address_is_asked_for_anew_once(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 20_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers.PART_BYTES", 20_000)
     source = opened()
     for times in (1, 2):
         assert fetch(source, "model.safetensors", [(0, len(DATA))]) == [DATA]
@@ -134,7 +134,7 @@ def test_a_server_that_sends_whole_files_is_put_up_with(server: HubServer) -> No
 
 
 def test_a_server_that_sends_whole_large_files_is_refused(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.hub.repository._MAX_SKIPPED_BYTES", 1_000)
+    monkeypatch.setattr("mergekit_ray.storage.hub.repository.MAX_SKIPPED_BYTES", 1_000)
     server.store_faults.extend([whole_files] * 10)
     with pytest.raises(StorageError, match="does not answer range requests"):
         fetch(opened(), "model.safetensors", [(1_001, 2_000)])
@@ -155,7 +155,7 @@ def test_other_content_behind_an_address_is_noticed(server: HubServer) -> None:
 def test_after_an_error_nothing_more_is_written_to_the_buffers(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 2_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers.PART_BYTES", 2_000)
     source = opened()
     server.store_faults.append(refuse(418))
     buffer = bytearray(len(DATA))

@@ -285,7 +285,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr("mergekit_ray.storage.hub.source._LOOK_UP", RetryPolicy(max_attempts=2, base_seconds=0.001))
+    monkeypatch.setattr("mergekit_ray.storage.hub.source.LOOK_UP", RetryPolicy(max_attempts=2, base_seconds=0.001))
     with pytest.raises(StorageError, match="looking it up failed after 2 attempts: ConnectError") as caught:
         open_source("Lama", "main")
     assert caught.value.retryable

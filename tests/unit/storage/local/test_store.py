@@ -82,7 +82,7 @@ def test_short_reads_of_the_system_are_continued(store: LocalStore, monkeypatch:
 
 
 def test_open_files_are_bounded(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(local_module, "MAX_OPEN_FILES", 3)
     for number in range(20):
         store.put(str(number), b"x")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208

@@ -65,7 +65,7 @@ def test_a_broken_answer_is_continued_where_it_broke(server: FaultyS3, store: S3
 def test_only_the_failed_part_is_fetched_again(
     server: FaultyS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 10_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers.PART_BYTES", 10_000)
     server.faults.extend([SLOW_DOWN])
     assert fetch(store, "a", [(0, len(DATA))], "etag") == [DATA]
     assert len(server.requests) == 11
@@ -131,7 +131,7 @@ def test_faults_of_many_requests_at_once_are_outlived(server: FaultyS3, store: S
 def test_after_an_error_nothing_more_is_written_to_the_buffers(
     server: FaultyS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_ray.storage.transfers._PART_BYTES", 1_000)
+    monkeypatch.setattr("mergekit_ray.storage.transfers.PART_BYTES", 1_000)
     server.faults.append(status(403, "AccessDenied"))
     buffer = bytearray(len(DATA))
     with pytest.raises(StorageError):
@@ -144,7 +144,7 @@ def test_after_an_error_nothing_more_is_written_to_the_buffers(
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_upload_module, "MIN_PART_BYTES", 10_000)
-    monkeypatch.setattr(s3_upload_module, "_PART_GRAIN_BYTES", 1)
+    monkeypatch.setattr(s3_upload_module, "PART_GRAIN_BYTES", 1)
 
 
 @pytest.mark.parametrize("fault", [SLOW_DOWN, reset, lose_answer])
