@@ -23,6 +23,7 @@ from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.signals import GRACE_SECONDS, RESUME
+from mergekit_ray.storage.fence import Fence
 from mergekit_ray.worker.resources import WorkerOptions
 
 MAX_ATTEMPTS: Final = 3
@@ -48,12 +49,14 @@ class Job:
         output: path or URI of the output.
         record_folder: folder in the output where records are stored.
         options: of each worker.
+        fence: of the output; None for one that nobody else can be writing to.
     """
 
     inputs: Mapping[str, InputModel]
     output: str
     record_folder: str
     options: WorkerOptions
+    fence: Fence | None = None
 
 
 @dataclass(frozen=True, slots=True)

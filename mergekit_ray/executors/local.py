@@ -15,7 +15,8 @@ from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.evaluation.device.names import resolve
 from mergekit_ray.executors.driver import Job, Outcome
 from mergekit_ray.reporting.progress import Progress
-from mergekit_ray.storage.opening import open_sink, open_sources
+from mergekit_ray.storage.fence import open_fenced
+from mergekit_ray.storage.opening import open_sources
 from mergekit_ray.storage.protocols import Sink
 from mergekit_ray.worker.resources import Resources
 from mergekit_ray.worker.worker import SHARDS_IN_WORK, Worker
@@ -92,7 +93,7 @@ class LocalExecutor:
     def start(self, job: Job, num_shards: int) -> None:
         """Open the inputs and the output and start the threads."""
         sources = open_sources(job.inputs)
-        sink = open_sink(job.output)
+        sink = open_fenced(job.output, job.fence)
         self._num_workers = min(self._num_workers, max(1, num_shards))
         devices = [resolve(job.options.device, i) for i in range(self._num_workers)]
         for i, device in enumerate(devices):

@@ -28,7 +28,8 @@ from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster, che
 from mergekit_ray.executors.ray_metrics import RayMetrics
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.signals import RESUME
-from mergekit_ray.storage.opening import open_sink, open_sources
+from mergekit_ray.storage.fence import open_fenced
+from mergekit_ray.storage.opening import open_sources
 from mergekit_ray.worker.resources import Resources
 from mergekit_ray.worker.worker import SHARDS_IN_WORK, Worker
 
@@ -66,7 +67,7 @@ class RayWorker:
             check_version(version, self._address)
             job: Job = ray.get(jobs[0])
             resources = Resources(job.inputs, open_sources(job.inputs), job.options)
-            self._worker = Worker(resources, open_sink(job.output), job.record_folder)
+            self._worker = Worker(resources, open_fenced(job.output, job.fence), job.record_folder)
         except MergekitRayError as error:
             self._failure = error
 

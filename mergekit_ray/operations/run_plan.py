@@ -92,6 +92,7 @@ def run_plan(
 def _carry_out(plan: Plan, sink: Sink, options: MergeOptions, tell: Reporter, stop: threading.Event) -> Destination:
     """Write what is missing of the plan and publish it; what was there."""
     with hold(sink, tell, stop) as lease:
+        sink = lease.sink
         found = inspect(sink, plan, overwrite=options.overwrite)
         merge = _Merge(plan, options, options.memory_bytes or comfortable_memory(plan), tell, stop, lease)
         if found.is_complete:
@@ -131,7 +132,7 @@ def _replace(merge: _Merge, destination: Destination) -> None:
     """Make the model beside the one that is there, then swap the two."""
     sink = destination.sink
     if not is_swapping(destination):
-        inner = staged(merge.plan, destination)
+        inner = staged(merge.plan, destination, merge.lease.fence)
         if not inner.is_complete:
             _make(merge, inner, sink.uri)
     merge.confirm()
@@ -160,7 +161,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
         from mergekit_ray.operations.write_shards import write_shards  # noqa: PLC0415
 
         records |= write_shards(
-            shards, plan, destination, merge.options, merge.memory_bytes, tell, merge.stop, merge.lease.check
+            shards, plan, destination, merge.options, merge.memory_bytes, tell, merge.stop, merge.lease
         )
         # Attempts that failed with their worker, or while the store was away, could not clean up behind themselves.
         _discard_remains(sink, shards)

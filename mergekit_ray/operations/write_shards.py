@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.core.record import ShardRecord
@@ -14,6 +14,7 @@ from mergekit_ray.executors.driver import Executor, Job, run_shards
 from mergekit_ray.executors.local import LocalExecutor, local_threads, local_workers
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import Destination
+from mergekit_ray.output.lease import Lease
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.worker.resources import WorkerOptions
 
@@ -26,7 +27,7 @@ def write_shards(
     memory_bytes: int,
     tell: Reporter,
     stop: threading.Event,
-    check: Callable[[], None],
+    lease: Lease,
 ) -> dict[str, ShardRecord]:
     """Write shards, each with its record. See `executors.driver.run_shards` for the result and the errors.
 
@@ -38,7 +39,7 @@ def write_shards(
         memory_bytes: budget of each worker.
         tell: told what happens.
         stop: set to stop.
-        check: called all the time; raises what ends the merge.
+        lease: of the output. Losing it ends the merge.
     """
     executor, num_threads = _executor(options, plan)
     worker_options = WorkerOptions(
@@ -48,9 +49,9 @@ def write_shards(
         allow_non_finite=options.allow_non_finite,
         device=options.device,
     )
-    job = Job(plan.inputs, destination.sink.uri, destination.record_folder, worker_options)
+    job = Job(plan.inputs, destination.sink.uri, destination.record_folder, worker_options, lease.fence)
     with single_threaded_torch():
-        return run_shards(shards, job, executor, tell, stop, check)
+        return run_shards(shards, job, executor, tell, stop, lease.check)
 
 
 def _executor(options: MergeOptions, plan: Plan) -> tuple[Executor, int]:

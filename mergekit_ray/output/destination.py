@@ -20,13 +20,13 @@ from typing import Any, Final
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
 from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, Sink
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 MANIFEST_FILE: Final = "mergekit-ray.json"
 CARD_FILE: Final = "README.md"
-RECORD_ROOT: Final = ".mergekit-ray"
-LEASE_FILE: Final = f"{RECORD_ROOT}/lease.json"
+RECORD_ROOT: Final = WORK_FOLDER
 STAGED: Final = "staged"
 SWAP_FILE: Final = "swap.json"
 """In the folder of a plan's records: what its staged model replaces, from the moment on that it does."""

@@ -52,6 +52,7 @@ class Holder:
         started: when the process started, in ticks since the boot; None if unknown.
         acquired, renewed: seconds since 1970 by the holder's clock.
         term: of the lease.
+        given_up: workers that may write no more.
     """
 
     token: str
@@ -63,6 +64,7 @@ class Holder:
     acquired: float
     renewed: float
     term: Term
+    given_up: tuple[str, ...] = ()
 
     @classmethod
     def of_this_process(cls, term: Term, now: float) -> Holder:
@@ -84,7 +86,8 @@ class Holder:
                 return None
             times = {key: datetime.fromisoformat(found[key]).timestamp() for key in ("acquired", "renewed")}
             term = Term(**{key: float(value) for key, value in found["term"].items()})
-            return cls(**{**found, **times, "term": term})
+            given_up = tuple(map(str, found.get("given_up", ())))
+            return cls(**{**found, **times, "term": term, "given_up": given_up})
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 

@@ -11,11 +11,10 @@ driver that died is taken over:
 What a lease promises is what its store can do: `Sink.put_if_absent` has one winner among those who find nothing, and
 `ConditionalSink.replace` one among those who take over or renew. Where a store has not the latter, two drivers that
 take over the same dead lease in the same moment may both begin; each looks before every renewal and before publishing,
-and the one whose lease was overwritten stops there. Nothing can keep a driver that is frozen in the middle of
-publishing, for longer than the term, from going on when it thaws.
+and the one whose lease was overwritten stops there.
 
-A holder that finds its lease gone or another's stops. Shards are the same bytes whoever writes them, and are looked at
-once more before they are published, so what was written until then does no harm.
+A driver that is stopped may go on at any time after it has lost its lease. What it then changes is refused, see
+`storage.fence`: all that a merge writes goes through `Lease.sink`.
 
 Whoever may read the output sees host, process and user of its driver in this file, while there is one.
 """
@@ -30,13 +29,12 @@ from dataclasses import replace
 from typing import Final
 
 from mergekit_ray.core.errors import CheckpointError, Interrupted, MergekitRayError, StorageError
-from mergekit_ray.output.destination import LEASE_FILE
 from mergekit_ray.output.holder import HELD, LONG_TERM, Holder, Term
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.signals import RESUME
-from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, Sink
+from mergekit_ray.storage.fence import LEASE_FILE, MAX_LEASE_BYTES, Fence, guarded
+from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, RemainsSink, Sink
 
-_MAX_BYTES: Final = 64 << 10
 _MAX_ATTEMPTS: Final = 20
 _MAX_POLL_SECONDS: Final = 5.0
 
@@ -49,9 +47,15 @@ class Lease:
         mine: who holds it.
         version: of the file.
         clock: seconds since 1970, as `time.time`.
+
+    Attributes:
+        fence: of what is written under it.
+        sink: the output, behind that fence.
     """
 
     def __init__(self, sink: Sink, mine: Holder, version: str, clock: Callable[[], float]) -> None:
+        self.fence = Fence(sink.uri, mine.token)
+        self.sink = guarded(sink, self.fence)
         self._sink = sink
         self._clock = clock
         self._mine = mine
@@ -86,6 +90,16 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
+    def give_up(self, worker: str) -> None:
+        """Refuse whatever this worker writes from now on, see `Fence`.
+
+        Raises:
+            StorageError: as `confirm`.
+        """
+        with self._lock:
+            self._mine = replace(self._mine, given_up=(*self._mine.given_up, worker))
+        self.confirm()
+
     def rest(self) -> None:
         """Renew it no more. It lasts for its term."""
         self._done.set()
@@ -95,9 +109,8 @@ class Lease:
         """Let go of it, if it is still ours. Failures are let pass: it expires by itself."""
         self.rest()
         with contextlib.suppress(MergekitRayError):
-            found = _look(self._sink) if self._lost is None else None
-            if found is not None and found[0] is not None and found[0].token == self._mine.token:
-                self._sink.delete([LEASE_FILE])
+            if self._lost is None and _is_of(self._mine, _look(self._sink)):
+                self.sink.delete([LEASE_FILE])
         HELD.discard(self._mine.token)
 
     def _keep(self) -> None:
@@ -117,7 +130,7 @@ class Lease:
                 self._version, self._confirmed = version, now
                 return
             found = _look(self._sink)
-            if found is None or found[0] is None or found[0].token != self._mine.token:
+            if found is None or not _is_of(self._mine, found):
                 break
             self._version = found[1]  # an earlier renewal whose answer was lost
         else:
@@ -135,8 +148,7 @@ class Lease:
         if isinstance(self._sink, ConditionalSink):
             stat = self._sink.replace(LEASE_FILE, data, version=self._version)
             return None if stat is None else stat.version
-        found = _look(self._sink)
-        if found is None or found[0] is None or found[0].token != self._mine.token:
+        if not _is_of(self._mine, _look(self._sink)):
             return None
         return self._sink.put(LEASE_FILE, data).version
 
@@ -168,17 +180,21 @@ def hold(
 
 
 def discard_dead(sink: Sink) -> None:
-    """Remove the lease of a driver that died after it had published all; one that may be alive is left.
+    """Remove what a driver that died after it had published all has left; that of one that may be alive stays.
 
     Failures are let pass: it is in nobody's way.
     """
     with contextlib.suppress(MergekitRayError):
         found = _look(sink)
-        holder = None if found is None else found[0]
-        if holder is None or holder.token in HELD:
-            return
-        if holder.has_ended or time.time() - holder.renewed > holder.term.seconds + holder.term.watch_seconds:
+        if found is not None:
+            holder = found[0]
+            if holder is None or holder.token in HELD:
+                return
+            if not holder.has_ended and time.time() - holder.renewed < holder.term.seconds + holder.term.watch_seconds:
+                return
             sink.delete([LEASE_FILE])
+        if isinstance(sink, RemainsSink):
+            sink.discard_remains()
 
 
 def _acquire(sink: Sink, tell: Reporter, stop: threading.Event, term: Term, clock: Callable[[], float]) -> Lease:
@@ -213,7 +229,21 @@ def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event, clock:
             _wait_for_end(sink, holder, mine.term if holder is None else holder.term, age, version, tell, stop)
         found = _look(sink) if _take_over(sink, mine, version) else None
     # Read again: whatever the store promises, it is ours if it says so.
-    return found[1] if found is not None and found[0] is not None and found[0].token == mine.token else None
+    if not _is_of(mine, found):
+        return None
+    if isinstance(sink, RemainsSink) and sink.discard_remains() is None:
+        tell.event(
+            "warning",
+            "warning: these credentials may not list or abort unfinished uploads, so a merge that has lost this "
+            "output, should one go on, cannot be kept from completing its own",
+        )
+    # And again: until then another who has lost it might still have removed it.
+    found = _look(sink)
+    return found[1] if found is not None and _is_of(mine, found) else None
+
+
+def _is_of(holder: Holder, found: tuple[Holder | None, str] | None) -> bool:
+    return found is not None and found[0] is not None and found[0].token == holder.token
 
 
 def _wait_for_end(
@@ -286,7 +316,7 @@ def _take_over(sink: Sink, mine: Holder, version: str) -> bool:
 def _look(sink: Sink) -> tuple[Holder | None, str] | None:
     """The lease that is there, with its version."""
     try:
-        data, stat = sink.read_head(LEASE_FILE, _MAX_BYTES)
+        data, stat = sink.read_head(LEASE_FILE, MAX_LEASE_BYTES)
     except CheckpointError:
         return None
     return Holder.from_bytes(data), stat.version

@@ -35,15 +35,16 @@ from mergekit_ray.output.destination import (
     clear,
     inspect,
 )
-from mergekit_ray.storage.opening import open_sink
+from mergekit_ray.storage.fence import Fence, open_fenced
 from mergekit_ray.storage.protocols import MovingSink, Sink
 
 _MAX_SWAP_BYTES: Final = 64 << 20
 
 
-def staged(plan: Plan, destination: Destination) -> Destination:
-    """The place where the model is made first, as a destination of its own."""
-    found = inspect(open_sink(f"{destination.sink.uri}/{destination.staging}"), plan, overwrite=True)
+def staged(plan: Plan, destination: Destination, fence: Fence) -> Destination:
+    """The place where the model is made first, as a destination of its own, behind the output's fence."""
+    sink = open_fenced(f"{destination.sink.uri}/{destination.staging}", fence)
+    found = inspect(sink, plan, overwrite=True)
     # Complete is complete: what was left beside it goes with the swap.
     return replace(found, published=found.is_complete)
 

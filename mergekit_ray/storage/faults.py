@@ -26,6 +26,15 @@ def changed(where: str, remedy: str = "let nothing write to the inputs, and star
     )
 
 
+def discarded(where: str) -> StorageError:
+    """What was prepared for a file is gone before it was committed: whoever takes a lease over discards it."""
+    return StorageError(
+        "somebody removed it while it was being written",
+        where=where,
+        remedy="let only one merge write there, and run again to resume",
+    )
+
+
 def wrong_size(num_bytes: int, num_announced: int, where: str) -> StorageError:
     """A file that is written has more or fewer bytes than its writer had said."""
     return StorageError(

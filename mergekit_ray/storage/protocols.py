@@ -8,7 +8,7 @@ exclusive.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -203,11 +203,32 @@ class MovingSink(Sink, Protocol):
 
 @runtime_checkable
 class RemainsSink(Sink, Protocol):
-    """A sink where uploads of a killed process stay behind, seen by no reader, until somebody removes them."""
+    """A sink where what was begun to be written can be discarded by another than who began it."""
 
-    def discard_remains(self, names: Collection[str]) -> int:
-        """Abort unfinished uploads of these files, whoever began them; gives their number.
+    def discard_remains(self, names: Collection[str] | None = None) -> int | None:
+        """Discard what was prepared and not committed, whoever began it. Committing it fails from then on.
 
-        For files that nobody else can be writing. Where it is not allowed, nothing is done.
+        Args:
+            names: of the files that it was to become; None for all in the root and in folders named with a dot, but
+                for the lease.
+
+        Returns:
+            How many; None where these credentials may not.
+        """
+        ...
+
+
+@runtime_checkable
+class GuardedSink(Sink, Protocol):
+    """A sink that can ask whether a change is still to be made, at the moment from which on it can be prevented."""
+
+    def guarded(self, guard: Callable[[], None]) -> Sink:
+        """The same store, in which every change calls ``guard`` once it is prepared and before it is committed.
+
+        What ``guard`` raises ends the change; nothing of it is left behind. `put_if_absent` and `replace`, which have
+        conditions of their own, do not call it.
+
+        Unless the class says otherwise, a change whose guard was called before `RemainsSink.discard_remains` has either
+        been made when that returns, or fails.
         """
         ...

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import errno
 import fcntl
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
 from mergekit_ray.storage.faults import changed, missing
+from mergekit_ray.storage.fence import LEASE_FILE
+from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, move_files
 from mergekit_ray.storage.local.mapped import map_file
-from mergekit_ray.storage.local.upload import (
-    LocalUpload,
-    is_temporary,
-    local_fault,
-    prune_empty_folders,
-    sync_folder,
-)
+from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
@@ -32,7 +30,8 @@ from mergekit_ray.storage.transfers import read_whole
 
 MAX_OPEN_FILES = 128
 _MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
-_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_LOCK_SECONDS = 10.0
+_LOCK_POLL_SECONDS = 0.05
 
 
 class _OpenFile:
@@ -83,7 +82,7 @@ class LocalSource:
         """See `Source.stat`."""
         try:
             status = self._path(name).stat()
-        except _NOT_THERE:
+        except NOT_THERE:
             return None
         except OSError as error:
             raise local_fault(error, self._path(name)) from error
@@ -173,7 +172,7 @@ class LocalSource:
                 self._open_files.move_to_end(name)
                 if len(self._open_files) > MAX_OPEN_FILES:
                     self._open_files.popitem(last=False)
-        except _NOT_THERE as error:
+        except NOT_THERE as error:
             raise missing(str(path)) from error
         except OSError as error:
             raise local_fault(error, path) from error
@@ -193,12 +192,14 @@ class LocalSource:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    if is_temporary(entry.name):
+                        continue
                     if entry.is_dir(follow_symlinks=False):
                         yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
-                    elif entry.is_file() and not is_temporary(entry.name):
+                    elif entry.is_file():
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                             yield prefix + entry.name, entry.stat()
-        except _NOT_THERE:
+        except NOT_THERE:
             return
         except OSError as error:
             raise local_fault(error, folder) from error
@@ -211,7 +212,24 @@ class LocalStore(LocalSource):
     file to its name, which one of several racers can do; a file system without hard links gets an exclusive create
     instead, where a reader may see the file before it is complete. ``replace`` locks the file (flock); on a file system
     without locks, two racers that look at the same moment may both succeed.
+
+    As a `GuardedSink` it keeps the whole promise, on every file system that has hard links: what is prepared is a
+    temporary file, a link or a folder, and each commit is a rename that needs it to be there.
     """
+
+    def __init__(self, root: str | Path) -> None:
+        super().__init__(root)
+        self._guard: Callable[[], None] = _allow
+
+    def guarded(self, guard: Callable[[], None]) -> LocalStore:
+        """See `GuardedSink.guarded`."""
+        store = copy.copy(self)
+        store._guard = guard  # noqa: SLF001 - of this class
+        return store
+
+    def discard_remains(self, names: Collection[str] | None = None) -> int:
+        """See `RemainsSink.discard_remains`."""
+        return discard(self._root, names, self._path(LEASE_FILE))
 
     def open(self, name: str, num_bytes: int) -> LocalUpload:
         """See `Sink.open`. The space is reserved at once.
@@ -219,7 +237,7 @@ class LocalStore(LocalSource):
         Raises:
             StorageError: the disk is full or read-only; names needed and free bytes.
         """
-        return LocalUpload(self._root, self._path(name), name, num_bytes, self._version)
+        return LocalUpload(self._root, self._path(name), name, num_bytes, self._version, self._guard)
 
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`."""
@@ -244,43 +262,45 @@ class LocalStore(LocalSource):
         path = self._path(name)
         try:
             with path.open("rb+") as file:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not _lock(file.fileno()):
+                    return None
                 # Whoever was faster has put another file in its place.
                 held, there = os.fstat(file.fileno()), path.stat()
                 if not os.path.samestat(held, there) or self._version(name, there) != version:
                     return None
                 return self.put(name, data)
-        except _NOT_THERE:
+        except NOT_THERE:
             return None
         except OSError as error:
             raise local_fault(error, path) from error
 
     def move(self, names: Mapping[str, str]) -> None:
         """See `MovingSink.move`: a rename each."""
-        for old, new in names.items():
-            source, target = self._path(old), self._path(new)
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source.replace(target)
-                sync_folder(target.parent)
-            except _NOT_THERE as error:
-                raise missing(str(source)) from error
-            except OSError as error:
-                raise local_fault(error, target) from error
-            prune_empty_folders(source.parent, self._root)
+        move_files({self._path(old): self._path(new) for old, new in names.items()}, self._root, self._guard)
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
-        for name in names:
-            path = self._path(name)
-            try:
-                path.unlink()
-            except _NOT_THERE:
-                continue
-            except OSError as error:
-                raise local_fault(error, path) from error
-            prune_empty_folders(path.parent, self._root)
+        delete_files([self._path(name) for name in names], self._root, self._guard)
+
+
+def _allow() -> None:
+    """Guards nothing."""
+
+
+def _lock(fd: int) -> bool:
+    """Lock a file, where files can be locked. False if another, who must have been stopped, does not let it go."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_POLL_SECONDS)
+        except OSError:  # no locks on this file system
+            return True
+        else:
+            return True
 
 
 def _is_file(status: os.stat_result) -> bool:

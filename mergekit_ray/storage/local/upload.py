@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergekit_ray.core.errors import StorageError
-from mergekit_ray.storage.faults import wrong_size
+from mergekit_ray.storage.faults import discarded, wrong_size
 from mergekit_ray.storage.local.direct_io import AppendingFile
 from mergekit_ray.storage.local.file_system import is_in_memory
 from mergekit_ray.storage.protocols import FileStat
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _NO_FALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NUM_CREATE_ATTEMPTS = 20
@@ -29,6 +29,25 @@ _NUM_CREATE_ATTEMPTS = 20
 def is_temporary(file_name: str) -> bool:
     """Whether a file of this name is one being written, or what a killed process left of one."""
     return _TEMPORARY.fullmatch(file_name) is not None
+
+
+def temporary_for(path: Path) -> Path:
+    """A name that nobody has, beside ``path``, for what is to become it."""
+    return path.parent / f"{_temporary_prefix(path)}{secrets.token_hex(8)}.tmp"
+
+
+def temporaries_of(path: Path) -> list[Path]:
+    """What is there under such names."""
+    prefix = _temporary_prefix(path)
+    try:
+        return [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix) and is_temporary(entry.name)]
+    except OSError:
+        return []
+
+
+def _temporary_prefix(path: Path) -> str:
+    # File names end at 255 bytes; what is added to the name takes 22.
+    return f".{path.name.encode()[:200].decode(errors='ignore')}."
 
 
 def local_fault(error: OSError, path: Path, num_bytes: int | None = None) -> StorageError:
@@ -60,11 +79,25 @@ class LocalUpload:
 
     The temporary file is locked as long as it is written. One that a killed process left is not, and is removed when
     the same file is next opened for writing.
+
+    Args:
+        root: of the store.
+        path, name: of the file; relative to the root.
+        num_bytes: that will be written.
+        version: of a file, from its name and status.
+        guard: see `GuardedSink.guarded`.
     """
 
     def __init__(
-        self, root: Path, path: Path, name: str, num_bytes: int, version: Callable[[str, os.stat_result], str]
+        self,
+        root: Path,
+        path: Path,
+        name: str,
+        num_bytes: int,
+        version: Callable[[str, os.stat_result], str],
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
+        self._guard = guard
         self._root = root
         self._path = path
         self._name = name
@@ -100,10 +133,13 @@ class LocalUpload:
     def commit(self) -> FileStat:
         """See `Upload.commit`."""
         temporary = self._complete()
+        self._guard()
         try:
             temporary.replace(self._path)
             self._temporary = None
             return self._close()
+        except FileNotFoundError as error:
+            raise discarded(str(self._path)) from error
         except OSError as error:
             raise local_fault(error, self._path, self._num_bytes) from error
 
@@ -116,7 +152,7 @@ class LocalUpload:
             except FileExistsError:
                 return False
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in NO_LINKS:
                     raise
                 try:
                     with self._path.open("xb") as file:
@@ -145,14 +181,7 @@ class LocalUpload:
                 os.close(fd)
 
     def _remove_stale(self) -> None:
-        prefix = self._temporary_prefix()
-        try:
-            entries = [entry for entry in self._path.parent.iterdir() if entry.name.startswith(prefix)]
-        except OSError:
-            return
-        for entry in entries:
-            if not is_temporary(entry.name):
-                continue
+        for entry in temporaries_of(self._path):
             # Should it be so new that its writer has not locked it yet, the writer notices and takes another (`_hold`).
             with contextlib.suppress(OSError), entry.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +189,7 @@ class LocalUpload:
 
     def _create(self) -> None:
         for attempt in range(_NUM_CREATE_ATTEMPTS):
-            temporary = self._path.parent / f"{self._temporary_prefix()}{secrets.token_hex(8)}.tmp"
+            temporary = temporary_for(self._path)
             try:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -209,10 +238,6 @@ class LocalUpload:
         os.close(fd)
         sync_folder(self._path.parent)
         return FileStat(self._name, status.st_size, self._version(self._name, status))
-
-    def _temporary_prefix(self) -> str:
-        # File names end at 255 bytes; what is added to the name takes 22.
-        return f".{self._path.name.encode()[:200].decode(errors='ignore')}."
 
 
 def _hold(fd: int) -> bool:

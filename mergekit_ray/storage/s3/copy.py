@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.storage.faults import discarded
 from mergekit_ray.storage.protocols import FileStat
 from mergekit_ray.storage.s3.faults import code_of, explained, status_of, was_retried
 from mergekit_ray.storage.s3.upload import abort_upload
@@ -17,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES: Final = 1 << 30
 """Of a copy. One request copies at most 5 GiB, and its answer may take minutes."""
-
-_NUM_PARTS_AT_ONCE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,66 +36,106 @@ class Copy:
     where: str
 
 
-def copy_all(copies: Sequence[Copy], client: Any, executor: Executor, bucket: str) -> None:
+def copy_all(copies: Sequence[Copy], client: Any, executor: Executor, bucket: str, guard: Callable[[], None]) -> None:
     """Copy objects within a bucket, as they were when they were looked at.
 
-    The small ones are copied at the same time, and the parts of a large one.
+    Each is a multipart upload whose parts the server copies: boto3's ``copy`` completes it without asking anybody.
 
     Args:
         copies: what to copy.
         client: a boto3 S3 client, see `storage.s3.faults.retried`.
         executor: runs the requests.
         bucket: that all is in.
+        guard: called once everything is copied and nothing of it is to be seen yet.
 
     Raises:
         CheckpointError: an object changed meanwhile.
         StorageError: the server failed. Unfinished copies leave nothing behind.
     """
-    small = [executor.submit(_copy, each, client, bucket) for each in copies if each.stat.num_bytes <= PART_BYTES]
-    wait(small)
-    for done in small:
-        done.result()
-    for each in copies:
-        if each.stat.num_bytes > PART_BYTES:
-            _copy(each, client, bucket)
+    begun: list[tuple[Copy, _Parts]] = []
+    try:
+        for each in copies:
+            with explained("copying", each.where):
+                answer = client.create_multipart_upload(Bucket=bucket, Key=each.target)
+            begun.append((each, _Parts({"Bucket": bucket, "Key": each.target, "UploadId": answer["UploadId"]})))
+        requests = [
+            executor.submit(_copy_part, each, parts, number, client)
+            for each, parts in begun
+            for number in range(1, 1 + max(1, -(-each.stat.num_bytes // PART_BYTES)))
+        ]
+        wait(requests)
+        for request in requests:
+            request.result()
+        guard()
+        while begun:
+            _complete(*begun[-1], client)
+            begun.pop()
+    finally:
+        for each, parts in begun:
+            abort_upload(client, parts.upload, each.where)
 
 
-def _copy(copy: Copy, client: Any, bucket: str) -> None:
-    from boto3.s3.transfer import TransferConfig  # noqa: PLC0415 - boto3 loads only when used
-    from s3transfer.exceptions import S3CopyFailedError  # noqa: PLC0415
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A multipart upload and its parts' ETags by their numbers."""
 
-    source = {"Bucket": bucket, "Key": copy.source}
-    pinned = {"CopySourceIfMatch": f'"{copy.stat.version}"'}
-    config = TransferConfig(
-        multipart_threshold=PART_BYTES + 1, multipart_chunksize=PART_BYTES, max_concurrency=_NUM_PARTS_AT_ONCE
-    )
+    upload: dict[str, str]
+    etags: dict[int, str] = field(default_factory=dict)
+
+
+def _copy_part(copy: Copy, parts: _Parts, number: int, client: Any) -> None:
+    request: dict[str, Any] = {**parts.upload, "PartNumber": number}
+    start, total = (number - 1) * PART_BYTES, copy.stat.num_bytes
+    with explained("copying", copy.where):
+        if not total:  # there are no ranges of nothing, and not every server copies it
+            parts.etags[number] = client.upload_part(**request, Body=b"")["ETag"]
+            return
+        request["CopySource"] = {"Bucket": parts.upload["Bucket"], "Key": copy.source}
+        request["CopySourceIfMatch"] = f'"{copy.stat.version}"'
+        if total > PART_BYTES:
+            request["CopySourceRange"] = f"bytes={start}-{min(start + PART_BYTES, total) - 1}"
+        try:
+            parts.etags[number] = client.upload_part_copy(**request)["CopyPartResult"]["ETag"]
+        except Exception as error:
+            if status_of(error) != 412 and code_of(error) != "NoSuchKey":
+                raise
+            raise CheckpointError(
+                "changed while it was being copied",
+                where=copy.where,
+                remedy="let nothing else write to this place, and run again to resume",
+            ) from error
+
+
+def _complete(copy: Copy, parts: _Parts, client: Any) -> None:
+    listed = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(parts.etags.items())]
     with explained("copying", copy.where):
         try:
-            client.copy(source, bucket, copy.target, ExtraArgs=pinned, Config=config)
+            client.complete_multipart_upload(**parts.upload, MultipartUpload={"Parts": listed})
         except Exception as error:
-            if status_of(error) == 412 or isinstance(error, S3CopyFailedError):
-                raise CheckpointError(
-                    "changed while it was being copied",
-                    where=copy.where,
-                    remedy="let nothing else write to this place, and run again to resume",
-                ) from error
-            if not (was_retried(error) and code_of(error) == "NoSuchUpload"):
+            if code_of(error) != "NoSuchUpload":
                 raise
+            if not was_retried(error):
+                raise discarded(copy.where) from error
             # An earlier attempt whose answer was lost may have completed it.
-            there = client.head_object(Bucket=bucket, Key=copy.target)
+            there = client.head_object(Bucket=parts.upload["Bucket"], Key=copy.target)
             if there["ContentLength"] != copy.stat.num_bytes:
                 raise
 
 
-def abort_uploads(client: Any, bucket: str, keys: Collection[str], *, where: str) -> int:
-    """Abort all unfinished multipart uploads to certain keys; gives their number. Does nothing where it may not.
+def abort_uploads(client: Any, bucket: str, prefix: str, is_meant: Callable[[str], bool], *, where: str) -> int | None:
+    """Abort unfinished multipart uploads; gives their number, or None where that is not allowed.
+
+    Args:
+        client: a boto3 S3 client.
+        bucket: that they are in.
+        prefix: of their keys.
+        is_meant: whether to abort that to a key.
+        where: URI, for messages.
 
     Raises:
         StorageError: the server failed.
     """
-    if not keys:
-        return 0
-    uploads = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=_common_folder(keys))
+    uploads = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
     try:
         with explained("listing unfinished uploads", where):
             listed = [upload for page in uploads for upload in page.get("Uploads", ())]
@@ -104,14 +143,8 @@ def abort_uploads(client: Any, bucket: str, keys: Collection[str], *, where: str
         if error.retryable:
             raise
         logger.info("unfinished uploads of killed processes are left to the bucket's lifecycle rule: %s", error)
-        return 0
-    found = [upload for upload in listed if upload["Key"] in keys]
+        return None
+    found = [upload for upload in listed if is_meant(upload["Key"])]
     for upload in found:
         abort_upload(client, {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}, where)
     return len(found)
-
-
-def _common_folder(keys: Collection[str]) -> str:
-    first, last = min(keys), max(keys)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:same].rpartition("/")[0]

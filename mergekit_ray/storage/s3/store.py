@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
 from mergekit_ray.storage.faults import ShortBodyError, changed, missing
+from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch
@@ -39,6 +41,11 @@ class S3Store:
     signature of the body beside it. ``AWS_REQUEST_CHECKSUM_CALCULATION=when_required`` leaves it out for a server that
     cannot check it.
 
+    As a `GuardedSink` it writes all files as multipart uploads, which cannot be completed after they were aborted, and
+    so keeps the whole promise for whatever is written. Nothing can be prepared for a deletion: it is conditional on the
+    ETag that the file had before the guard was asked, so that a file which another has written since stays, unless that
+    has the same bytes. A server that ignores this condition deletes what it was asked to before the lease was lost.
+
     Args:
         client: a boto3 S3 client; by default one is made at the first use.
     """
@@ -51,6 +58,7 @@ class S3Store:
         self._reader = RangeReader("s3-read")
         self._write_pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._guard: Callable[[], None] | None = None
 
     @property
     def uri(self) -> str:
@@ -144,15 +152,17 @@ class S3Store:
             name=name,
             num_bytes=num_bytes,
             stat=self.stat,
+            guard=self._guard,
         )
 
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`."""
-        key = self._key(name)
-        checksum = Checksums(self._client).of_body(data)
-        with explained("writing", self._where(name)):
-            answer = self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **checksum)
-        return FileStat(name, len(data), answer["ETag"].strip('"'))
+        upload = self.open(name, len(data))
+        try:
+            upload.write(data)
+            return upload.commit()
+        finally:
+            upload.abort()
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`. Racers must write different data: it tells a lost answer from a lost race."""
@@ -168,18 +178,35 @@ class S3Store:
         copies = [
             Copy(self._key(old), self._key(new), self._stat_of(old), self._where(old)) for old, new in names.items()
         ]
-        copy_all(copies, self._client, self._writers, self._bucket)
+        copy_all(copies, self._client, self._writers, self._bucket, self._guard or _allow)
         self.delete(list(names))
 
-    def discard_remains(self, names: Collection[str]) -> int:
-        """See `RemainsSink.discard_remains`."""
-        return abort_uploads(self._client, self._bucket, {self._key(name) for name in names}, where=self.uri)
+    def guarded(self, guard: Callable[[], None]) -> S3Store:
+        """See `GuardedSink.guarded`. It shares this store's connections and threads."""
+        _ = self._client, self._writers  # made now, they are shared
+        store = copy.copy(self)
+        store._guard = guard  # noqa: SLF001 - of this class
+        return store
+
+    def discard_remains(self, names: Collection[str] | None = None) -> int | None:
+        """See `RemainsSink.discard_remains`. Lists and aborts multipart uploads, for which it needs permissions."""
+        base = f"{self._prefix}/" if self._prefix else ""
+        if names is not None and not names:
+            return 0
+        is_meant = _is_in_root_or_dotted if names is None else frozenset(names).__contains__
+        return abort_uploads(
+            self._client, self._bucket, base, lambda key: is_meant(key.removeprefix(base)), where=self.uri
+        )
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
-        keys = [self._key(name) for name in names]
-        for first in range(0, len(keys), _DELETE_BATCH):
-            self._delete_batch(keys[first : first + _DELETE_BATCH])
+        objects: list[dict[str, str]] = [{"Key": self._key(name)} for name in names]
+        if self._guard is not None and names:
+            versions = {self._key(stat.name): stat.version for stat in self.list()}
+            objects = [{**each, "ETag": f'"{versions[each["Key"]]}"'} for each in objects if each["Key"] in versions]
+            self._guard()
+        for first in range(0, len(objects), _DELETE_BATCH):
+            self._delete_batch(objects[first : first + _DELETE_BATCH])
 
     @property
     def _client(self) -> Any:
@@ -211,8 +238,8 @@ class S3Store:
                 return self._etag_of(name, data) if was_retried(error) else None
         return str(answer["ETag"]).strip('"')
 
-    def _delete_batch(self, keys: Sequence[str]) -> None:
-        batch = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    def _delete_batch(self, objects: Sequence[Mapping[str, str]]) -> None:
+        batch = {"Objects": objects, "Quiet": True}
         with explained("deleting", self.uri):
             answer = self._client.delete_objects(Bucket=self._bucket, Delete=batch)
         failed = [error for error in answer.get("Errors", ()) if error.get("Code") != "NoSuchKey"]
@@ -221,7 +248,9 @@ class S3Store:
             raise StorageError(
                 f"{len(failed)} files could not be deleted, the first is {key!r} ({code})",
                 where=self.uri,
-                remedy="check that these credentials may delete here",
+                remedy="another merge writes there: let only one do so"
+                if code == "PreconditionFailed"
+                else "check that these credentials may delete here",
             )
 
     def _key(self, name: str) -> str:
@@ -282,6 +311,15 @@ class S3Store:
             where=self._where(name),
             remedy="the file is cut short: upload it again",
         )
+
+
+def _allow() -> None:
+    """Guards nothing."""
+
+
+def _is_in_root_or_dotted(name: str) -> bool:
+    """Whether a file is one that a merge into this place writes, and not that of another model in a folder below."""
+    return ("/" not in name or name.startswith(".")) and name != LEASE_FILE
 
 
 def _fill(body: Any, view: memoryview, fetch: Fetch | None = None) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any
 
 from mergekit_ray.core.errors import StorageError
-from mergekit_ray.storage.faults import wrong_size
+from mergekit_ray.storage.faults import discarded, wrong_size
 from mergekit_ray.storage.protocols import FileStat
 from mergekit_ray.storage.s3.checksums import Checksums
 from mergekit_ray.storage.s3.faults import code_of, explained, was_retried
@@ -44,15 +44,16 @@ def part_bytes_for(num_bytes: int) -> int:
 class S3Upload:
     """See `mergekit_ray.storage.protocols.Upload`.
 
-    An object no larger than a part is one request. Otherwise at most 4 parts are in flight while one is filled, so an
-    upload holds at most 5 buffers of `part_bytes_for`; those of the last parts are let go as each has been sent. A
-    process that is killed leaves an unfinished multipart upload, which no reader sees; a lifecycle rule
-    (AbortIncompleteMultipartUpload) removes those.
+    An object no larger than a part is one request, unless there is a guard. Otherwise at most 4 parts are in flight
+    while one is filled, so an upload holds at most 5 buffers of `part_bytes_for`; those of the last parts are let go as
+    each has been sent. A process that is killed leaves an unfinished multipart upload, which no reader sees; a
+    lifecycle rule (AbortIncompleteMultipartUpload) removes those.
 
     Args:
         client: a boto3 S3 client, see `storage.s3.faults.retried`.
         executor: runs the parts; shared by all uploads of a store.
         stat: the store's `stat`.
+        guard: see `GuardedSink.guarded`; None for none.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class S3Upload:
         name: str,
         num_bytes: int,
         stat: Callable[[str], FileStat | None],
+        guard: Callable[[], None] | None = None,
     ) -> None:
         self._client = client
+        self._guard = guard
         self._checksums = Checksums(client)
         self._executor = executor
         self._target = {"Bucket": bucket, "Key": key}
@@ -113,7 +116,7 @@ class S3Upload:
         if self._num_written != self._num_bytes:
             raise wrong_size(self._num_written, self._num_bytes, self._where)
         del self._buffer[self._used :]
-        if self._upload_id is None:
+        if self._upload_id is None and self._guard is None:
             body = self._buffer
             checksum = self._checksums.of_body(body)
             with explained("writing", self._where):
@@ -122,6 +125,9 @@ class S3Upload:
         else:
             self._send(last=True)
             self._collect(everything=True)
+            assert self._upload_id is not None
+            if self._guard is not None:
+                self._guard()
             version = self._complete(self._upload_id)
         self._close()
         return FileStat(self._name, self._num_bytes, version)
@@ -186,6 +192,8 @@ class S3Upload:
                     found = self._stat(self._name)
                     if found is not None and found.num_bytes == self._num_bytes:
                         return found.version
+                if code_of(error) == "NoSuchUpload":
+                    raise discarded(self._where) from error
                 raise
         return str(answer["ETag"]).strip('"')
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mergekit_ray.core.errors import Interrupted, StorageError
-from mergekit_ray.output.destination import LEASE_FILE
+from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.output.holder import LONG_TERM, NEVER, Holder, Term, started_at
 from mergekit_ray.output.lease import discard_dead, hold
 from mergekit_ray.reporting.reporters import SilentReporter
@@ -155,12 +155,12 @@ class TestDead:
         assert not replace(other, started=None).has_ended
 
     def test_one_that_could_not_be_released_is_nobodys(self, sink: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(names: object) -> None:
+        def fail(store: object, names: object) -> None:
             raise StorageError("not today")
 
         with monkeypatch.context() as broken, taken(sink):
             assert not written(sink).has_ended
-            broken.setattr(sink, "delete", fail)
+            broken.setattr(LocalStore, "delete", fail)
         left = written(sink)
         assert left.has_ended
         with taken(sink):
