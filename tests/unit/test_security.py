@@ -20,9 +20,9 @@ from botocore.exceptions import SSLError
 
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.executors.driver import Job
-from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.output.lease import hold
 from mergekit_ray.reporting.reporters import SilentReporter
+from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.local.store import LocalStore
 from mergekit_ray.storage.s3.client import make_client
 from mergekit_ray.worker.resources import WorkerOptions

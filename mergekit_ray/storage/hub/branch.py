@@ -36,6 +36,10 @@ BASE_FILE: Final = ".mergekit-ray-base"
 
 _MAIN: Final = "main"
 _FRESH_SECONDS: Final = 5.0
+_EDITED_BY_PEOPLE: Final = {"README.md", ".gitattributes"}
+_MAX_FOLLOWED: Final = 50
+"""Commits of others, while one that is to follow a certain one is tried."""
+
 _CONFLICT_STATUS: Final = {409, 412}
 
 
@@ -140,6 +144,26 @@ class WorkingBranch:
         with self._lock:
             self._seen = None
 
+    def commit_guarded(self, operations: Sequence[Any], message: str, guard: Callable[[], None] | None) -> None:
+        """One commit to this branch, that follows one at which ``guard`` was called; none need be called without one.
+
+        Raises:
+            StorageError: see `commit`; or others commit all the time.
+        """
+        if guard is None:
+            self.commit(operations, message)
+            return
+        for attempt in range(1, _MAX_FOLLOWED + 1):
+            head = self.look(fresh=True)
+            guard()
+            try:
+                self.commit(operations, message, parent=None if head is None else head.repository.commit)
+            except HeadMovedError:
+                time.sleep(self._policy.pause(min(attempt, self._policy.max_attempts)))
+            else:
+                return
+        raise self._never_still()
+
     def stat(self, file: str) -> FileStat:
         """A file that was just committed.
 
@@ -160,18 +184,28 @@ class WorkingBranch:
             files.fetch(name, Fetch(start, end, [(start, memoryview(data))]), None)
         return bytes(data)
 
-    def publish(self, additions: Mapping[str, bytes]) -> None:
+    def publish(self, additions: Mapping[str, bytes], guard: Callable[[], None] | None = None) -> None:
         """Bring ``main`` to what the branch holds and ``additions``, in one commit; then remove the branch.
 
-        Files that others have added to ``main`` meanwhile stay.
+        Files that others have added to ``main`` meanwhile stay, unless they have changed some of ours as well: then it
+        was a model that was published there, and it is replaced as a whole.
+
+        Args:
+            additions: files, by name.
+            guard: called for each head of the branch that is to be published.
 
         Raises:
             StorageError: the Hub failed. Either ``main`` is as before and the branch is there, or all is published.
+                Or ``guard`` raised it.
         """
         for _ in range(self._policy.max_attempts):
             head = self.look(fresh=True)
             if head is None or not head.is_working:
+                if guard is not None and not self._holds(head, additions):
+                    guard()
                 return
+            if guard is not None:
+                guard()
             main = look_up(self.name, _MAIN, self._policy)
             operations = self._difference(head, main, additions)
             if operations:
@@ -181,11 +215,19 @@ class WorkingBranch:
                     continue
             self._remove()
             return
-        raise StorageError(
+        raise self._never_still()
+
+    def _never_still(self) -> StorageError:
+        return StorageError(
             "others commit to the repository all the time",
             where=f"hf://{self.name}",
             remedy="run again when nothing else writes there",
         )
+
+    @staticmethod
+    def _holds(head: Head | None, files: Mapping[str, bytes]) -> bool:
+        found = {} if head is None else head.files
+        return all(name in found and found[name].stat.version in content_versions(files[name]) for name in files)
 
     def _look(self) -> Head | None:
         try:
@@ -211,13 +253,21 @@ class WorkingBranch:
         base_file = head.files.get(BASE_FILE)
         base = self.read(head, BASE_FILE, 0, base_file.stat.num_bytes).decode() if base_file else main.commit
         before = look_up(self.name, base, self._policy).files or {}
+        first = {name: listed.stat.version for name, listed in before.items()}
+        ours: dict[str, tuple[str, ...]] = {name: (listed.stat.version,) for name, listed in kept.items()}
+        ours |= {name: content_versions(data) for name, data in additions.items()}
+        is_replaced = any(
+            there[name] not in (first.get(name), *ours[name])
+            for name in ours.keys() & there.keys()
+            if name not in _EDITED_BY_PEOPLE
+        )
         operations: list[Any] = [
             CommitOperationDelete(name, is_folder=False)
-            for name in before
-            if name in there and name not in kept and name not in additions
+            for name in there
+            if name not in ours and (name in before or is_replaced)
         ]
         operations += [
-            CommitOperationCopy(name, name, src_revision=BRANCH)
+            CommitOperationCopy(name, name, src_revision=head.repository.commit)
             for name, listed in kept.items()
             if name not in additions and there.get(name) != listed.stat.version
         ]

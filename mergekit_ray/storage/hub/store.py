@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError
 from mergekit_ray.storage.faults import changed, missing
@@ -38,10 +39,14 @@ class HubStore:
     lies in a folder named with a dot; all else is held in memory until `finish`, seen by this object alone, and lost
     with its process. That costs a rerun little: side files are written again when all shards are there.
 
-    Two plans that are merged into one repository at a time disturb each other, as they would in a folder. Each shard is
-    two commits, and the Hub limits the commits to a repository per hour: a merge of very many shards waits for it, or
-    ends with an error and is to be run again. `put_if_absent` is a commit that must follow the one in which the file
-    was seen not to be there, so of several racers one wins.
+    As a `GuardedSink` it makes each commit follow one in which the guard was satisfied, and publishes to ``main`` only
+    what was in such a commit. The publishing itself can follow only a commit of ``main``: a driver that is stopped
+    right before it, and loses its lease, may still publish its model, whole, before the one that took over publishes
+    its own in its place. It may then also remove the branch of the other, which ends with an error.
+
+    Each shard is two commits, and the Hub limits the commits to a repository per hour: a merge of very many shards
+    waits for it, or ends with an error and is to be run again. `put_if_absent` is a commit that must follow the one in
+    which the file was seen not to be there, so of several racers one wins; so does `replace`.
 
     Args:
         name: of the repository.
@@ -52,6 +57,13 @@ class HubStore:
         self._branch = WorkingBranch(name, retry or RetryPolicy())
         self._staged: dict[str, bytes] = {}
         self._lock = threading.Lock()
+        self._guard: Callable[[], None] | None = None
+
+    def guarded(self, guard: Callable[[], None]) -> HubStore:
+        """See `GuardedSink.guarded`. What is held in memory until `finish` is held by both."""
+        store = copy.copy(self)
+        store._guard = guard  # noqa: SLF001 - of this class
+        return store
 
     @property
     def uri(self) -> str:
@@ -115,7 +127,7 @@ class HubStore:
     def open(self, name: str, num_bytes: int) -> HubUpload:
         """See `Sink.open`. Nothing is sent before it is committed."""
         check_name(name, self.uri)
-        return HubUpload(self._branch, name, num_bytes, self._unstage)
+        return HubUpload(self._branch, name, num_bytes, self._unstage, self._guard)
 
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`. Outside of folders named with a dot, others see it after `finish`."""
@@ -127,7 +139,7 @@ class HubStore:
         from huggingface_hub import CommitOperationAdd  # noqa: PLC0415
 
         self._branch.make()
-        self._branch.commit([CommitOperationAdd(name, bytes(data))], f"Note {name}")
+        self._branch.commit_guarded([CommitOperationAdd(name, bytes(data))], f"Note {name}", self._guard)
         return self._branch.stat(name)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -150,6 +162,25 @@ class HubStore:
                 continue
             return True
 
+    def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
+        """See `ConditionalSink.replace`. Racers must write different data, as for `put_if_absent`."""
+        from huggingface_hub import CommitOperationAdd  # noqa: PLC0415
+
+        check_name(name, self.uri)
+        while True:
+            head = self._branch.look(fresh=True)
+            listed = head.files.get(name) if head else None
+            if head is None or listed is None:
+                return None
+            if listed.stat.version != version:
+                return listed.stat if listed.stat.version in content_versions(data) else None
+            try:
+                operation = CommitOperationAdd(name, bytes(data))
+                self._branch.commit([operation], f"Note {name}", parent=head.repository.commit)
+            except HeadMovedError:
+                continue
+            return self._branch.stat(name)
+
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
         from huggingface_hub import CommitOperationDelete  # noqa: PLC0415
@@ -162,14 +193,14 @@ class HubStore:
         if there:
             self._branch.make()
             operations = [CommitOperationDelete(name, is_folder=False) for name in there]
-            self._branch.commit(operations, f"Remove {len(there)} files")
+            self._branch.commit_guarded(operations, f"Remove {len(there)} files", self._guard)
 
     def finish(self) -> None:
         """See `PublishingSink.finish`."""
         staged = self._staged_files()
         if staged:
             self._branch.make()
-        self._branch.publish(staged)
+        self._branch.publish(staged, self._guard)
         with self._lock:
             self._staged.clear()
 

@@ -24,9 +24,18 @@ class HubUpload:
         name: of the file.
         num_bytes: that will be written.
         committed: told the name when it is there.
+        guard: see `GuardedSink.guarded`; None for none.
     """
 
-    def __init__(self, branch: WorkingBranch, name: str, num_bytes: int, committed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        branch: WorkingBranch,
+        name: str,
+        num_bytes: int,
+        committed: Callable[[str], None],
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        self._guard = guard
         self._branch = branch
         self._committed = committed
         self._name = name
@@ -69,7 +78,8 @@ class HubUpload:
         except OSError as error:
             raise local_fault(error, Path(self._file.name), self._num_bytes) from error
         self._branch.make()
-        self._branch.commit([CommitOperationAdd(self._name, self._file.name)], f"Add {self._name}")
+        operation = CommitOperationAdd(self._name, self._file.name)
+        self._branch.commit_guarded([operation], f"Add {self._name}", self._guard)
         self._close()
         self._committed(self._name)
         return self._branch.stat(self._name)

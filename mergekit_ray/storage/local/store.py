@@ -30,7 +30,9 @@ from mergekit_ray.storage.transfers import read_whole
 
 MAX_OPEN_FILES = 128
 _MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
-_LOCK_SECONDS = 10.0
+LOCK_SECONDS = 10.0
+"""For which `LocalStore.replace` waits for a file that is locked."""
+
 _LOCK_POLL_SECONDS = 0.05
 
 
@@ -250,20 +252,22 @@ class LocalStore(LocalSource):
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`."""
-        upload = self.open(name, len(data))
-        try:
-            upload.write(data)
-            return upload.commit_if_absent()
-        finally:
-            upload.abort()
+        while True:
+            upload = self.open(name, len(data))
+            try:
+                upload.write(data)
+                return upload.commit_if_absent()
+            except FileNotFoundError:  # a racer took it for that of a killed process
+                continue
+            finally:
+                upload.abort()
 
     def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
         """See `ConditionalSink.replace`."""
         path = self._path(name)
         try:
             with path.open("rb+") as file:
-                if not _lock(file.fileno()):
-                    return None
+                _lock(path, file.fileno())
                 # Whoever was faster has put another file in its place.
                 held, there = os.fstat(file.fileno()), path.stat()
                 if not os.path.samestat(held, there) or self._version(name, there) != version:
@@ -287,20 +291,29 @@ def _allow() -> None:
     """Guards nothing."""
 
 
-def _lock(fd: int) -> bool:
-    """Lock a file, where files can be locked. False if another, who must have been stopped, does not let it go."""
-    deadline = time.monotonic() + _LOCK_SECONDS
+def _lock(path: Path, fd: int) -> None:
+    """Lock a file, where files can be locked.
+
+    Raises:
+        StorageError: another has locked it for so long that it must have been stopped.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                return False
+                raise StorageError(
+                    f"locked for {LOCK_SECONDS:.0f} s by a process that seems to be stopped",
+                    where=str(path),
+                    remedy="`fuser` or `lslocks` says which: let it go on, or end it",
+                    retryable=False,
+                ) from None
             time.sleep(_LOCK_POLL_SECONDS)
         except OSError:  # no locks on this file system
-            return True
+            return
         else:
-            return True
+            return
 
 
 def _is_file(status: os.stat_result) -> bool:

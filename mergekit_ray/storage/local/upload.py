@@ -144,8 +144,16 @@ class LocalUpload:
             raise local_fault(error, self._path, self._num_bytes) from error
 
     def commit_if_absent(self) -> bool:
-        """Commit unless the file exists; whether it was committed. Call `abort` afterwards in any case."""
+        """Commit unless the file exists; whether it was committed. Call `abort` afterwards in any case.
+
+        Raises:
+            FileNotFoundError: somebody took the temporary file for that of a killed process. Begin again.
+        """
         temporary = self._complete()
+        assert self._fd is not None
+        with contextlib.suppress(OSError):
+            # Both names are one file: a process that is stopped here must not keep the new one locked.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         try:
             try:
                 os.link(temporary, self._path)
@@ -162,6 +170,8 @@ class LocalUpload:
                 except FileExistsError:
                     return False
             sync_folder(self._path.parent)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise local_fault(error, self._path, self._num_bytes) from error
         return True

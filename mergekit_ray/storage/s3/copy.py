@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
-from mergekit_ray.storage.faults import discarded
 from mergekit_ray.storage.protocols import FileStat
-from mergekit_ray.storage.s3.faults import code_of, explained, status_of, was_retried
-from mergekit_ray.storage.s3.upload import abort_upload
+from mergekit_ray.storage.s3.faults import code_of, explained, status_of
+from mergekit_ray.storage.s3.upload import abort_upload, complete_upload
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +106,12 @@ def _copy_part(copy: Copy, parts: _Parts, number: int, client: Any) -> None:
 
 
 def _complete(copy: Copy, parts: _Parts, client: Any) -> None:
-    listed = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(parts.etags.items())]
-    with explained("copying", copy.where):
-        try:
-            client.complete_multipart_upload(**parts.upload, MultipartUpload={"Parts": listed})
-        except Exception as error:
-            if code_of(error) != "NoSuchUpload":
-                raise
-            if not was_retried(error):
-                raise discarded(copy.where) from error
-            # An earlier attempt whose answer was lost may have completed it.
-            there = client.head_object(Bucket=parts.upload["Bucket"], Key=copy.target)
-            if there["ContentLength"] != copy.stat.num_bytes:
-                raise
+    def find() -> str | None:
+        there = client.head_object(Bucket=parts.upload["Bucket"], Key=copy.target)
+        return str(there["ETag"]) if there["ContentLength"] == copy.stat.num_bytes else None
+
+    etags = {number: {"ETag": etag} for number, etag in parts.etags.items()}
+    complete_upload(client, parts.upload, etags, find, copy.where)
 
 
 def abort_uploads(client: Any, bucket: str, prefix: str, is_meant: Callable[[str], bool], *, where: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any
 
@@ -33,6 +33,45 @@ def abort_upload(client: Any, upload: dict[str, str], where: str) -> None:
     except StorageError as error:
         # Whatever made the caller abort matters more than this.
         logger.warning("an unfinished upload stays behind and is billed until removed: %s", error)
+
+
+def complete_upload(
+    client: Any,
+    upload: Mapping[str, str],
+    parts: Mapping[int, Mapping[str, Any]],
+    find: Callable[[], str | None],
+    where: str,
+) -> str:
+    """Complete a multipart upload; gives the object's version.
+
+    Args:
+        client: a boto3 S3 client, see `storage.s3.faults.retried`.
+        upload: its bucket, key and id.
+        parts: what the answer to each part's request said of it, by number.
+        find: the version of the object that is there, if it may be this one.
+        where: URI, for messages.
+
+    Raises:
+        StorageError: the server failed, or somebody has aborted it.
+    """
+    listed = {"Parts": [{"PartNumber": number, **parts[number]} for number in sorted(parts)]}
+    for is_last in (False, True):
+        with explained("completing", where):
+            try:
+                answer = client.complete_multipart_upload(**upload, MultipartUpload=listed)
+            except Exception as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+                # An earlier attempt whose answer was lost may have completed it.
+                found = find() if was_retried(error) else None
+                if found is not None:
+                    return found
+                # Some servers say the same of a list of parts that was damaged on its way.
+                if is_last:
+                    raise discarded(where) from error
+            else:
+                return str(answer["ETag"]).strip('"')
+    raise AssertionError("unreachable")
 
 
 def part_bytes_for(num_bytes: int) -> int:
@@ -128,7 +167,8 @@ class S3Upload:
             assert self._upload_id is not None
             if self._guard is not None:
                 self._guard()
-            version = self._complete(self._upload_id)
+            upload = {**self._target, "UploadId": self._upload_id}
+            version = complete_upload(self._client, upload, self._parts, self._find, self._where)
         self._close()
         return FileStat(self._name, self._num_bytes, version)
 
@@ -168,7 +208,7 @@ class S3Upload:
         part = {**self._target, "UploadId": upload_id, "PartNumber": number, **checksum}
         with explained(f"writing part {number}", self._where):
             answer = self._client.upload_part(**part, Body=buffer)
-        self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **checksum}
+        self._parts[number] = {"ETag": answer["ETag"], **checksum}
         if not self._is_sent:
             self._free.append(buffer)
 
@@ -179,23 +219,10 @@ class S3Upload:
         for part in done:
             part.result()
 
-    def _complete(self, upload_id: str) -> str:
-        parts = {"Parts": [part for _, part in sorted(self._parts.items())]}
-        with explained("completing", self._where):
-            try:
-                answer = self._client.complete_multipart_upload(
-                    **self._target, UploadId=upload_id, MultipartUpload=parts
-                )
-            except Exception as error:
-                # An earlier attempt whose answer was lost may have completed it.
-                if was_retried(error) and code_of(error) == "NoSuchUpload":
-                    found = self._stat(self._name)
-                    if found is not None and found.num_bytes == self._num_bytes:
-                        return found.version
-                if code_of(error) == "NoSuchUpload":
-                    raise discarded(self._where) from error
-                raise
-        return str(answer["ETag"]).strip('"')
+    def _find(self) -> str | None:
+        """The version of what is there, if that has our size."""
+        found = self._stat(self._name)
+        return found.version if found is not None and found.num_bytes == self._num_bytes else None
 
     def _close(self) -> None:
         self._closed = True

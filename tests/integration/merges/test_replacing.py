@@ -172,6 +172,14 @@ class TestS3(Replacing):
         assert store.discard_remains(["staged/x", "deeper/a", "b"]) == 3
         assert self.unfinished(store, client) == []
 
+    def test_remains_of_another_models_folder_and_the_lease_stay(self, store: S3Store, client: Any) -> None:
+        bucket, prefix = place(store)
+        for name in ("a", "other-model/a", ".mergekit-ray/x/y.json", ".mergekit-ray/lease.json"):
+            client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}{name}")
+        assert store.discard_remains() == 2
+        assert self.unfinished(store, client) == [".mergekit-ray/lease.json", "other-model/a"]
+        assert store.discard_remains([".mergekit-ray/lease.json", "other-model/a"]) == 2
+
 
 class TestFaults:
     """Answers that are lost or refused."""
@@ -194,7 +202,7 @@ class TestFaults:
 
     def test_where_uploads_may_not_be_listed_they_are_left(self) -> None:
         with FaultyS3(status(403, "AccessDenied")) as server:
-            assert S3Store("bucket", "out", client=server.client, retry=QUICK).discard_remains(["a"]) == 0
+            assert S3Store("bucket", "out", client=server.client, retry=QUICK).discard_remains(["a"]) is None
 
     def test_a_server_that_fails_is_told(self) -> None:
         with FaultyS3(*[status(503, "SlowDown")] * 3) as server:

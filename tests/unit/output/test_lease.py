@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from mergekit_ray.core.errors import Interrupted, StorageError
-from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.output.holder import LONG_TERM, NEVER, Holder, Term, started_at
 from mergekit_ray.output.lease import discard_dead, hold
 from mergekit_ray.reporting.reporters import SilentReporter
+from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.local.store import LocalStore
 from mergekit_ray.storage.protocols import ConditionalSink
 from support.merging import Events
