@@ -130,7 +130,7 @@ PLANS: Mapping[str, Callable[[], Plan]] = {"405b": plan_405, "671b": plan_671}
 
 
 class IdleWorker:
-    """Answers as `executors.ray_executor.RayWorker` does, and does nothing."""
+    """Answers as `executors.ray_worker.RayWorker` does, and does nothing."""
 
     def __init__(self, version: str, jobs: list[Any]) -> None:
         del version, jobs

@@ -20,6 +20,7 @@ from mergekit_ray.core.errors import Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.executors.watch import Pace, Standing, Watch
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.signals import GRACE_SECONDS, RESUME
@@ -69,6 +70,7 @@ class Outcome:
         error: what went wrong otherwise.
         lost: the worker went away; the shard is not to blame.
         worker: who ran it, for messages.
+        place: who ran it, as the output's fence knows it.
     """
 
     file: str
@@ -76,6 +78,7 @@ class Outcome:
     record: ShardRecord | None = None
     error: MergekitRayError | None = None
     lost: bool = False
+    place: str = ""
 
 
 class Executor(Protocol):
@@ -104,6 +107,22 @@ class Executor(Protocol):
 
     def progress(self, *, settled: bool = False) -> Progress:
         """Sum over all workers that are or were there; ``settled`` waits until all have said theirs."""
+        ...
+
+    def standings(self) -> Sequence[Standing]:
+        """How the workers that have shards in work are doing, as of the last call of `progress`."""
+        ...
+
+    def give_up(self, worker: str) -> None:
+        """Have no more to do with a worker. `wait` reports its shards as lost, but for one that was written meanwhile.
+
+        Args:
+            worker: as `Standing` names it.
+        """
+        ...
+
+    def has_spare(self) -> bool:
+        """Whether a shard that is given now goes to a worker that has none, on a machine that has room for it."""
         ...
 
     def stop(self) -> None:
@@ -153,13 +172,57 @@ class ShardQueue:
         return True
 
 
+class Referee(Protocol):
+    """Says who may write to the output. `operations.write_shards` has the one that knows its lease."""
+
+    def check(self) -> None:
+        """Called all the time.
+
+        Raises:
+            MergekitRayError: what ends the merge for another reason, as the loss of the lease.
+        """
+        ...
+
+    def give_up(self, worker: str, files: Sequence[str]) -> None:
+        """Refuse from now on whatever this worker writes.
+
+        Args:
+            worker: as `Standing` names it.
+            files: shards it has in work, that no other has.
+
+        Raises:
+            StorageError: the store failed, or the lease is lost.
+        """
+        ...
+
+    def settle(self, record: ShardRecord) -> ShardRecord:
+        """The record of a shard that two workers may have written, one after the other: the same bytes each time."""
+        ...
+
+
+class _Anyone:
+    """Where nobody else can be writing."""
+
+    def check(self) -> None:
+        pass
+
+    def give_up(self, worker: str, files: Sequence[str]) -> None:
+        pass
+
+    def settle(self, record: ShardRecord) -> ShardRecord:
+        return record
+
+
+ANYONE: Final[Referee] = _Anyone()
+
+
 def run_shards(
     shards: Sequence[Shard],
     job: Job,
     executor: Executor,
     reporter: Reporter,
     stop: threading.Event,
-    check: Callable[[], None] = lambda: None,
+    referee: Referee = ANYONE,
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, ShardRecord]:
@@ -171,7 +234,7 @@ def run_shards(
         executor: runs them; it is started and closed here.
         reporter: told of every end of a shard, and of progress.
         stop: set by the user's interrupt.
-        check: called all the time; raises what ends the merge for another reason, as the loss of its lease.
+        referee: says who may write.
         clock: seconds, as `time.monotonic`.
 
     Returns:
@@ -182,45 +245,119 @@ def run_shards(
             ones stay for the next run.
         Interrupted: ``stop`` was set.
     """
-    waiting = ShardQueue(shards)
-    running: dict[str, Shard] = {}
-    records: dict[str, ShardRecord] = {}
+    run = _Run(shards, executor, reporter, referee, clock)
     has_lacked_memory = False
     try:
         executor.start(job, len(shards))
-        while waiting or running:
+        while run.is_unfinished:
             if stop.is_set():
                 raise Interrupted("the merge was stopped", remedy=RESUME)
-            check()
-            while waiting and executor.idle() > 0:
-                shard = waiting.pop()
-                running[shard.file] = shard
-                executor.submit(shard)
-            # All that ended are taken off the list before one of them may end the merge: none is waited for then.
-            ended = [(running.pop(outcome.file), outcome) for outcome in executor.wait(_WAIT_SECONDS)]
-            for shard, outcome in ended:
-                if outcome.record is not None:
-                    records[shard.file] = outcome.record
-                    reporter.event(
-                        "shard_done", f"{shard.file} written", file=shard.file, num_bytes=outcome.record.num_bytes
-                    )
-                else:
-                    _put_back_or_raise(waiting, shard, outcome, reporter)
+            referee.check()
+            run.hand_out()
+            run.take(executor.wait(_WAIT_SECONDS))
             so_far = executor.progress()
+            run.look_after()
             if so_far.num_on_cpu and not has_lacked_memory:
                 has_lacked_memory = True
                 reporter.event("warning", f"warning: {_LACKS_MEMORY}")
-            reporter.progress(so_far, len(records), len(shards))
+            reporter.progress(so_far, len(run.records), len(shards))
         total = executor.progress(settled=True)
-        reporter.progress(total, len(records), len(shards))
+        reporter.progress(total, len(run.records), len(shards))
         if any("://" in model.uri for model in job.inputs.values()):
             _tell_fetched(shards, total, reporter)
     except BaseException:
-        _abandon(executor, running, clock)
+        _abandon(executor, set(run.running), clock)
         raise
     finally:
         executor.close()
-    return records
+    return run.records
+
+
+class _Run:
+    """Which shards wait, are in work, and are done."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        executor: Executor,
+        tell: Reporter,
+        referee: Referee,
+        clock: Callable[[], float],
+    ) -> None:
+        self.running: dict[str, Shard] = {}
+        self.records: dict[str, ShardRecord] = {}
+        self._waiting = ShardQueue(shards)
+        self._attempts: Counter[str] = Counter()  # that are in work
+        self._executor, self._tell, self._referee, self._clock = executor, tell, referee, clock
+        self._watch, self._pace = Watch(tell), Pace()
+
+    @property
+    def is_unfinished(self) -> bool:
+        return bool(self._waiting or self.running)
+
+    def hand_out(self) -> None:
+        """Give shards to workers, those that wait first; then what takes another too long."""
+        while self._waiting and self._executor.idle() > 0:
+            self._submit(self._waiting.pop())
+        if self._waiting or not self._executor.has_spare():
+            return
+        alone = [file for file in self.running if self._attempts[file] == 1]
+        file = self._pace.slowest(alone, self._clock())
+        if file is not None:
+            self._tell.event("backup", f"{file} takes long: another worker begins it too", file=file)
+            self._submit(self.running[file])
+
+    def take(self, outcomes: Sequence[Outcome]) -> None:
+        """Note what has ended. All are taken off the list before one may end the merge: none is waited for then."""
+        ended = []
+        for outcome in outcomes:
+            shard = self.running.get(outcome.file)
+            if shard is None:  # another has written it
+                continue
+            self._attempts[outcome.file] -= 1
+            is_written = outcome.record is not None
+            if is_written or not self._attempts[outcome.file]:
+                del self.running[outcome.file]
+                self._pace.end(outcome.file, self._clock(), is_written=is_written)
+            ended.append((shard, outcome))
+        for place in {outcome.place for _, outcome in ended if outcome.lost} - {""}:
+            alone = [o.file for _, o in ended if o.place == place and not self._attempts[o.file]]
+            self._referee.give_up(place, alone)
+        is_settled = set(self.running)
+        for shard, outcome in sorted(ended, key=lambda each: each[1].record is None):
+            if shard.file in is_settled:
+                continue
+            is_settled.add(shard.file)
+            if outcome.record is not None:
+                self._note_written(outcome, outcome.record)
+            else:
+                _put_back_or_raise(self._waiting, shard, outcome, self._tell)
+
+    def look_after(self) -> None:
+        """Give up workers that do nothing any more."""
+        for standing in self._watch.look(self._executor.standings()):
+            self._tell.event(
+                "worker_given_up",
+                f"warning: {standing.name} has done nothing for too long and is given up",
+                worker=standing.name,
+            )
+            self._executor.give_up(standing.worker)
+
+    def _submit(self, shard: Shard) -> None:
+        self.running[shard.file] = shard
+        self._attempts[shard.file] += 1
+        self._pace.begin(shard, self._clock())
+        self._executor.submit(shard)
+
+    def _note_written(self, outcome: Outcome, record: ShardRecord) -> None:
+        if self._attempts.pop(outcome.file):
+            for other in self._executor.standings():
+                if other.worker not in ("", outcome.place) and outcome.file in other.files:
+                    self._referee.give_up(other.worker, [outcome.file])
+                    self._executor.give_up(other.worker)
+            record = self._referee.settle(record)
+        self.records[record.file] = record
+        self._tell.event("shard_done", f"{record.file} written", file=record.file, num_bytes=record.num_bytes)
 
 
 def _tell_fetched(shards: Sequence[Shard], progress: Progress, reporter: Reporter) -> None:
@@ -241,7 +378,7 @@ def _put_back_or_raise(waiting: ShardQueue, shard: Shard, outcome: Outcome, repo
     raise error
 
 
-def _abandon(executor: Executor, running: dict[str, Shard], clock: Callable[[], float]) -> None:
+def _abandon(executor: Executor, running: set[str], clock: Callable[[], float]) -> None:
     """Let running shards clean up behind themselves before the workers go.
 
     What goes wrong meanwhile, as the loss of all workers, is of no interest any more.
@@ -251,4 +388,4 @@ def _abandon(executor: Executor, running: dict[str, Shard], clock: Callable[[], 
         executor.stop()
         while running and clock() < deadline:
             for outcome in executor.wait(_WAIT_SECONDS):
-                running.pop(outcome.file, None)
+                running.discard(outcome.file)

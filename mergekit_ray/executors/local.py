@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -14,6 +15,7 @@ from mergekit_ray.core.expressions import is_copy
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.evaluation.device.names import resolve
 from mergekit_ray.executors.driver import Job, Outcome
+from mergekit_ray.executors.watch import Standing
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.storage.fence import open_fenced
 from mergekit_ray.storage.opening import open_sources
@@ -32,6 +34,8 @@ class _Seat:
         shards: to be run; None ends a thread.
         is_reading: the last shard that was given has not been read to its end.
         num_running: shards that were given and have not ended.
+        files: theirs.
+        seen: what it had done when that had last grown, at the time ``moved``.
     """
 
     name: str
@@ -40,6 +44,9 @@ class _Seat:
     threads: list[threading.Thread] = field(default_factory=list)
     is_reading: bool = False
     num_running: int = 0
+    files: list[str] = field(default_factory=list)
+    seen: Progress = field(default_factory=Progress)
+    moved: float = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -115,6 +122,8 @@ class LocalExecutor:
         seat = min((seat for seat in self._seats if seat.is_idle), key=lambda seat: seat.num_running)
         seat.is_reading = True
         seat.num_running += 1
+        seat.files.append(shard.file)
+        seat.moved = time.monotonic()
         seat.shards.put(shard)
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
@@ -128,6 +137,8 @@ class LocalExecutor:
                     seat.is_reading = False
                 else:
                     seat.num_running -= 1
+                    seat.files.remove(outcome.file)
+                    seat.moved = time.monotonic()
                     outcomes.append(outcome)
                 event = self._events.get_nowait()
         except queue.Empty:
@@ -137,7 +148,25 @@ class LocalExecutor:
     def progress(self, *, settled: bool = False) -> Progress:
         """Sum over the workers; always as it is."""
         del settled
+        now = time.monotonic()
+        for seat in self._seats:
+            found = seat.worker.progress
+            if found.has_moved(seat.seen):
+                seat.seen, seat.moved = found, now
         return Progress.total([seat.worker.progress for seat in self._seats])
+
+    def standings(self) -> Sequence[Standing]:
+        """How the workers do. A thread cannot be given up: it is only told of."""
+        now = time.monotonic()
+        return [Standing("", seat.name, tuple(seat.files), 0.0, now - seat.moved) for seat in self._seats if seat.files]
+
+    def give_up(self, worker: str) -> None:
+        """Never asked for."""
+        raise NotImplementedError(worker)
+
+    def has_spare(self) -> bool:
+        """Never: all share one machine."""
+        return False
 
     def stop(self) -> None:
         """Ask all threads to abandon their shards."""

@@ -7,31 +7,27 @@ Weights never pass through Ray: actors read from and write to the stores, only p
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import ray
 from ray.exceptions import RayActorError, RayError
 
-from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
+from mergekit_ray.core.errors import MergekitRayError, StorageError
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.version import __version__
 from mergekit_ray.evaluation.device.names import AUTO, CPU, CUDA
-from mergekit_ray.evaluation.threads import single_threaded_torch
 from mergekit_ray.executors.cluster import check_ray_device, worker_slots
 from mergekit_ray.executors.driver import Job, Outcome
-from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster, check_version
+from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster
 from mergekit_ray.executors.ray_metrics import RayMetrics
+from mergekit_ray.executors.ray_worker import RayWorker
+from mergekit_ray.executors.watch import Standing
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.signals import RESUME
-from mergekit_ray.storage.fence import open_fenced
-from mergekit_ray.storage.opening import open_sources
-from mergekit_ray.worker.resources import Resources
-from mergekit_ray.worker.worker import SHARDS_IN_WORK, Worker
+from mergekit_ray.worker.worker import SHARDS_IN_WORK
 
 RESCALE_SECONDS: Final = 5.0
 """Between looks at what the cluster has room for."""
@@ -39,67 +35,6 @@ RESCALE_SECONDS: Final = 5.0
 _NO_WORKER_SECONDS: Final = 300.0
 _SETTLE_SECONDS: Final = 5.0
 _HEAD_CHECK_SECONDS: Final = 2.0
-
-
-@ray.remote(
-    max_restarts=-1,
-    max_task_retries=0,
-    max_concurrency=SHARDS_IN_WORK,
-    concurrency_groups={"control": 2, "reading": SHARDS_IN_WORK},
-)
-class RayWorker:
-    """A `Worker` with an address. The driver calls ``run`` again once ``has_read`` has returned for the shard before.
-
-    Args:
-        version: of mergekit-ray, where the driver runs.
-        jobs: a reference to a `Job`, in a list, so that another version's is not even looked at.
-    """
-
-    def __init__(self, version: str, jobs: list[Any]) -> None:
-        self._stop = threading.Event()
-        self._read = Arrivals()
-        self._address = str(ray.util.get_node_ip_address())
-        self._threads = single_threaded_torch()
-        self._threads.__enter__()
-        # Ray tells of an actor whose constructor raises that it died, and not of what: `node` says it instead.
-        self._failure: MergekitRayError | None = None
-        try:
-            check_version(version, self._address)
-            job: Job = ray.get(jobs[0])
-            resources = Resources(job.inputs, open_sources(job.inputs), job.options)
-            self._worker = Worker(resources, open_fenced(job.output, job.fence), job.record_folder)
-        except MergekitRayError as error:
-            self._failure = error
-
-    def run(self, shard: dict[str, Any]) -> ShardRecord | MergekitRayError:
-        """Write one shard. Errors come back as values, so that they arrive as they were raised."""
-        try:
-            return self._worker.run(Shard.from_json(shard), self._stop, lambda: self._read.add(shard["file"]))
-        except MergekitRayError as error:
-            return error
-        except Exception as error:  # noqa: BLE001 - the driver must hear of it, whatever it is
-            return InternalError.wrap(error)
-
-    @ray.method(concurrency_group="reading")
-    def has_read(self, file: str) -> str:
-        """Where this worker runs, once the shard ``file`` that is run has been read and there may be another."""
-        self._read.wait_for(file)
-        return self._address
-
-    @ray.method(concurrency_group="control")
-    def node(self) -> str | MergekitRayError:
-        """Where this worker runs, or why it cannot; answers once that is known."""
-        return self._failure or self._address
-
-    @ray.method(concurrency_group="control")
-    def progress(self) -> Progress:
-        """What has been done so far."""
-        return self._worker.progress
-
-    @ray.method(concurrency_group="control")
-    def stop(self) -> None:
-        """Abandon the running shards, leaving nothing behind."""
-        self._stop.set()
 
 
 @dataclass
@@ -110,6 +45,8 @@ class _Actor:
         ready: pending while it starts, or reads the last shard that it was given.
         node: where it runs, None while it starts.
         shards: it has in work, by their pending results.
+        asked: when it was last asked for its progress.
+        moved: when that had last grown, or it was last given something.
     """
 
     name: str
@@ -120,6 +57,8 @@ class _Actor:
     progress: Progress = field(default_factory=Progress)
     progress_call: Any = None
     base: Progress = field(default_factory=Progress)
+    asked: float = 0.0
+    moved: float = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -161,6 +100,9 @@ class RayExecutor:
         self._max_actors = self._num_on_gpu = 0
         self._is_stopping = False
         self._rescaled = 0.0
+        self._num_started = 0
+        self._given_up: list[Outcome] = []
+        self._departed = Progress()
         self._last_ready = self._head_seen = self._head_asked = clock()
         cpus = [int(node.get("CPU", 0)) for node in cluster.nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
@@ -194,6 +136,7 @@ class RayExecutor:
         actor = min((actor for actor in self._actors if actor.is_idle), key=lambda actor: len(actor.shards))
         actor.shards[actor.handle.run.remote(shard.to_json())] = shard
         actor.ready = actor.handle.has_read.remote(shard.file)
+        actor.moved = self._clock()
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
         """What has ended; notices actors that came up or were lost.
@@ -205,7 +148,7 @@ class RayExecutor:
         self._scale()
         refs = [ref for actor in self._actors for ref in (actor.ready, *actor.shards) if ref is not None]
         finished = self._cluster.wait(refs, seconds)
-        outcomes = []
+        outcomes, self._given_up = self._given_up, []
         for actor in self._actors:
             for result in [result for result in actor.shards if result in finished]:
                 outcomes += self._outcomes(actor, result)
@@ -236,17 +179,51 @@ class RayExecutor:
                 continue
             if actor.progress_call is None:
                 actor.progress_call = actor.handle.progress.remote()
+                actor.asked = self._clock()
             elif self._cluster.wait([actor.progress_call], 0):
                 try:
-                    actor.progress = self._cluster.get(actor.progress_call)
+                    before, actor.progress = actor.progress, self._cluster.get(actor.progress_call)
+                    if actor.progress.has_moved(before):
+                        actor.moved = self._clock()
                 except RayError:
                     actor.base = Progress.total([actor.base, actor.progress.ended()])
                     actor.progress = Progress()
                 actor.progress_call = None
-        total = Progress.total([part for actor in self._actors for part in (actor.base, actor.progress)])
+        parts = [part for actor in self._actors for part in (actor.base, actor.progress)]
+        total = Progress.total([self._departed, *parts])
         if self._metrics is not None:
             self._metrics.update(total, self.num_workers, sum(bool(actor.shards) for actor in self._actors))
         return total
+
+    def standings(self) -> Sequence[Standing]:
+        """How the actors do that have shards."""
+        now = self._clock()
+        return [
+            Standing(
+                actor.node,
+                f"{actor.name} on {actor.node}",
+                tuple(shard.file for shard in actor.shards.values()),
+                0.0 if actor.progress_call is None else now - actor.asked,
+                now - actor.moved,
+            )
+            for actor in self._actors
+            if actor.node is not None and actor.shards
+        ]
+
+    def give_up(self, worker: str) -> None:
+        """End an actor, whether or not it notices, and have another in its place if there is room."""
+        [actor] = [actor for actor in self._actors if actor.node == worker]
+        name = f"{actor.name} on {worker}"
+        self._cluster.kill(actor.handle)
+        self._actors.remove(actor)
+        self._departed = Progress.total([self._departed, actor.base, actor.progress.ended()])
+        for shard in actor.shards.values():
+            error = _loss(name, "it did nothing any more", shard)
+            self._given_up.append(Outcome(shard.file, name, error=error, lost=True, place=worker))
+
+    def has_spare(self) -> bool:
+        """Whether an actor has no shard."""
+        return any(actor.is_idle and not actor.shards for actor in self._actors)
 
     def stop(self) -> None:
         """Ask all actors to abandon their shards."""
@@ -300,7 +277,7 @@ class RayExecutor:
         room, gpus = worker_slots(self._cluster.nodes(), self.cpus_per_worker)
         if wanted is None:
             wanted = max(1, gpus if job.options.device == CUDA else room)
-        for i in range(len(self._actors), min(wanted, self._max_actors)):
+        for _ in range(len(self._actors), min(wanted, self._max_actors)):
             on_gpu = job.options.device == CUDA or (job.options.device == AUTO and self._num_on_gpu < gpus)
             self._num_on_gpu += on_gpu
             its_job = self._job_on(job.options.device if on_gpu else CPU)
@@ -313,7 +290,8 @@ class RayExecutor:
                 memory=self._memory_bytes,
                 scheduling_strategy="SPREAD",
             )
-            self._actors.append(_Actor(f"worker-{i}", handle, handle.node.remote()))
+            self._actors.append(_Actor(f"worker-{self._num_started}", handle, handle.node.remote()))
+            self._num_started += 1
 
     def _job_on(self, device: str) -> Any:
         """A reference to the job as a worker with this device has it."""
@@ -340,7 +318,7 @@ class RayExecutor:
         shard = actor.shards.pop(result, None)
         if shard is None:  # told of with another
             return []
-        name = f"{actor.name} on {actor.node}"
+        name, place = f"{actor.name} on {actor.node}", actor.node or ""
         try:
             value = self._cluster.get(result)
         except RayError as error:
@@ -352,31 +330,13 @@ class RayExecutor:
                 actor.base = Progress.total([actor.base, actor.progress.ended()])
                 actor.progress, actor.progress_call = Progress(), None
                 actor.ready, actor.node = actor.handle.node.remote(), None
-            return [Outcome(shard.file, name, error=_loss(name, reason, shard), lost=True) for shard in lost]
+            return [
+                Outcome(shard.file, name, error=_loss(name, reason, shard), lost=True, place=place) for shard in lost
+            ]
         if isinstance(value, ShardRecord):
-            return [Outcome(shard.file, name, record=value)]
-        return [Outcome(shard.file, name, error=value)]
+            return [Outcome(shard.file, name, record=value, place=place)]
+        return [Outcome(shard.file, name, error=value, place=place)]
 
 
 def _loss(name: str, reason: str, shard: Shard) -> StorageError:
     return StorageError(f"{name} was lost: {reason}", where=shard.file, remedy="see `ray status` and the logs")
-
-
-class Arrivals:
-    """Names that one thread adds and another waits for, each as often."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._changed = threading.Condition()
-
-    def add(self, name: str) -> None:
-        """Let whoever waits for this name go on."""
-        with self._changed:
-            self._names.append(name)
-            self._changed.notify_all()
-
-    def wait_for(self, name: str) -> None:
-        """Wait until the name is there, and take it away."""
-        with self._changed:
-            self._changed.wait_for(lambda: name in self._names)
-            self._names.remove(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mergekit_ray.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class MergeOptions:
@@ -20,6 +22,9 @@ class MergeOptions:
         allow_non_finite: let NaN and infinities pass.
         chunk_elements: elements computed at a time on the CPU; None for the default.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, or one of them as ``cuda:1``.
+
+    Raises:
+        ConfigError: a value that none of them can have.
     """
 
     executor: Literal["local", "ray"] | None = None
@@ -30,3 +35,23 @@ class MergeOptions:
     allow_non_finite: bool = False
     chunk_elements: int | None = None
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        counts = ("num_workers", "memory_bytes", "chunk_elements")
+        checks: dict[str, tuple[bool, str]] = {
+            **{name: (_is_count(getattr(self, name)), "None or a positive integer") for name in counts},
+            "executor": (self.executor in (None, "local", "ray"), "None, 'local' or 'ray'"),
+            "address": (self.address is None or isinstance(self.address, str), "None or a string"),
+            "overwrite": (isinstance(self.overwrite, bool), "True or False"),
+            "allow_non_finite": (isinstance(self.allow_non_finite, bool), "True or False"),
+            "device": (isinstance(self.device, str), "a string"),
+        }
+        for name, (is_good, accepted) in checks.items():
+            if not is_good:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}", where="MergeOptions", remedy=f"give {accepted}"
+                )
+
+
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)

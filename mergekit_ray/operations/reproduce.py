@@ -16,7 +16,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.reference import ModelReference
-from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.version import __version__
@@ -71,6 +71,7 @@ def reproduce(
 
     Raises:
         CheckpointError: an input is another than it was, or the recipe makes other tensors now.
+        PlanError: the model is at the output already.
         MergekitRayError: as `mergekit_ray.merge`.
     """
     try:
@@ -81,6 +82,12 @@ def reproduce(
             f"a manifest that was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error
     result = run_plan(plan, output, options, reporter=reporter, stop=stop)
+    if result.was_there:
+        raise PlanError(
+            "the result is there already, so nothing was computed, and there is nothing to compare with",
+            where=result.uri,
+            remedy="choose another output; verify compares a model with its own manifest",
+        )
     again = {record["file"]: record for record in read_manifest(result.uri)["shards"]}
     problems = [problem for record in records for problem in _differences(record, again.get(record.file))]
     remarks = (*_software_notes(manifest), *_device_notes(records, again), *notes)

@@ -19,7 +19,7 @@ from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.evaluation.device.names import check_device
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.output.destination import RECORD_ROOT, Destination, clear, clear_notes, inspect
+from mergekit_ray.output.destination import PLAN_FILE, RECORD_ROOT, Destination, clear, clear_notes, inspect
 from mergekit_ray.output.lease import Lease, discard_dead, hold
 from mergekit_ray.output.publish import check_records, publish
 from mergekit_ray.output.staging import is_swapping, staged, swap
@@ -40,12 +40,14 @@ class MergeResult:
         plan: what was carried out.
         num_resumed: shards that an earlier run had finished.
         seconds: from planning to publishing.
+        was_there: the model was complete before, and nothing was done.
     """
 
     uri: str
     plan: Plan
     num_resumed: int
     seconds: float
+    was_there: bool = False
 
 
 def run_plan(
@@ -86,7 +88,7 @@ def run_plan(
         else:
             found = _carry_out(plan, found.sink, options, tell, stopped)
             tell.event("published", f"{uri} is complete", uri=uri, seconds=round(time.perf_counter() - began, 3))
-    return MergeResult(uri, plan, len(found.done), time.perf_counter() - began)
+    return MergeResult(uri, plan, len(found.done), time.perf_counter() - began, found.is_complete)
 
 
 def _carry_out(plan: Plan, sink: Sink, options: MergeOptions, tell: Reporter, stop: threading.Event) -> Destination:
@@ -152,7 +154,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
             num_done=len(destination.done),
             num_shards=len(plan.shards),
         )
-    sink.put(f"{destination.record_folder}/plan.json", json.dumps({"plan_digest": plan.digest}).encode())
+    sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps({"plan_digest": plan.digest}).encode())
     shards = [shard for shard in plan.shards if shard.file not in destination.done]
     _discard_remains(sink, shards)
     records = dict(destination.done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.core.record import ShardRecord
@@ -16,6 +17,7 @@ from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import Destination
 from mergekit_ray.output.lease import Lease
 from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.storage.protocols import RemainsSink, Sink
 from mergekit_ray.worker.resources import WorkerOptions
 
 
@@ -51,7 +53,26 @@ def write_shards(
     )
     job = Job(plan.inputs, destination.sink.uri, destination.record_folder, worker_options, lease.fence)
     with single_threaded_torch():
-        return run_shards(shards, job, executor, tell, stop, lease.check)
+        return run_shards(shards, job, executor, tell, stop, _Referee(lease, destination.sink))
+
+
+class _Referee:
+    """See `executors.driver.Referee`."""
+
+    def __init__(self, lease: Lease, sink: Sink) -> None:
+        self.check = lease.check
+        self._lease, self._sink = lease, sink
+
+    def give_up(self, worker: str, files: Sequence[str]) -> None:
+        """See `Referee.give_up`. What the worker has prepared goes, as when a lease is taken over."""
+        self._lease.give_up(worker)
+        if isinstance(self._sink, RemainsSink):
+            self._sink.discard_remains(files)
+
+    def settle(self, record: ShardRecord) -> ShardRecord:
+        """See `Referee.settle`. A store may give the same bytes another version."""
+        stat = self._sink.stat(record.file)
+        return record if stat is None else replace(record, version=stat.version)
 
 
 def _executor(options: MergeOptions, plan: Plan) -> tuple[Executor, int]:

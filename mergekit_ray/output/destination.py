@@ -28,6 +28,9 @@ MANIFEST_FILE: Final = "mergekit-ray.json"
 CARD_FILE: Final = "README.md"
 RECORD_ROOT: Final = WORK_FOLDER
 STAGED: Final = "staged"
+PLAN_FILE: Final = "plan.json"
+"""In the folder of a plan's records: that the plan has been begun."""
+
 SWAP_FILE: Final = "swap.json"
 """In the folder of a plan's records: what its staged model replaces, from the moment on that it does."""
 
@@ -101,14 +104,14 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     if f"{folder}/{SWAP_FILE}" in present:  # agreed to, and begun
         return Destination(sink, folder, {}, staging=staging)
     foreign = _foreign(present, plan, folder, _side_files(manifest), resuming=(ours or is_begun) and not is_staged)
-    if foreign and not overwrite:
+    work = _unfinished_work(foreign)
+    if foreign and not overwrite and not _is_nothing(foreign):
         shown = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
         raise PlanError(
             f"there is something else already: {shown}",
             where=sink.uri,
             remedy="choose another output, or pass --overwrite to replace it",
         )
-    work = _unfinished_work(foreign)
     is_model = work is None
     if is_staged or (is_model and not (ours or is_begun) and isinstance(sink, MovingSink)):
         return Destination(sink, folder, _done(sink, plan, present, f"{staging}/"), staging=staging, clear_last=foreign)
@@ -155,6 +158,11 @@ def _unfinished_work(foreign: Collection[str]) -> frozenset[str] | None:
     if models or any(name.endswith(marks) for name in notes):
         return None
     return frozenset(notes | {name for name in foreign if name in recorded})
+
+
+def _is_nothing(foreign: Collection[str]) -> bool:
+    """Whether these are the notes of merges that ended before they had finished anything."""
+    return all(name.startswith(f"{RECORD_ROOT}/") and name.endswith(f"/{PLAN_FILE}") for name in foreign)
 
 
 def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:

@@ -38,3 +38,7 @@ class Progress:
     def ended(self) -> Progress:
         """Of a worker that is no more: what it has done stays, what it held does not."""
         return replace(self, held_bytes=0)
+
+    def has_moved(self, before: Progress) -> bool:
+        """Whether more has been done than ``before``, when perhaps another amount was held."""
+        return replace(self, held_bytes=0) != replace(before, held_bytes=0)

@@ -16,6 +16,7 @@ class FakeCluster:
 
     Attributes:
         calls: all that were made.
+        killed: actors that were ended.
         is_up: whether the head node answers. Nothing else may be asked of a cluster that does not.
     """
 
@@ -27,6 +28,7 @@ class FakeCluster:
         self._names = iter(string.ascii_lowercase)
         self._answers: dict[str, Any] = {}
         self.calls: list[str] = []
+        self.killed: list[str] = []
         self.is_up = True
 
     def answer(self, call: str, value: Any) -> None:
@@ -51,11 +53,14 @@ class FakeCluster:
         def method(method_name: str) -> SimpleNamespace:
             return SimpleNamespace(remote=lambda *_: self._call(f"{name}.{method_name}"))
 
-        return SimpleNamespace(**{each: method(each) for each in ("run", "has_read", "node", "progress", "stop")})
+        return SimpleNamespace(
+            name=name, **{each: method(each) for each in ("run", "has_read", "node", "progress", "stop")}
+        )
 
-    def kill(self, handle: object) -> None:
+    def kill(self, handle: SimpleNamespace) -> None:
         """See `Cluster.kill`."""
         self._ask()
+        self.killed.append(handle.name)
 
     def put(self, value: object) -> object:
         """See `Cluster.put`."""

@@ -5,29 +5,19 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
-from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import Interrupted, MergeError, MergekitRayError, StorageError
-from mergekit_ray.core.expressions import Load
-from mergekit_ray.core.plan import OutputTensor, Plan, Shard
+from mergekit_ray.core.plan import Shard
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.executors.driver import MAX_ATTEMPTS, MAX_LOSSES, Job, Outcome, run_shards
+from mergekit_ray.executors.watch import Standing
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.signals import GRACE_SECONDS
-from mergekit_ray.worker.resources import WorkerOptions
+from support.driving import JOB, Notes, Rules, shard
 
-JOB = Job({}, "/nowhere", ".records", WorkerOptions(memory_bytes=1 << 30))
 LOST = "lost"
-
-
-def shard(file: str, num_elements: int = 8) -> Shard:
-    spec = TensorSpec(file, DType.F32, (num_elements,))
-    load = Load("m0", spec, Location("in.safetensors", 0, spec.num_bytes))
-    return Shard(file, b"header", (OutputTensor(spec, load, 0, spec.num_bytes),))
 
 
 class ScriptedExecutor:
@@ -79,6 +69,15 @@ class ScriptedExecutor:
     def progress(self, *, settled: bool = False) -> Progress:
         return Progress(num_tensors=len(self.submitted))
 
+    def standings(self) -> Sequence[Standing]:
+        return []
+
+    def give_up(self, worker: str) -> None:
+        self.calls.append(f"give up {worker}")
+
+    def has_spare(self) -> bool:
+        return False
+
     def stop(self) -> None:
         self.is_stopped = True
         self.calls.append("stop")
@@ -96,25 +95,6 @@ class ScriptedExecutor:
         if end == LOST:
             return Outcome(file, "w", error=StorageError("worker 1 was lost"), lost=True)
         return Outcome(file, "w", record=ShardRecord(file, 1, "0" * 64, {}))
-
-
-class Notes:
-    """A reporter that remembers."""
-
-    def __init__(self, on_event: Any = None) -> None:
-        self.events: list[tuple[str, str | None]] = []
-        self.seen: list[tuple[int, int]] = []
-        self._on_event = on_event or (lambda kind: None)
-
-    def begin(self, plan: Plan) -> None:
-        del plan
-
-    def event(self, kind: str, message: str, **fields: Any) -> None:
-        self.events.append((kind, fields.get("file")))
-        self._on_event(kind)
-
-    def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
-        self.seen.append((num_done, num_shards))
 
 
 def run(
@@ -271,7 +251,7 @@ def test_the_check_ends_the_merge_and_shards_in_work_are_abandoned() -> None:
 
     executor = ScriptedExecutor({}, hold=["a"])
     with pytest.raises(StorageError, match="taken over"):
-        run_shards([shard("a"), shard("b")], JOB, executor, Notes(), threading.Event(), check)
+        run_shards([shard("a"), shard("b")], JOB, executor, Notes(), threading.Event(), Rules(check))
     assert executor.submitted == ["a"]
     assert executor.calls == ["start 2", "stop", "close"]
     assert executor.running == []
