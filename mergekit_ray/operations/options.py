@@ -48,9 +48,7 @@ class MergeOptions:
         }
         for name, (is_good, accepted) in checks.items():
             if not is_good:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}", where="MergeOptions", remedy=f"give {accepted}"
-                )
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", where="MergeOptions", remedy=f"give {accepted}")
 
 
 def _is_count(value: object) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from mergekit_ray.core.errors import CheckpointError, StorageError
-from mergekit_ray.storage.protocols import FileStat, Sink, Source
+from mergekit_ray.storage.protocols import FileStat, GuardedSink, MovingSink, PublishingSink, RemainsSink, Sink, Source
 
 DATA = random.Random(0).randbytes(300_000)
 
@@ -272,6 +274,89 @@ class StoreConformance:
         with contextlib.suppress(AttributeError):
             store.close()
         assert fetch(store, "a", [(0, 1)]) == [b"1"]
+
+    def test_a_change_that_is_refused_changes_nothing(self, store: Sink) -> None:
+        """And leaves nothing. Whoever refuses it is asked when it is prepared."""
+        for name in ("old", "kept"):
+            store_bytes(store, name, b"1")
+        before = store.list()
+
+        def refuse() -> None:
+            asked.append(store.list())
+            raise StorageError("no longer ours")
+
+        for change in _changes(store):
+            asked: list[list[FileStat]] = []
+            if not isinstance(store, GuardedSink):
+                pytest.skip("it has no guard")
+            with pytest.raises(StorageError, match="no longer ours"):
+                change(store.guarded(refuse))
+            assert asked == [before]
+            assert store.list() == before
+        assert self.leftovers(store) == []
+
+    def test_what_was_prepared_and_then_discarded_is_not_committed(self, store: Sink) -> None:
+        """Though its guard was satisfied before: that is what takes the place of a lock."""
+        for name in ("old", "kept"):
+            store_bytes(store, name, b"1")
+        if not isinstance(store, GuardedSink) or not isinstance(store, RemainsSink):
+            pytest.skip("it cannot be prepared, or not be discarded")
+
+        def discard() -> None:
+            assert store.discard_remains() == 1
+
+        for change in _changes(store, with_delete=isinstance_local(store)):
+            with pytest.raises(StorageError, match="removed it while it was being written"):
+                change(store.guarded(discard))
+            assert [store.read(stat.name, max_bytes=9) for stat in store.list()] == [b"1", b"1"]
+        assert self.leftovers(store) == []
+
+    def test_with_a_guard_that_allows_it_all_is_as_without(self, store: Sink) -> None:
+        if not isinstance(store, GuardedSink):
+            pytest.skip("it has no guard")
+        asked: list[None] = []
+        guarded = store.guarded(lambda: asked.append(None))
+        store_bytes(guarded, "a", DATA)
+        guarded.put("b", b"")
+        guarded.put("b", b"2")
+        if isinstance(guarded, MovingSink):
+            guarded.move({"a": "c", "b": "a"})
+        else:
+            store_bytes(guarded, "c", DATA)
+            guarded.put("a", b"2")
+            guarded.delete(["b"])
+        guarded.delete(["nothing"])
+        assert [stat.name for stat in store.list()] == ["a", "c"]
+        assert store.read("c", max_bytes=len(DATA)) == DATA
+        assert store.read("a", max_bytes=9) == b"2"
+        guarded.delete(["a", "c", "nothing"])
+        assert store.list() == []
+        assert asked
+        assert self.leftovers(store) == []
+
+
+def _changes(store: Sink, *, with_delete: bool = True) -> list[Callable[[Sink], object]]:
+    """Every way to change a store with the files ``old`` and ``kept``."""
+    found: list[Callable[[Sink], object]] = [
+        lambda sink: sink.put(".mergekit-ray/x/new", b"new"),
+        lambda sink: _stored(sink, "old", DATA),
+    ]
+    if not isinstance(store, PublishingSink):  # which may keep it to itself for a while
+        found.append(lambda sink: sink.put("old", b"new"))
+    if with_delete:
+        found.append(lambda sink: sink.delete(["old", "nothing"]))
+    if isinstance(store, MovingSink):
+        found.append(lambda sink: cast(MovingSink, sink).move({"kept": "old"}))
+    return found
+
+
+def _stored(sink: Sink, name: str, data: bytes) -> None:
+    upload = sink.open(name, len(data))
+    try:
+        upload.write(data)
+        upload.commit()
+    finally:
+        upload.abort()
 
 
 def isinstance_local(store: Sink) -> bool:

@@ -42,7 +42,7 @@ def move_files(paths: Mapping[Path, Path], root: Path, guard: Callable[[], None]
             _commit(prepared[old], new)
         for folder in {new.parent for new in paths.values()}:
             sync_folder(folder)
-        for old in paths:
+        for old in paths.keys() - set(paths.values()):
             _unlink(old)
             prune_empty_folders(old.parent, root)
     finally:

@@ -179,7 +179,7 @@ class S3Store:
             Copy(self._key(old), self._key(new), self._stat_of(old), self._where(old)) for old, new in names.items()
         ]
         copy_all(copies, self._client, self._writers, self._bucket, self._guard or _allow)
-        self.delete(list(names))
+        self.delete(sorted(names.keys() - set(names.values())))
 
     def guarded(self, guard: Callable[[], None]) -> S3Store:
         """See `GuardedSink.guarded`. It shares this store's connections and threads."""

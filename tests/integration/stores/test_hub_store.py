@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.storage import open_sink, open_source
+from mergekit_ray.storage.fence import LEASE_FILE, Fence, guarded
 from mergekit_ray.storage.hub import store as hub_store
 from mergekit_ray.storage.hub.branch import BASE_FILE, BRANCH
 from mergekit_ray.storage.hub.store import HubStore
@@ -146,6 +147,68 @@ def test_a_commit_by_another_in_between_is_not_undone(server: WritableHubServer)
     store.finish()
     assert set(repo.head()) == {"a.safetensors", "by-another"}
     assert published_times(server) == 1
+
+
+class TestFence:
+    """Two merges into one repository, of which one has lost its lease."""
+
+    @pytest.fixture
+    def drivers(self, server: WritableHubServer) -> tuple[HubStore, HubStore]:
+        """The first has written all, and has lost the lease to the second."""
+        server.add("org/out", {"config.json": b"old", "old.safetensors": b"old"})
+        first, second = opened(), opened()
+        first.put(LEASE_FILE, b'{"token": "first"}')
+        stat = first.stat(LEASE_FILE)
+        assert stat is not None
+        late = guarded(first, Fence("hf://org/out", "first"))
+        assert isinstance(late, HubStore)
+        store_bytes(late, "model-1-of-2.safetensors", DATA)
+        late.put("config.json", b"first")
+        assert second.replace(LEASE_FILE, b'{"token": "second"}', version=stat.version) is not None
+        current = guarded(second, Fence("hf://org/out", "second"))
+        assert isinstance(current, HubStore)
+        current.delete(["model-1-of-2.safetensors", "old.safetensors"])
+        store_bytes(current, "model.safetensors", b"second")
+        current.put("config.json", b"second")
+        return late, current
+
+    def test_only_one_replaces_the_lease(self, drivers: tuple[HubStore, HubStore]) -> None:
+        late, _ = drivers
+        stat = late.stat(LEASE_FILE)
+        assert stat is not None
+        assert late.replace(LEASE_FILE, b"late", version="another") is None
+        assert late.replace("nothing", b"late", version=stat.version) is None
+
+    def test_the_late_one_writes_and_publishes_nothing(
+        self, server: WritableHubServer, drivers: tuple[HubStore, HubStore]
+    ) -> None:
+        late, current = drivers
+        before = server.repos["org/out"].head(BRANCH)
+        changes: tuple[Callable[[], object], ...] = (
+            lambda: store_bytes(late, "x.safetensors", DATA),
+            lambda: late.put(RECORD, b"{}"),
+            lambda: late.delete(["model.safetensors"]),
+            late.finish,
+        )
+        for change in changes:
+            with pytest.raises(StorageError, match="no longer holds its output"):
+                change()
+        assert server.repos["org/out"].head(BRANCH) == before
+        current.finish()
+        expected = {"model.safetensors": b"second", "config.json": b"second"}
+        assert server.repos["org/out"].head() == expected
+        with pytest.raises(StorageError, match="no longer holds its output"):
+            late.finish()
+        assert server.repos["org/out"].head() == expected
+
+    def test_a_model_published_late_is_replaced_as_a_whole(
+        self, server: WritableHubServer, drivers: tuple[HubStore, HubStore]
+    ) -> None:
+        _, current = drivers
+        repo = server.repos["org/out"]
+        repo.commit({"config.json": b"first", "model-1-of-2.safetensors": DATA})
+        current.finish()
+        assert repo.head() == {"model.safetensors": b"second", "config.json": b"second"}
 
 
 def test_finishing_nothing_does_nothing(server: WritableHubServer) -> None:
