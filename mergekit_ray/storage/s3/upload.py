@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 MIN_PART_BYTES = 16 << 20
 _MAX_NUM_PARTS = 9000  # the limit of S3 is 10000
 _MAX_IN_FLIGHT = 4
+_NUM_COMPLETIONS = 3
+_OF_A_DAMAGED_LIST = {"NoSuchUpload", "InvalidPart", "InvalidPartOrder"}
+"""What servers say of a list of parts that was damaged on its way, and some of one that is right but has no upload."""
+
 PART_GRAIN_BYTES = 1 << 20
 
 
@@ -55,20 +59,22 @@ def complete_upload(
         StorageError: the server failed, or somebody has aborted it.
     """
     listed = {"Parts": [{"PartNumber": number, **parts[number]} for number in sorted(parts)]}
-    for is_last in (False, True):
+    for tries_left in reversed(range(_NUM_COMPLETIONS)):
         with explained("completing", where):
             try:
                 answer = client.complete_multipart_upload(**upload, MultipartUpload=listed)
             except Exception as error:
-                if code_of(error) != "NoSuchUpload":
+                code = code_of(error)
+                if code not in _OF_A_DAMAGED_LIST:
                     raise
                 # An earlier attempt whose answer was lost may have completed it.
-                found = find() if was_retried(error) else None
+                found = find() if code == "NoSuchUpload" and was_retried(error) else None
                 if found is not None:
                     return found
-                # Some servers say the same of a list of parts that was damaged on its way.
-                if is_last:
-                    raise discarded(where) from error
+                if not tries_left:
+                    if code == "NoSuchUpload":
+                        raise discarded(where) from error
+                    raise
             else:
                 return str(answer["ETag"]).strip('"')
     raise AssertionError("unreachable")
