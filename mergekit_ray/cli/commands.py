@@ -158,7 +158,8 @@ def verify(
 ) -> None:
     """Read a published model again and compare every byte with its manifest. Exit code 3 if something differs.
 
-    Sizes, headers, the index, and shapes against the config are always compared; --sample spares reading all weights.
+    Files that do not belong to it and that readers would load count as well, an edited model card does not. Everything
+    but the weights is always compared; --sample spares reading all of these.
     """
     with told_errors(debug):
         from mergekit_ray.core.sizes import format_bytes
@@ -169,14 +170,14 @@ def verify(
         found = run(open_source(out), options=VerifyOptions(sample, seed, finite))
         if as_json:
             typer.echo(json.dumps({**vars(found), "ok": not found.problems}))
-        elif found.problems:
-            for problem in found.problems:
-                typer.echo(f"wrong: {problem}", err=True)
         else:
-            typer.echo(
-                f"{out}: {found.num_shards} shards, {found.num_tensors} tensors, {format_bytes(found.num_bytes)}: "
-                "all as written"
-            )
+            for line in [*(f"note: {note}" for note in found.notes), *(f"wrong: {what}" for what in found.problems)]:
+                typer.echo(line, err=True)
+            if not found.problems:
+                typer.echo(
+                    f"{out}: {found.num_shards} shards, {found.num_tensors} tensors, {format_bytes(found.num_bytes)}, "
+                    f"{found.num_files} other files: all as written"
+                )
         if found.problems:
             raise typer.Exit(3)
 

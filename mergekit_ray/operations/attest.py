@@ -1,7 +1,7 @@
 """`attest`: what OpenSSF's model signing puts its signature on, for a model that was made by mergekit-ray.
 
 An in-toto statement with the SHA-256 of every file. Those of the shards are in the model's manifest, hashed while they
-were written, so that no weight is read again.
+were written, so that no weight is read again. All other files are read, and must be what the manifest says.
 
 https://github.com/ossf/model-signing-spec and https://in-toto.io/Statement/v1
 """
@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from mergekit_ray.core.errors import CheckpointError
-from mergekit_ray.output.destination import RECORD_ROOT
-from mergekit_ray.output.manifest import manifest_records
+from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE, RECORD_ROOT
+from mergekit_ray.output.manifest import FileDigest, published_contents
 from mergekit_ray.output.publish import MAX_SIDE_FILE_BYTES
 from mergekit_ray.storage.protocols import Source
 
@@ -34,10 +34,15 @@ def statement(source: Source, name: str) -> dict[str, Any]:
         JSON data. The subject's digest is the SHA-256 over the digests of all files, in the order of their names.
 
     Raises:
-        CheckpointError: there is no manifest, or a file is not of the size that it says.
+        CheckpointError: there is no manifest, it was changed, or a file is not what it says. A model card may be
+            edited, and files may be added: they are signed as they are.
         StorageError: the store failed.
     """
-    shards = {record.file: record for record in manifest_records(source)}
+    contents = published_contents(source)
+    if contents.is_intact is False:
+        raise _differs(source, MANIFEST_FILE, "changed after it was written (its own digest differs)")
+    shards = {record.file: record for record in contents.records}
+    files = contents.files or {}
     digests: dict[str, str] = {}
     for stat in source.list():
         if PurePosixPath(stat.name).parts[0] in (*_IGNORED, RECORD_ROOT):
@@ -45,16 +50,15 @@ def statement(source: Source, name: str) -> dict[str, Any]:
         shard = shards.get(stat.name)
         if shard is None:
             data = source.read(stat.name, max_bytes=MAX_SIDE_FILE_BYTES)
-            digests[stat.name] = hashlib.sha256(data).hexdigest()
+            found = FileDigest.of(data)
+            if stat.name != CARD_FILE and files.get(stat.name, found) != found:
+                raise _differs(source, stat.name, "not what was written (SHA-256 differs)")
+            digests[stat.name] = found.sha256
         elif stat.num_bytes != shard.num_bytes:
-            raise CheckpointError(
-                f"{stat.num_bytes} bytes instead of {shard.num_bytes}",
-                where=f"{source.uri}/{stat.name}",
-                remedy="see what else is wrong with `mergekit-ray verify`",
-            )
+            raise _differs(source, stat.name, f"{stat.num_bytes} bytes instead of {shard.num_bytes}")
         else:
             digests[stat.name] = shard.sha256
-    missing = sorted(shards.keys() - digests.keys())
+    missing = sorted((shards.keys() | files.keys()) - digests.keys() - {CARD_FILE})
     if missing:
         raise CheckpointError("missing", where=f"{source.uri}/{missing[0]}", remedy="run the merge again")
     names = sorted(digests, key=PurePosixPath)
@@ -73,3 +77,8 @@ def statement(source: Source, name: str) -> dict[str, Any]:
             "resources": [{"name": file, "algorithm": "sha256", "digest": digests[file]} for file in names],
         },
     }
+
+
+def _differs(source: Source, name: str, what: str) -> CheckpointError:
+    remedy = "see what else is wrong with `mergekit-ray verify`"
+    return CheckpointError(what, where=f"{source.uri}/{name}", remedy=remedy)

@@ -23,8 +23,8 @@ from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.prepare import make_routers
 from mergekit_ray.operations.run_plan import run_plan
-from mergekit_ray.output.destination import MANIFEST_FILE
-from mergekit_ray.output.manifest import read_manifest
+from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
+from mergekit_ray.output.manifest import FileDigest, is_intact, listed_files, read_manifest
 from mergekit_ray.output.provenance import header_digest
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.reporting.reporters import Reporter
@@ -38,7 +38,7 @@ class Reproduction:
 
     Attributes:
         uri: where the model is.
-        num_shards: that were compared.
+        num_shards: that were compared, beside the files that the manifest lists.
         problems: what is not as the manifest says, in words, each naming a file; empty if all came out the same.
         notes: what differs and need not matter: versions of software, and of inputs whose content is the same.
     """
@@ -57,7 +57,9 @@ def reproduce(
     reporter: Reporter | None = None,
     stop: threading.Event | None = None,
 ) -> Reproduction:
-    """Merge again what a manifest describes, from the inputs it pins, and compare the digests of all shards.
+    """Merge again what a manifest describes, from the inputs it pins, and compare the digests of all files.
+
+    All but the model card, which names the version of mergekit-ray.
 
     Inputs are opened at the URIs of the manifest: Hub repositories at their commit, folders and prefixes where they
     were. Each file must have the size and, where the manifest says it, the header that it had.
@@ -76,6 +78,7 @@ def reproduce(
     """
     try:
         records = [ShardRecord.from_json(record) for record in manifest["shards"]]
+        files = listed_files(manifest)
         plan, notes = _plan(manifest, records, options)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -88,9 +91,11 @@ def reproduce(
             where=result.uri,
             remedy="choose another output; verify compares a model with its own manifest",
         )
-    again = {record["file"]: record for record in read_manifest(result.uri)["shards"]}
+    made = read_manifest(result.uri)
+    again = {record["file"]: record for record in made["shards"]}
     problems = [problem for record in records for problem in _differences(record, again.get(record.file))]
-    remarks = (*_software_notes(manifest), *_device_notes(records, again), *notes)
+    problems += _file_differences(files, listed_files(made))
+    remarks = (*_manifest_notes(manifest), *_software_notes(manifest), *_device_notes(records, again), *notes)
     return Reproduction(result.uri, len(records), tuple(problems), remarks)
 
 
@@ -204,6 +209,26 @@ def _differences(record: ShardRecord, again: Mapping[str, Any] | None) -> list[s
     if found.sha256 != record.sha256:
         return [f"{record.file}: came out another (SHA-256 differs)"]
     return []
+
+
+def _file_differences(files: Mapping[str, FileDigest] | None, again: Mapping[str, FileDigest] | None) -> list[str]:
+    """What came out another beside the shards, where both manifests list it."""
+    if files is None or again is None:
+        return []
+    names = sorted((files.keys() | again.keys()) - {CARD_FILE})
+    return [
+        f"{name}: {'was not made' if name not in again else 'came out another (SHA-256 differs)'}"
+        for name in names
+        if files.get(name) != again.get(name)
+    ]
+
+
+def _manifest_notes(manifest: Mapping[str, Any]) -> list[str]:
+    """An edited manifest may be meant: inputs are moved."""
+    intact = is_intact(manifest)
+    if intact is None:
+        return ["the manifest is of an earlier version: it lists no files beside the weights to compare"]
+    return [] if intact else [f"{MANIFEST_FILE} was changed after it was written (its own digest differs)"]
 
 
 def _device_notes(records: list[ShardRecord], again: Mapping[str, Mapping[str, Any]]) -> list[str]:

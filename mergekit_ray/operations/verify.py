@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,9 +15,9 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.record import ShardRecord, tensor_digest
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.output.destination import INDEX_FILE, RECORD_ROOT
-from mergekit_ray.output.manifest import manifest_records, read_json
-from mergekit_ray.storage.protocols import Source
+from mergekit_ray.output.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE
+from mergekit_ray.output.manifest import Contents, FileDigest, published_contents, read_json
+from mergekit_ray.storage.protocols import FileStat, Source
 
 _READ_BYTES: Final = 32 << 20
 """A multiple of every element's size, so that no element lies across two reads."""
@@ -28,10 +29,30 @@ _OTHER_WIDTH_KEYS: Final = ("word_embed_proj_dim", "embedding_size")
 
 _FLOATING: Final = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2})
 
+_STRAYS: Final = (
+    (
+        # Not GGUF or ONNX, which lie beside many models and are read only by name, nor the state of a training.
+        r"(?!(training_args|optimizer|scheduler|scaler|rng_state[^/]*)\.)[^/]+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack)"
+        r"|[^/]+\.index(\.[^/]+)?\.json|adapter_config\.json",
+        "not part of this model, and readers may load it instead",
+    ),
+    (r"[^/]+\.py|custom_generate/.+\.py", "not part of this model, and readers that trust its code may run it"),
+    (
+        r"[^/]*(config|token|vocab|merges|spiece|bpe)[^/]*\.(json|txt)|(params|tekken|modules|model_index)\.json"
+        r"|[^/]+\.(model|tiktoken|jinja)|chat_template\.json|additional_chat_templates/[^/]+\.jinja",
+        "not part of this model, and readers may go by it",
+    ),
+)
+"""Files that readers find by their names, by what they do with them. Other subfolders are other models' business.
+
+transformers merges an adapter that it finds into the model, and takes a function that generates from
+``custom_generate``; vLLM and SGLang take all weights of a format, and how they are quantised from several files.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """How thorough to be. Sizes, headers, index and shapes are always looked at: they cost no reading of weights.
+    """How thorough to be. All but the weights is always compared, and of these sizes, headers and shapes.
 
     Attributes:
         sample: digests of so many tensors, drawn at random, are compared; None for those of all tensors and files.
@@ -50,20 +71,24 @@ class Verification:
 
     Attributes:
         num_shards: whose size and header were compared.
+        num_files: others that were read and compared.
         num_tensors, num_bytes: tensors that were read and compared; bytes read, headers included.
         problems: in words, each naming a file; empty if all is as the manifest says.
+        notes: what the user should know and is no problem: an edited model card, what could not be compared.
     """
 
     num_shards: int = 0
+    num_files: int = 0
     num_tensors: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def verify(
     source: Source, on_bytes: Callable[[int], None] = lambda _: None, options: VerifyOptions | None = None
 ) -> Verification:
-    """Check sizes, headers, index, shapes and digests of a model made by mergekit-ray.
+    """Compare every file of a model made by mergekit-ray with its manifest, and look for files that are not part of it.
 
     Args:
         source: where the model is.
@@ -84,20 +109,72 @@ class _Verifier:
         self._options = options
         self._result = Verification()
         self._specs: dict[str, TensorSpec] = {}
+        self._wrong: set[str] = set()
 
     def run(self) -> Verification:
-        records = manifest_records(self._source)
+        contents = published_contents(self._source)
+        records = contents.records
+        present = {stat.name: stat for stat in self._source.list()}
+        if contents.is_intact is False:
+            self._problem(MANIFEST_FILE, "changed after it was written (its own digest differs)")
         self._check_index(records)
-        self._check_strays({record.file for record in records})
+        self._check_strays(contents, present)
         chosen = self._choose(records)
         for record in records:
             self._check_shard(record, chosen)
         if len(self._specs) == sum(len(record.tensors) for record in records):
             self._check_config()
+        self._check_files(contents, present)
         return self._result
 
     def _problem(self, file: str, what: str) -> None:
+        self._wrong.add(file)
         self._result.problems.append(f"{file}: {what}")
+
+    def _read_object(self, name: str, missing: str) -> dict[str, Any] | None:
+        """The object in a file; None after telling that there is none."""
+        try:
+            found = read_json(self._source, name)
+        except CheckpointError as error:
+            self._problem(name, error.what)
+            return None
+        if found is None:
+            self._problem(name, missing)
+        return found
+
+    def _check_files(self, contents: Contents, present: Mapping[str, FileStat]) -> None:
+        """Compare everything that is no shard, unless it is known to be wrong already."""
+        if contents.files is None:
+            self._result.notes.append(
+                f"{MANIFEST_FILE} is of an earlier version, without digests of config, index, tokenizer and the other "
+                "files beside the weights: whether these changed cannot be told"
+            )
+        listed: Mapping[str, FileDigest | None] = contents.files or dict.fromkeys(contents.side_files)
+        for name, digest in listed.items():
+            if name in self._wrong:
+                continue
+            what = self._difference(name, digest, present.get(name))
+            if what is None:
+                self._result.num_files += digest is not None
+            elif name == CARD_FILE:  # people write theirs, and no reader of the weights looks at it
+                self._result.notes.append(f"{name}: {what}; a model card may be edited")
+            else:
+                self._problem(name, what)
+
+    def _difference(self, name: str, digest: FileDigest | None, stat: FileStat | None) -> str | None:
+        if stat is None:
+            return "missing"
+        if digest is None:
+            return None
+        if stat.num_bytes != digest.num_bytes:
+            return f"{stat.num_bytes} bytes instead of {digest.num_bytes}"
+        found = hashlib.sha256()
+        try:
+            for data in self._read(name, 0, stat.num_bytes, stat.version):
+                found.update(data)
+        except CheckpointError as error:
+            return error.what
+        return None if found.hexdigest() == digest.sha256 else "not what was written (SHA-256 differs)"
 
     def _choose(self, records: list[ShardRecord]) -> frozenset[str] | None:
         """Names of the tensors to be read; None for all."""
@@ -107,9 +184,8 @@ class _Verifier:
         return frozenset(random.Random(self._options.seed).sample(names, self._options.sample))
 
     def _check_index(self, records: list[ShardRecord]) -> None:
-        index = read_json(self._source, INDEX_FILE)
+        index = self._read_object(INDEX_FILE, "missing, so readers do not see a model")
         if index is None:
-            self._problem(INDEX_FILE, "missing, so readers do not see a model")
             return
         found = index.get("weight_map")
         weight_map = found if isinstance(found, dict) else {}
@@ -119,11 +195,15 @@ class _Verifier:
             first = next(name for name in names if weight_map.get(name) != expected.get(name))
             self._problem(INDEX_FILE, f"does not belong to this run, first at tensor {first!r}")
 
-    def _check_strays(self, listed: set[str]) -> None:
-        for stat in self._source.list():
-            name = stat.name
-            if name.endswith(".safetensors") and name not in listed and not name.startswith(f"{RECORD_ROOT}/"):
-                self._problem(name, "not part of this model, and readers may load it instead")
+    def _check_strays(self, contents: Contents, present: Iterable[str]) -> None:
+        own = {MANIFEST_FILE, INDEX_FILE, CARD_FILE, _CONFIG_FILE, *contents.side_files, *(contents.files or ())}
+        own |= {record.file for record in contents.records}
+        for name in present:
+            if name in own or name.startswith("."):
+                continue
+            what = next((what for pattern, what in _STRAYS if re.fullmatch(pattern, name.lower())), None)
+            if what is not None:
+                self._problem(name, what)
 
     def _check_shard(self, record: ShardRecord, chosen: frozenset[str] | None) -> None:
         stat = self._source.stat(record.file)
@@ -181,9 +261,8 @@ class _Verifier:
 
         Layers beyond those that the config counts are let pass: some families predict further tokens with them.
         """
-        config = read_json(self._source, _CONFIG_FILE)
+        config = self._read_object(_CONFIG_FILE, "missing, so readers do not know what the weights are of")
         if config is None:
-            self._problem(_CONFIG_FILE, "missing, so readers do not know what the weights are of")
             return
         try:
             parts = anatomy(self._specs, config, self._source.uri)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +21,55 @@ from mergekit_ray.storage.protocols import Source
 _MAX_JSON_BYTES: Final = 512 << 20
 _FORMAT: Final = 1
 _NEEDED: Final = {"recipe": dict, "inputs": dict, "shards": list, "seed": int, "software": dict}
+_OWN_DIGEST: Final = "manifest_sha256"
 
 
-def manifest(plan: Plan, records: Mapping[str, ShardRecord], headers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """What was merged from what: pinned inputs, recipe, seed, software, digests of every shard and tensor.
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a published file that is no shard holds.
+
+    Attributes:
+        num_bytes: its size.
+        sha256: hex.
+    """
+
+    num_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileDigest:
+        """Of a file's content."""
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {"num_bytes": self.num_bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A published model, as its manifest lists it.
+
+    Attributes:
+        records: its shards.
+        files: everything else but the manifest, by name; None where the manifest is too old to list it.
+        side_files: names of the files that were copied or generated beside weights and config.
+        is_intact: the manifest is as it was written; None where it is too old to tell.
+    """
+
+    records: list[ShardRecord]
+    files: Mapping[str, FileDigest] | None
+    side_files: tuple[str, ...] = ()
+    is_intact: bool | None = None
+
+
+def manifest(
+    plan: Plan,
+    records: Mapping[str, ShardRecord],
+    headers: Mapping[tuple[str, str], str],
+    files: Mapping[str, FileDigest],
+) -> dict[str, Any]:
+    """What was merged from what: pinned inputs, recipe, seed, software, digests of all files and tensors and its own.
 
     Its form is that of docs/manifest.schema.json.
 
@@ -30,8 +77,9 @@ def manifest(plan: Plan, records: Mapping[str, ShardRecord], headers: Mapping[tu
         plan: what was carried out.
         records: of its shards, by file.
         headers: `provenance.header_digests` of the inputs.
+        files: everything else that is published, by name.
     """
-    return {
+    made = {
         "format": _FORMAT,
         "plan_digest": plan.digest,
         "software": {"mergekit-ray": __version__, "torch": metadata.version("torch")},
@@ -56,7 +104,21 @@ def manifest(plan: Plan, records: Mapping[str, ShardRecord], headers: Mapping[tu
         "aliased": dict(plan.aliased),
         "side_files": [*(side.file.name for side in plan.side_files), *plan.generated_files],
         "shards": [_without_version(records[shard.file]) for shard in plan.shards],
+        "files": {name: digest.to_json() for name, digest in files.items()},
     }
+    return {**made, _OWN_DIGEST: own_digest(made)}
+
+
+def own_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest but for this digest, as JSON in UTF-8 with sorted keys and without spaces."""
+    rest = {key: value for key, value in manifest.items() if key != _OWN_DIGEST}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def is_intact(manifest: Mapping[str, Any]) -> bool | None:
+    """Whether a manifest is as it was written, by its own digest; None where it is too old to have one."""
+    return None if _OWN_DIGEST not in manifest else manifest[_OWN_DIGEST] == own_digest(manifest)
 
 
 def _without_version(record: ShardRecord) -> dict[str, Any]:
@@ -91,8 +153,8 @@ def read_manifest(place: str) -> dict[str, Any]:
     return found
 
 
-def manifest_records(source: Source) -> list[ShardRecord]:
-    """The shards of a published model, as its manifest lists them.
+def published_contents(source: Source) -> Contents:
+    """What a published model consists of, by its manifest.
 
     Raises:
         CheckpointError: there is no manifest, or it is not one.
@@ -105,13 +167,27 @@ def manifest_records(source: Source) -> list[ShardRecord]:
             remedy="check the path; an unfinished merge is completed by running it again",
         )
     try:
-        return [ShardRecord.from_json(record) for record in manifest["shards"]]
+        records = [ShardRecord.from_json(record) for record in manifest["shards"]]
+        return Contents(
+            records, listed_files(manifest), tuple(map(str, manifest.get("side_files", ()))), is_intact(manifest)
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            "not the manifest of a model: it names no shards",
+            "not the manifest of a model: it names no shards, or lists its files in another form",
             where=f"{source.uri}/{MANIFEST_FILE}",
-            remedy="verify reads what `merge` has published",
+            remedy="verify and attest read what `merge` has published",
         ) from error
+
+
+def listed_files(manifest: Mapping[str, Any]) -> dict[str, FileDigest] | None:
+    """The files beside the shards that a manifest lists, by name; None where it is too old to.
+
+    Raises:
+        KeyError, TypeError, AttributeError: the list is not as `merge` writes it.
+    """
+    if "files" not in manifest:
+        return None
+    return {name: FileDigest(found["num_bytes"], found["sha256"]) for name, found in manifest["files"].items()}
 
 
 def read_json(source: Source, name: str) -> dict[str, Any] | None:

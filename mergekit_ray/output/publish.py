@@ -14,7 +14,7 @@ from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.version import __version__
 from mergekit_ray.output.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, Destination
-from mergekit_ray.output.manifest import manifest
+from mergekit_ray.output.manifest import FileDigest, manifest
 from mergekit_ray.output.provenance import header_digests
 from mergekit_ray.storage.protocols import PublishingSink, Source
 
@@ -44,7 +44,13 @@ def publish(
 ) -> None:
     """Write config, tokenizer and other side files, card, manifest, and the index last."""
     sink = destination.sink
-    sink.put("config.json", _json_bytes(plan.config))
+    files: dict[str, FileDigest] = {}
+
+    def put(name: str, data: bytes) -> None:
+        sink.put(name, data)
+        files[name] = FileDigest.of(data)
+
+    put("config.json", _json_bytes(plan.config))
     for side in plan.side_files:
         source = sources[side.model]
         stat = source.stat(side.file.name)
@@ -54,12 +60,15 @@ def publish(
                 where=f"{source.uri}/{side.file.name}",
                 remedy="run the merge again",
             )
-        sink.put(side.file.name, source.read(side.file.name, max_bytes=MAX_SIDE_FILE_BYTES))
+        put(side.file.name, source.read(side.file.name, max_bytes=MAX_SIDE_FILE_BYTES))
     for name, text in plan.generated_files.items():
-        sink.put(name, text.encode())
-    sink.put(CARD_FILE, model_card(plan).encode())
-    sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records, header_digests(plan.inputs, sources))))
-    sink.put(INDEX_FILE, _json_bytes(plan.index))
+        put(name, text.encode())
+    put(CARD_FILE, model_card(plan).encode())
+    index = _json_bytes(plan.index)
+    headers = header_digests(plan.inputs, sources)
+    listed = {**files, INDEX_FILE: FileDigest.of(index)}
+    sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records, headers, listed)))
+    sink.put(INDEX_FILE, index)
     if isinstance(sink, PublishingSink):
         sink.finish()
 

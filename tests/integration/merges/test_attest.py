@@ -12,7 +12,9 @@ import pytest
 import mergekit_ray
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.operations.attest import statement
+from mergekit_ray.output.manifest import Contents
 from mergekit_ray.storage.local.store import LocalSource
+from support.manifests import make_old
 from support.merging import recipe_of, run_command
 from support.models import ModelLibrary
 
@@ -41,7 +43,7 @@ def test_the_form_and_the_root_are_the_librarys(tmp_path: Path, monkeypatch: pyt
     for name, text in ((".mergekit/c", "c\n"), ("a.txt", "a\n"), ("b.safetensors", "b\n")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr("mergekit_ray.operations.attest.manifest_records", lambda source: [])
+    monkeypatch.setattr("mergekit_ray.operations.attest.published_contents", lambda source: Contents([], {}))
     told = statement(LocalSource(str(tmp_path)), "model")
     assert files_of(told) == REFERENCE_FILES
     assert told["subject"] == [{"name": "model", "digest": {"sha256": REFERENCE_ROOT}}]
@@ -81,3 +83,34 @@ def test_a_shard_that_is_not_as_written(published: Path) -> None:
     with pytest.raises(CheckpointError, match="missing") as caught:
         statement(LocalSource(str(published)), "m")
     assert shard.name in str(caught.value)
+
+
+def test_what_is_not_as_published_is_not_signed(published: Path) -> None:
+    config = published / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("rope", "ROPE"))
+    with pytest.raises(CheckpointError, match="SHA-256 differs") as caught:
+        statement(LocalSource(str(published)), "m")
+    assert str(config) in str(caught.value)
+    config.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        statement(LocalSource(str(published)), "m")
+    config.write_text(text)
+    manifest = published / "mergekit-ray.json"
+    manifest.write_text(manifest.read_text().replace('"linear"', '"ties"'))
+    with pytest.raises(CheckpointError, match="changed after it was written"):
+        statement(LocalSource(str(published)), "m")
+
+
+def test_a_card_and_a_licence_of_ones_own_are_signed_as_they_are(published: Path) -> None:
+    for name in ("README.md", "LICENSE"):
+        (published / name).write_text("mine")
+    digests = files_of(statement(LocalSource(str(published)), "m"))
+    assert digests["README.md"] == digests["LICENSE"] == hashlib.sha256(b"mine").hexdigest()
+
+
+def test_a_manifest_of_an_earlier_version(published: Path) -> None:
+    before = files_of(statement(LocalSource(str(published)), "m"))
+    make_old(published)
+    after = files_of(statement(LocalSource(str(published)), "m"))
+    assert {name for name in before if before[name] != after[name]} == {"mergekit-ray.json"}

@@ -20,6 +20,7 @@ from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.reproduce import Reproduction, reproduce
 from mergekit_ray.output.destination import MANIFEST_FILE
 from mergekit_ray.output.manifest import read_manifest
+from support.manifests import edit_manifest, make_old
 from support.models import contents
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "manifest.schema.json").read_text())
@@ -43,13 +44,6 @@ def out(models: list[Path], tmp_path: Path) -> Path:
 
 def again(place: Path, target: Path) -> Reproduction:
     return reproduce(read_manifest(str(place)), str(target), LOCAL)
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / MANIFEST_FILE
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 class TestReproduce:
@@ -79,7 +73,7 @@ class TestReproduce:
             tensors[next(iter(tensors))] = "0" * 32
             data["shards"][2]["sha256"] = "0" * 64
 
-        edit(out, change)
+        edit_manifest(out, change)
         first, second = again(out, tmp_path / "again").problems
         assert "tensor " in first
         assert "XXH3-128" in first
@@ -102,10 +96,12 @@ class TestReproduce:
         with pytest.raises(CheckpointError):
             again(out, tmp_path / "again")
         path.write_bytes(data)
-        edit(out, lambda found: found["inputs"][str(models[1])]["files"]["model.safetensors"].update(num_bytes=1))
+        edit_manifest(
+            out, lambda found: found["inputs"][str(models[1])]["files"]["model.safetensors"].update(num_bytes=1)
+        )
         with pytest.raises(CheckpointError, match="its size or header is another"):
             again(out, tmp_path / "again")
-        edit(out, lambda found: found["inputs"][str(models[1])]["files"].clear())
+        edit_manifest(out, lambda found: found["inputs"][str(models[1])]["files"].clear())
         with pytest.raises(CheckpointError, match="was not read when the model was made"):
             again(out, tmp_path / "again")
         assert not (tmp_path / "again").exists()
@@ -123,14 +119,46 @@ class TestReproduce:
             again(out, tmp_path / "again")
 
     def test_other_tensors_than_listed_are_told(self, out: Path, tmp_path: Path) -> None:
-        edit(out, lambda found: found["shards"].pop())
+        edit_manifest(out, lambda found: found["shards"].pop())
         with pytest.raises(CheckpointError, match="makes other tensors than the manifest lists, first "):
             again(out, tmp_path / "again")
 
     def test_other_software_is_noted(self, out: Path, tmp_path: Path) -> None:
-        edit(out, lambda found: found["software"].update(torch="0.1"))
+        edit_manifest(out, lambda found: found["software"].update(torch="0.1"))
         [note] = again(out, tmp_path / "again").notes
         assert note.startswith("made with torch 0.1, reproduced with ")
+
+    def test_an_edited_manifest_is_noted(self, out: Path, tmp_path: Path) -> None:
+        path = out / MANIFEST_FILE
+        path.write_text(path.read_text().replace('"seed": 11', '"seed": 12', 1))
+        found = again(out, tmp_path / "again")
+        assert f"{MANIFEST_FILE} was changed after it was written (its own digest differs)" in found.notes
+        assert found.problems
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
+    def test_another_file_beside_the_weights_is_named(self, out: Path, tmp_path: Path, name: str) -> None:
+        edit_manifest(out, lambda found: found["files"][name].update(sha256="0" * 64))
+        assert again(out, tmp_path / "again").problems == (f"{name}: came out another (SHA-256 differs)",)
+
+    def test_a_side_file_that_is_gone_or_new_is_named(self, out: Path, models: list[Path], tmp_path: Path) -> None:
+        (models[0] / "tokenizer.json").unlink()
+        (models[0] / "vocab.json").write_text("{}")
+        assert again(out, tmp_path / "again").problems == (
+            "tokenizer.json: was not made",
+            "vocab.json: came out another (SHA-256 differs)",
+        )
+
+    def test_the_card_names_the_software_and_is_not_compared(self, out: Path, tmp_path: Path) -> None:
+        edit_manifest(out, lambda found: found["files"]["README.md"].update(sha256="0" * 64))
+        assert again(out, tmp_path / "again").problems == ()
+
+    def test_a_manifest_of_an_earlier_version(self, out: Path, tmp_path: Path) -> None:
+        make_old(out)
+        found = again(out, tmp_path / "again")
+        assert found.problems == ()
+        assert found.notes == (
+            "the manifest is of an earlier version: it lists no files beside the weights to compare",
+        )
 
     @pytest.mark.parametrize(
         "damage", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "recipe": 3}', "[" * 100_000]
@@ -140,15 +168,17 @@ class TestReproduce:
         with pytest.raises(CheckpointError, match=r"manifest|not JSON"):
             read_manifest(str(tmp_path / MANIFEST_FILE))
 
-    @pytest.mark.parametrize("key", ["shards", "inputs"])
+    @pytest.mark.parametrize("key", ["shards", "inputs", "files"])
     def test_a_manifest_that_was_changed(self, out: Path, tmp_path: Path, key: str) -> None:
         def change(data: dict[str, Any]) -> None:
             if key == "shards":
                 data["shards"][0] = {"file": "x"}
+            elif key == "files":
+                data["files"] = ["x"]
             else:
                 next(iter(data["inputs"].values())).pop("uri")
 
-        edit(out, change)
+        edit_manifest(out, change)
         with pytest.raises(CheckpointError, match="a manifest that was changed"):
             again(out, tmp_path / "again")
 
@@ -158,7 +188,7 @@ class TestReproduce:
         assert json.loads(done.stdout)["ok"] is True
         said = CliRunner().invoke(app, ["reproduce", str(out / MANIFEST_FILE), str(tmp_path / "third")])
         assert "all as the manifest says" in said.stdout
-        edit(out, lambda found: found["shards"][0].update(sha256="0" * 64))
+        edit_manifest(out, lambda found: found["shards"][0].update(sha256="0" * 64))
         done = CliRunner().invoke(app, ["reproduce", str(out), str(tmp_path / "again"), "--quiet"])
         assert done.exit_code == 3
         assert done.stderr.startswith("wrong: model-00001")
@@ -178,6 +208,10 @@ class TestSchema:
         assert "LICENSE" in found["side_files"]
         jsonschema.validate(found, SCHEMA)
 
+    def test_so_do_those_of_earlier_versions(self, out: Path) -> None:
+        make_old(out)
+        jsonschema.validate(read_manifest(str(out)), SCHEMA)
+
     @pytest.mark.parametrize(
         "change",
         [
@@ -191,6 +225,11 @@ class TestSchema:
             lambda found: found.update(shards=[]),
             lambda found: next(iter(found["inputs"].values())).update(token="x"),
             lambda found: found["software"].pop("torch"),
+            lambda found: found["files"].pop("config.json"),
+            lambda found: found["files"]["config.json"].update(sha256="x"),
+            lambda found: found["files"].update({"../config.json": found["files"]["config.json"]}),
+            lambda found: found.pop("files"),
+            lambda found: found.pop("manifest_sha256"),
         ],
     )
     def test_what_does_not_follow_it_is_refused(self, out: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -208,7 +247,7 @@ def test_another_device_is_noted(out: Path, tmp_path: Path) -> None:
             assert shard["device"] == "cpu"
             shard["device"] = "cuda"
 
-    edit(out, was_made_on_a_gpu)
+    edit_manifest(out, was_made_on_a_gpu)
     jsonschema.validate(json.loads((out / MANIFEST_FILE).read_text()), SCHEMA)
     found = again(out, tmp_path / "again")
     assert found.problems == ()

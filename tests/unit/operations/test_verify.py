@@ -20,6 +20,7 @@ from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.operations.verify import Verification, VerifyOptions, verify
 from mergekit_ray.output.destination import INDEX_FILE, MANIFEST_FILE
 from mergekit_ray.storage.local.store import LocalSource
+from support.manifests import edit_manifest, list_files_anew, make_old
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ class TestSample:
         else:
             data = first.read_bytes(), second.read_bytes()
             # As long as the one whose place it takes, as the shards of alike layers are.
-            edit(out / MANIFEST_FILE, lambda found: [s.update(num_bytes=len(data[1 - i])) for i, s in _two(found)])
+            edit_manifest(out, lambda found: [s.update(num_bytes=len(data[1 - i])) for i, s in _two(found)])
             first.write_bytes(data[1])
             second.write_bytes(data[0])
         problems = look(out, sample=0).problems
@@ -171,6 +172,7 @@ class TestShapes:
 
     def test_one_that_fits(self, out: Path) -> None:
         edit(out / "config.json", lambda config: config.update(hidden_size=8))
+        list_files_anew(out)
         assert look(out).problems == []
 
     def test_sizes_inside_of_a_multimodal_config(self, out: Path) -> None:
@@ -194,6 +196,146 @@ def test_a_manifest_that_is_none(out: Path, manifest: str) -> None:
         look(out)
 
 
+DIGEST = "not what was written (SHA-256 differs)"
+
+
+class TestFiles:
+    """All that is published beside the weights."""
+
+    @pytest.mark.parametrize("sample", [None, 0])
+    def test_all_are_compared(self, out: Path, sample: int | None) -> None:
+        found = look(out, sample=sample)
+        beside = {path.name for path in out.iterdir()} - {path.name for path in out.glob("*.safetensors")}
+        assert found.num_files == len(beside - {MANIFEST_FILE}) == 4
+        assert (found.problems, found.notes) == ([], [])
+
+    @pytest.mark.parametrize("sample", [None, 0])
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX_FILE])
+    def test_a_changed_byte_is_found(self, out: Path, name: str, sample: int | None) -> None:
+        data = (out / name).read_bytes()
+        (out / name).write_bytes(data[:-1] + b" ")
+        [found] = look(out, sample=sample).problems
+        assert found.startswith(f"{name}: ")
+
+    def test_a_changed_value_that_nothing_else_contradicts(self, out: Path) -> None:
+        for name, key in (("config.json", "rope_theta"), (INDEX_FILE, "metadata")):
+            data = json.loads((out / name).read_text())
+            (out / name).write_text(json.dumps({**data, key: {"total_size": 1}}).ljust((out / name).stat().st_size))
+        for problem in look(out).problems:
+            assert "bytes instead of" in problem or DIGEST in problem
+        assert len(look(out).problems) == 2
+
+    def test_a_file_that_is_cut_or_gone(self, out: Path) -> None:
+        path = out / "tokenizer.json"
+        size = path.stat().st_size
+        path.write_bytes(path.read_bytes()[:-1])
+        assert look(out).problems == [f"tokenizer.json: {size - 1} bytes instead of {size}"]
+        path.unlink()
+        assert look(out).problems == ["tokenizer.json: missing"]
+
+    @pytest.mark.parametrize("name", ["config.json", INDEX_FILE])
+    def test_one_that_is_no_json_any_more_is_told_with_all_else(self, out: Path, plan: Plan, name: str) -> None:
+        (out / name).write_text("{")
+        flip(out, plan, names_of(plan)[0])
+        problems = look(out).problems
+        assert any(problem.startswith(f"{name}: not JSON") for problem in problems)
+        assert any("XXH3-128" in problem for problem in problems)
+
+    @pytest.mark.parametrize("text", ["---\nlicense: mit\n---\nmine", None])
+    def test_an_edited_card_is_told_and_no_problem(self, out: Path, text: str | None) -> None:
+        path = out / "README.md"
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text)
+        found = look(out)
+        assert found.problems == []
+        [note] = found.notes
+        assert note.startswith("README.md: ")
+        assert note.endswith("a model card may be edited")
+
+    def test_an_edited_manifest_is_found(self, out: Path) -> None:
+        edit(out / MANIFEST_FILE, lambda found: found["recipe"].update(merge_method="ties"))
+        assert look(out, sample=0).problems == [
+            f"{MANIFEST_FILE}: changed after it was written (its own digest differs)"
+        ]
+
+    def test_its_form_does_not_count(self, out: Path) -> None:
+        data = json.loads((out / MANIFEST_FILE).read_text())
+        (out / MANIFEST_FILE).write_text(json.dumps(dict(reversed(data.items())), ensure_ascii=True))
+        assert look(out).problems == []
+
+    def test_lone_surrogates_in_it(self, out: Path) -> None:
+        edit(out / MANIFEST_FILE, lambda found: found["recipe"].update(merge_method="\ud800"))
+        [found] = look(out).problems
+        assert found.startswith(MANIFEST_FILE)
+
+    def test_a_manifest_of_an_earlier_version(self, out: Path) -> None:
+        make_old(out)
+        found = look(out)
+        assert (found.problems, found.num_files) == ([], 0)
+        [note] = found.notes
+        assert "of an earlier version" in note
+        edit(out / "config.json", lambda config: config.update(rope_theta=1.0))
+        assert look(out).problems == []
+        (out / "tokenizer.json").unlink()
+        assert look(out).problems == ["tokenizer.json: missing"]
+
+    @pytest.mark.parametrize("files", ['["x"]', '{"x": 3}', "3", '{"x": {"sha256": "0"}}'])
+    def test_a_list_of_files_that_is_none(self, out: Path, files: str) -> None:
+        edit_manifest(out, lambda found: found.update(files=json.loads(files)))
+        with pytest.raises(CheckpointError, match="lists its files in another form"):
+            look(out)
+
+
+class TestStrays:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+            *("consolidated.00.pth", "model.pt", "tf_model.h5", "flax_model.msgpack", "PYTORCH_MODEL.BIN"),
+            *("model.safetensors.index.fp16.json", "adapter_config.json", "adapter_model.bin"),
+            *("modeling_llama.py", "tokenization.py", "custom_generate/generate.py", "handler.py"),
+            *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+            *(
+                "vocab.json",
+                "vocab.txt",
+                "merges.txt",
+                "tokenizer.model",
+                "tekken.json",
+                "qwen.tiktoken",
+                "params.json",
+            ),
+            *("chat_template.jinja", "additional_chat_templates/tools.jinja", "modules.json", "config.4.0.0.json"),
+            *("quantize_config.json", "quantization_config.json", "hf_quant_config.json", "preprocessor_config.json"),
+        ],
+    )
+    def test_what_readers_would_load_or_run(self, out: Path, name: str) -> None:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+        [problem] = look(out, sample=0).problems
+        assert problem.startswith(f"{name}: not part of this model, and readers ")
+
+    @pytest.mark.parametrize("name", ["LICENSE", "notes.md", "eval_results.json", "model-q4.gguf", "training_args.bin"])
+    def test_what_they_would_not(self, out: Path, name: str) -> None:
+        (out / name).write_text("{}")
+        assert look(out, sample=0).problems == []
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "modeling.py", "adapter_config.json"])
+    @pytest.mark.parametrize("folder", ["other", "deep/er", ".mergekit-ray", ".git"])
+    def test_other_models_below_are_none(self, out: Path, folder: str, name: str) -> None:
+        (out / folder).mkdir(parents=True)
+        (out / folder / name).write_text("{}")
+        assert look(out, sample=0).problems == []
+
+    def test_those_of_earlier_versions_know_what_they_copied(self, out: Path) -> None:
+        make_old(out)
+        assert look(out).problems == []
+        (out / "generation_config.json").write_text('{"auto_map": {}}')
+        [problem] = look(out).problems
+        assert problem.startswith("generation_config.json: not part of this model")
+
+
 def test_work_on_a_successor_is_no_stray(out: Path, plan: Plan) -> None:
     staged = out / ".mergekit-ray" / "digest" / "staged"
     staged.mkdir(parents=True)
@@ -209,6 +351,11 @@ def test_the_command(out: Path, plan: Plan) -> None:
     done = CliRunner().invoke(app, ["verify", str(out), "--sample", "2", "--seed", "3", "--finite", "--json"])
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["num_tensors"] == 2
+    (out / "README.md").write_text("mine")
+    done = CliRunner().invoke(app, ["verify", str(out)])
+    assert done.exit_code == 0
+    assert done.stderr.startswith("note: README.md: ")
+    assert done.stdout.endswith("3 other files: all as written\n")
     flip(out, plan, names_of(plan)[0])
     done = CliRunner().invoke(app, ["verify", str(out), "--json"])
     assert done.exit_code == 3

@@ -131,6 +131,18 @@ def test_the_manifest_pins_inputs_and_digests(published: Published, models: list
                 "header_sha256": hashlib.sha256(header).hexdigest(),
             }
         }
+    shards = {shard["file"] for shard in found["shards"]}
+    assert found["files"] == {
+        path.name: {
+            "num_bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in published.root.iterdir()
+        if path.name not in {*shards, MANIFEST_FILE}
+    }
+    rest = {key: value for key, value in found.items() if key != "manifest_sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert found["manifest_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     for shard in found["shards"]:
         data = (published.root / shard["file"]).read_bytes()
         assert (shard["num_bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
@@ -147,9 +159,9 @@ def test_the_manifest_holds_no_secret(published: Published, monkeypatch: pytest.
     secrets = {"AWS_SECRET_ACCESS_KEY": "sesame-open", "HF_TOKEN": "hf_sesame", "AWS_SESSION_TOKEN": "session-sesame"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    text = json.dumps(manifest(published.plan, published.records, {})) + model_card(published.plan)
+    text = json.dumps(manifest(published.plan, published.records, {}, {})) + model_card(published.plan)
     assert not any(value in text for value in secrets.values())
-    assert text == json.dumps(manifest(published.plan, published.records, {})) + model_card(published.plan)
+    assert text == json.dumps(manifest(published.plan, published.records, {}, {})) + model_card(published.plan)
 
 
 def test_a_side_file_that_changed_is_refused_before_the_index(plan: Plan, models: list[Path], tmp_path: Path) -> None:
