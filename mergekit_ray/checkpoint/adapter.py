@@ -21,7 +21,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.storage.protocols import FileStat, Source
+from mergekit_ray.storage.protocols import FileStat, LinkedSource, Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_INDEX_NAME = "adapter_model.safetensors.index.json"
@@ -102,6 +102,8 @@ def open_adapter(source: Source, reference: str) -> Adapter:
         StorageError: the store failed.
     """
     listing = {file.name: file for file in source.list()}
+    if isinstance(source, LinkedSource):
+        source.check_links(lambda name: name in (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
     where = source.uri if source.uri == reference else f"{reference} ({source.uri})"
     if ADAPTER_CONFIG_NAME not in listing:
         what = f"there is no {ADAPTER_CONFIG_NAME}{nearest(ADAPTER_CONFIG_NAME, listing)}"
@@ -141,6 +143,8 @@ def _open_weights(
         raise CheckpointError(f"there is no {WEIGHTS_NAME}", where=where, remedy="download or copy the adapter again")
     missing = [file for file in files if file not in listing]
     if missing:
+        if isinstance(source, LinkedSource):
+            source.check_links(missing.__contains__)
         raise CheckpointError(
             f"{len(missing)} of {len(files)} weight files are missing, the first is {missing[0]}",
             where=where,

@@ -10,12 +10,12 @@ from typing import Any
 
 from mergekit_ray.checkpoint.header import Header, read_pinned_header
 from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
-from mergekit_ray.checkpoint.side_files import CONFIG_NAME, side_files
+from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file, side_files
 from mergekit_ray.checkpoint.strict_json import parse_object
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.storage.protocols import FileStat, Source
+from mergekit_ray.storage.protocols import FileStat, LinkedSource, Source
 
 SINGLE_NAME = "model.safetensors"
 _SUFFIX = ".safetensors"
@@ -71,10 +71,13 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
 
     Raises:
         ModelError: nothing is there, ``config.json`` is missing, or it is an adapter rather than a model.
-        CheckpointError: the weights are not safetensors, or malformed, incomplete or contradictory.
+        CheckpointError: the weights are not safetensors, or malformed, incomplete or contradictory; or a file is a link
+            that leads nowhere or out of the model.
         StorageError: the store failed.
     """
     listing = {file.name: file for file in source.list()}
+    if isinstance(source, LinkedSource):  # now, not when the weights have been merged and the tokenizer is copied
+        source.check_links(lambda name: name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME) or is_side_file(name))
     if not listing:
         raise ModelError("there are no files", where=_place(source, reference), remedy="check the path or prefix")
     config = _read_config(source, listing, reference)
@@ -135,6 +138,8 @@ def _open_indexed(source: Source, listing: Mapping[str, FileStat]) -> _Weights:
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if file not in listing]
     if missing:
+        if isinstance(source, LinkedSource):
+            source.check_links(missing.__contains__)
         raise CheckpointError(
             f"{len(missing)} of {len(files)} weight files are missing: {_some(missing)}",
             where=source.uri,
@@ -161,6 +166,8 @@ def _open_indexed(source: Source, listing: Mapping[str, FileStat]) -> _Weights:
 
 def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str) -> list[str]:
     """The weight files of a folder without an index."""
+    if isinstance(source, LinkedSource):
+        source.check_links(lambda name: "/" not in name and name.endswith(_SUFFIX) and not name.startswith("adapter_"))
     files = sorted(
         name for name in listing if "/" not in name and name.endswith(_SUFFIX) and not name.startswith("adapter_")
     )

@@ -112,6 +112,22 @@ class MappableSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class LinkedSource(Source, Protocol):
+    """A source where a file may be a link to another. `read` and its like refuse one that leads out of the model."""
+
+    def check_links(self, is_wanted: Callable[[str], bool]) -> None:
+        """See that every link of a wanted name leads to a file of the model: `list` leaves out those that lead nowhere.
+
+        Args:
+            is_wanted: whether a file of this name is needed.
+
+        Raises:
+            CheckpointError: one leads elsewhere, or nowhere, or is a folder with files that are wanted.
+        """
+        ...
+
+
 class Upload(Protocol):
     """One file being written, in order. Nothing is visible under its name before `commit`."""
 

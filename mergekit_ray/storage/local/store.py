@@ -20,6 +20,7 @@ from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
 from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, move_files
+from mergekit_ray.storage.local.links import check_link, check_links, file_status, leads_nowhere
 from mergekit_ray.storage.local.mapped import map_file
 from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
 from mergekit_ray.storage.names import check_name
@@ -55,7 +56,8 @@ class LocalSource:
     """A folder that is read.
 
     A file's version is its size and modification time, so that copies made with their times kept (``rsync -t``) on
-    several nodes have one version. Recently used files stay open.
+    several nodes have one version. Recently used files stay open. Symbolic links are followed as `storage.local.links`
+    says; a file behind another is a CheckpointError.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -74,7 +76,7 @@ class LocalSource:
             self._open_files.clear()
 
     def list(self) -> builtins.list[FileStat]:
-        """See `Source.list`. Files being written are not listed; symbolic links to files are."""
+        """See `Source.list`. Files being written are not listed; symbolic links to files are, wherever they lead."""
         found = [
             FileStat(name, status.st_size, self._version(name, status)) for name, status in self._walk(self._root, "")
         ]
@@ -87,10 +89,17 @@ class LocalSource:
         except NOT_THERE:
             return None
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
             raise local_fault(error, self._path(name)) from error
         if not _is_file(status):
             return None
+        check_link(self._root, self._path(name))
         return FileStat(name, status.st_size, self._version(name, status))
+
+    def check_links(self, is_wanted: Callable[[str], bool]) -> None:
+        """See `LinkedSource.check_links`."""
+        check_links(self._root, is_wanted)
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """See `Source.read`."""
@@ -169,14 +178,17 @@ class LocalSource:
             with self._lock:
                 file = self._open_files.get(name)
                 if file is None or file.identity != (status.st_dev, status.st_ino):
+                    check_link(self._root, path)
                     file = self._open_files[name] = _OpenFile(path)
                     status = os.fstat(file.fd)
                 self._open_files.move_to_end(name)
                 if len(self._open_files) > MAX_OPEN_FILES:
                     self._open_files.popitem(last=False)
-        except NOT_THERE as error:
-            raise missing(str(path)) from error
         except OSError as error:
+            if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - False also where it may not be read
+                raise leads_nowhere(path) from error
+            if isinstance(error, NOT_THERE):
+                raise missing(str(path)) from error
             raise local_fault(error, path) from error
         return file, status
 
@@ -198,9 +210,8 @@ class LocalSource:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
-                    elif entry.is_file():
-                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                            yield prefix + entry.name, entry.stat()
+                    elif (status := file_status(entry)) is not None:
+                        yield prefix + entry.name, status
         except NOT_THERE:
             return
         except OSError as error:

@@ -161,12 +161,12 @@ def test_long_names_leave_room_for_the_temporary_name(store: LocalStore) -> None
 
 
 def test_links_to_files_are_read_and_replaced_by_writes(store: LocalStore, tmp_path: Path) -> None:
-    target = tmp_path / "elsewhere" / "blob"
+    target = tmp_path / "blobs" / "blob"
     target.parent.mkdir()
     target.write_bytes(b"blob")
-    inside = LocalStore(tmp_path / "snapshot")
+    inside = LocalStore(tmp_path / "snapshots" / "commit")
     inside.put("b", b"")
-    (tmp_path / "snapshot" / "a").symlink_to(target)
+    (tmp_path / "snapshots" / "commit" / "a").symlink_to(target)
     assert [file.name for file in inside.list()] == ["a", "b"]
     assert inside.read("a", max_bytes=4) == b"blob"
     inside.put("a", b"new")
