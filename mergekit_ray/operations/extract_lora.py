@@ -50,6 +50,7 @@ from mergekit_ray.operations.extraction_report import (
 )
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import run_plan
+from mergekit_ray.output.places import check_apart
 from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapter_config, extraction
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.make import inputs_of, models_of
@@ -175,9 +176,8 @@ class _Extraction:
         Raises:
             PlanError: something else is there.
         """
-        for model in models.values():
-            if any(checkpoint.source.uri == self._sink.uri for checkpoint in model.weights.inputs.values()):
-                raise PlanError("the output is one of the inputs", where=self._sink.uri, remedy="write elsewhere")
+        read = [checkpoint for model in models.values() for checkpoint in model.weights.inputs.values()]
+        check_apart({checkpoint.source.uri: checkpoint.files for checkpoint in read}, self._sink.uri, _OWN_FILES)
         present = {stat.name for stat in self._sink.list() if "/" not in stat.name}
         manifest: dict[str, Any] = {}
         if MANIFEST_FILE in present:

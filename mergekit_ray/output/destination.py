@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.output.places import check_apart
 from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
 from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, Sink
 
@@ -81,12 +82,9 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
         overwrite: another model, or another plan's unfinished work, that is there may be replaced.
 
     Raises:
-        PlanError: the place is taken, or it holds one of the inputs.
+        PlanError: the place is taken, or it is not apart from the inputs (see `check_apart`).
     """
-    if any(_same_place(model.uri, sink.uri) for model in plan.inputs.values()):
-        raise PlanError(
-            "the output is one of the inputs", where=sink.uri, remedy="write to another folder, prefix or repository"
-        )
+    check_apart({model.uri: model.files for model in plan.inputs.values()}, sink.uri, _written(plan))
     folder = f"{RECORD_ROOT}/{plan.digest}"
     staging = f"{folder}/{STAGED}"
     present = {stat.name: stat for stat in sink.list()}
@@ -165,19 +163,24 @@ def _is_nothing(foreign: Collection[str]) -> bool:
     return all(name.startswith(f"{RECORD_ROOT}/") and name.endswith(f"/{PLAN_FILE}") for name in foreign)
 
 
+def _written(plan: Plan) -> frozenset[str]:
+    """Names of all files that a plan writes."""
+    named = {*(shard.file for shard in plan.shards), *(side.file.name for side in plan.side_files)}
+    return frozenset({INDEX_FILE, MANIFEST_FILE, CARD_FILE, "config.json", *named, *plan.generated_files})
+
+
 def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:
-    """What a published model's manifest says was copied beside its weights."""
+    """What a published model's manifest says was copied beside its weights, and not in a folder of another model."""
     listed = (manifest or {}).get("side_files")
-    return frozenset(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else frozenset()
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return frozenset(name for name in names if "/" not in name or is_side_file(name))
 
 
 def _foreign(
     present: Mapping[str, FileStat], plan: Plan, folder: str, old_side_files: Collection[str], *, resuming: bool
 ) -> tuple[str, ...]:
     """Files that this plan did not write and that a model there would be confused with."""
-    shards = {shard.file for shard in plan.shards}
-    ours = shards | {INDEX_FILE, MANIFEST_FILE, CARD_FILE, "config.json"} | {s.file.name for s in plan.side_files}
-    ours |= plan.generated_files.keys()
+    ours = _written(plan)
     found = []
     for name in present:
         if name.startswith(f"{RECORD_ROOT}/"):
@@ -214,12 +217,3 @@ def _read_json(sink: Sink, name: str) -> dict[str, Any] | None:
     except (ValueError, CheckpointError):
         return None
     return data if isinstance(data, dict) else None
-
-
-def _same_place(a: str, b: str) -> bool:
-    return _resolved(a) == _resolved(b)
-
-
-def _resolved(uri: str) -> str:
-    """Folders by where they really are: an output that is a link to an input would overwrite it."""
-    return os.path.realpath(uri) if uri.startswith("/") else uri.rstrip("/")
