@@ -29,13 +29,16 @@ def open_source(reference: str, revision: str | None = None) -> Source:
     Raises:
         ConfigError: an unknown scheme.
         ModelError: no such folder or repository.
-        StorageError: the Hub, which a name may mean, cannot be reached.
+        StorageError: the Hub, which a name may mean, cannot be reached; or a folder's path goes by a link that leads
+            nowhere.
     """
     scheme = _SCHEME.match(reference)
     if scheme:
         return _opener(scheme[1].lower())(reference, revision)
+    from mergekit_ray.storage.local.links import dangling_link  # noqa: PLC0415 - stores import this module
+
     path = Path(reference).expanduser()
-    if path.is_dir():
+    if path.is_dir() or dangling_link(path) is not None:  # a link that leads nowhere is no repository of the Hub
         return _opener("file")(reference, revision)
     if path.exists():
         raise ModelError(

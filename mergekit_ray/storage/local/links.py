@@ -24,7 +24,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Final
 
-from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.errors import CheckpointError, StorageError
 
 LINKS_VARIABLE: Final = "MERGEKIT_RAY_LINKS_INTO"
 _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, SHA-256
@@ -53,6 +53,30 @@ def check_link(root: Path, path: Path) -> None:
         remedy=f"copy the file here, or name the folder that it is in as the model; if links into {target.parent} are "
         f"meant, say so by {LINKS_VARIABLE}={target.parent} on every machine that reads them",
     )
+
+
+def dangling_link(path: Path) -> Path | None:
+    """The link on the way to a folder that leads nowhere; None if there is none."""
+    way = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+    # Unlike their like of pathlib these give False, no error, for what may not be looked at.
+    links = (each for each in (way, *way.parents) if os.path.islink(each))  # noqa: PTH114
+    return next((each for each in links if not os.path.exists(each)), None)  # noqa: PTH110
+
+
+def check_folder(path: Path) -> None:
+    """See that no link on the way to a folder leads nowhere, whether the folder is there yet or not.
+
+    Raises:
+        StorageError: one does; names it and its target.
+    """
+    link = dangling_link(path)
+    if link is not None:
+        raise StorageError(
+            f"{link} is a link to {os.readlink(link)}, which is not there, or may not be read",  # noqa: PTH115 - as written
+            where=str(path),
+            remedy="mount or make the folder that it leads to, or remove the link",
+            retryable=False,
+        )
 
 
 def file_status(entry: os.DirEntry[str]) -> os.stat_result | None:

@@ -20,7 +20,7 @@ from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
 from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, move_files
-from mergekit_ray.storage.local.links import check_link, check_links, file_status, leads_nowhere
+from mergekit_ray.storage.local.links import check_folder, check_link, check_links, file_status, leads_nowhere
 from mergekit_ray.storage.local.mapped import map_file
 from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
 from mergekit_ray.storage.names import check_name
@@ -365,7 +365,7 @@ def open_folder(uri: str, revision: str | None) -> LocalStore:
 
     Raises:
         ModelError: a revision is given, or the URI names another host.
-        StorageError: the path is a file.
+        StorageError: the path is a file, or goes by a link that leads nowhere.
     """
     path = uri
     if uri.startswith("file://"):
@@ -383,4 +383,5 @@ def open_folder(uri: str, revision: str | None) -> LocalStore:
         )
     if Path(path).expanduser().is_file():
         raise StorageError("a file, where a folder is needed", where=uri, remedy="name a folder")
+    check_folder(Path(path).expanduser())
     return LocalStore(path)

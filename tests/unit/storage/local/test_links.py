@@ -12,10 +12,11 @@ import pytest
 
 import mergekit_ray
 from mergekit_ray.checkpoint.opening import open_checkpoint
-from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.storage.local.links import LINKS_VARIABLE
 from mergekit_ray.storage.local.store import LocalSource
+from mergekit_ray.storage.opening import open_sink, open_source
 from support.memory_inputs import random_llama, write_model
 
 BLOB = "ab" * 20
@@ -252,3 +253,35 @@ def test_adapters_too(tmp_path: Path, secret: Path) -> None:
         (folder / "x").write_text("x")
         with pytest.raises(CheckpointError, match="a link to"):
             open_adapter(LocalSource(folder), "a")
+
+
+class TestFolders:
+    """Links on the way to a folder that is opened."""
+
+    @pytest.mark.parametrize("open_place", [open_source, open_sink])
+    @pytest.mark.parametrize("name", ["out", "out/deep/er", "file", "loop"])
+    def test_one_that_leads_nowhere(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_place: Callable[[str], Any], name: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        target = "loop" if name == "loop" else "/nowhere/at all"
+        made = link(tmp_path / ("loop" if name == "loop" else "out"), target)
+        place = (tmp_path / "out").as_uri() if name == "file" else name  # "out/deep" is a name of the Hub's as well
+        with pytest.raises(StorageError) as caught:
+            open_place(place)
+        assert caught.value.what == f"{made} is a link to {target}, which is not there, or may not be read"
+        assert "mount or make the folder" in str(caught.value.remedy)
+        assert not caught.value.retryable
+        assert list(tmp_path.iterdir()) == [made]
+
+    def test_one_that_leads_to_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        sink = open_sink(str(link(tmp_path / "out", tmp_path / "real") / "new"))
+        sink.put("x", b"1")
+        assert (tmp_path / "real" / "new" / "x").read_bytes() == b"1"
+
+    def test_a_merge_there_ends_before_it_begins(self, model: Path, tmp_path: Path) -> None:
+        recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+        with pytest.raises(StorageError, match="is a link to /nowhere, which is not there"):
+            mergekit_ray.merge(recipe, link(tmp_path / "out", "/nowhere"), options=MergeOptions(executor="local"))
+        assert not Path("/nowhere").exists()
