@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mergekit_ray.checkpoint.side_files import is_side_file
@@ -39,7 +39,7 @@ _MAX_RECORD_BYTES: Final = 64 << 20
 
 _CHECKPOINT_FILE = re.compile(
     r"[^/]*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)|[^/]*\.(safetensors|bin)\.index\.json|mergekit-ray\.json"
-    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|preprocessor_config|processor_config|chat_template)\.json|merges\.txt|vocab\.txt|tokenizer\.model"
     r"|chat_template\.jinja|README\.md|mergekit_config\.yml"
 )
@@ -97,8 +97,10 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
         if {record.file for record in records} >= {shard.file for shard in plan.shards} and all(
             _is_whole(record, present) for record in records
         ):
-            done = {record.file: record for record in records}
-            return Destination(sink, folder, done, published=not is_begun, is_complete=True)
+            # In a manifest they have no version. Where other files are missing, only these are published again.
+            done = {record.file: replace(record, version=present[record.file].version) for record in records}
+            is_complete = _has_files(manifest, present)
+            return Destination(sink, folder, done, published=is_complete and not is_begun, is_complete=is_complete)
     if f"{folder}/{SWAP_FILE}" in present:  # agreed to, and begun
         return Destination(sink, folder, {}, staging=staging)
     foreign = _foreign(present, plan, folder, _side_files(manifest), resuming=(ours or is_begun) and not is_staged)
@@ -193,6 +195,16 @@ def _foreign(
         elif _CHECKPOINT_FILE.fullmatch(name) or name in ours or name in old_side_files:
             found.append(name)
     return tuple(sorted(found))
+
+
+def _has_files(manifest: Mapping[str, Any], present: Mapping[str, FileStat]) -> bool:
+    """Whether all that a manifest lists beside the shards is there, at its size; a card may be edited."""
+    files = manifest.get("files", {})
+    sizes = {name: stat.num_bytes for name, stat in present.items()}
+    return isinstance(files, dict) and all(
+        name == CARD_FILE or (isinstance(file, dict) and sizes.get(name) == file.get("num_bytes"))
+        for name, file in files.items()
+    )
 
 
 def _is_whole(record: ShardRecord, present: Mapping[str, FileStat]) -> bool:

@@ -50,8 +50,8 @@ def check_link(root: Path, path: Path) -> None:
     raise CheckpointError(
         f"{kind} {target}, which is outside of the model's folder and would be published with it",
         where=str(path),
-        remedy=f"copy the file here, or name the folder that it is in as the model; if links into {target.parent} are "
-        f"meant, say so by {LINKS_VARIABLE}={target.parent} on every machine that reads them",
+        remedy="copy the file here, or name the folder that it is in as the model; if the link is meant, name the "
+        f"folder that it leads into in {LINKS_VARIABLE}, on every machine that reads it",
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.destination import (
     INDEX_FILE,
     LEASE_FILE,
@@ -29,6 +31,8 @@ from mergekit_ray.storage.local.store import LocalStore
 from mergekit_ray.storage.opening import open_sources
 from mergekit_ray.worker.resources import Resources, WorkerOptions
 from mergekit_ray.worker.worker import Worker
+from support.manifests import edit_manifest, make_old
+from support.models import contents
 
 
 @pytest.fixture
@@ -107,6 +111,46 @@ def test_a_published_model_with_something_missing_is_not_done(plan: Plan, sink: 
     assert not found.published
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_files_beside_the_shards_that_are_gone_are_published_again(
+    plan: Plan, sink: LocalStore, name: str, is_cut: bool
+) -> None:
+    options = MergeOptions(executor="local")
+    run_plan(plan, sink.uri, options)
+    before = contents(Path(sink.uri))
+    shards = {shard.file: sink.stat(shard.file) for shard in plan.shards}
+    if is_cut:
+        sink.put(name, before[name][:-1])
+    else:
+        sink.delete([name])
+    assert not inspect(sink, plan, overwrite=False).is_complete
+    result = run_plan(plan, sink.uri, options)
+    assert result.num_resumed == len(plan.shards)
+    assert {shard.file: sink.stat(shard.file) for shard in plan.shards} == shards, "none was made again"
+    assert contents(Path(sink.uri)) == before
+    assert inspect(sink, plan, overwrite=False).published
+
+
+def test_an_edited_card_stays(plan: Plan, sink: LocalStore) -> None:
+    publish_all(plan, sink)
+    sink.put("README.md", b"mine")
+    assert inspect(sink, plan, overwrite=False).published
+
+
+@pytest.mark.parametrize("files", [3, ["x"], {"config.json": 3}, {"config.json": {}}])
+def test_a_list_of_files_that_is_none_is_published_again(plan: Plan, sink: LocalStore, files: object) -> None:
+    publish_all(plan, sink)
+    edit_manifest(Path(sink.uri), lambda found: found.update(files=files))
+    assert not inspect(sink, plan, overwrite=False).is_complete
+
+
+def test_a_manifest_of_an_earlier_version_will_do(plan: Plan, sink: LocalStore) -> None:
+    publish_all(plan, sink)
+    make_old(Path(sink.uri))
+    assert inspect(sink, plan, overwrite=False).published
+
+
 def test_another_plan_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
     publish_all(plan, sink)
     before = names(sink)
@@ -135,7 +179,8 @@ def test_another_plans_unfinished_work_is_in_the_way(plan: Plan, sink: LocalStor
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model-00001-of-00002.bin", "model-7.gguf", "config.json"]
+    "name",
+    ["model.safetensors", "pytorch_model-00001-of-00002.bin", "model-7.gguf", "config.json", "adapter_config.json"],
 )
 def test_a_foreign_model_is_in_the_way(plan: Plan, sink: LocalStore, name: str) -> None:
     sink.put(name, b"x")

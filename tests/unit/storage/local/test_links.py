@@ -121,7 +121,7 @@ class TestRefused:
             link(made / file.name, file)
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(LocalSource(made), "m")
-        assert f"{LINKS_VARIABLE}={model}" in str(caught.value.remedy)
+        assert LINKS_VARIABLE in str(caught.value.remedy)
         monkeypatch.setenv(LINKS_VARIABLE, f"/somewhere{os.pathsep}{model}")
         assert open_checkpoint(LocalSource(made), "m").tensors
         for useless in ("", ".", "model", str(tmp_path / "mod")):
