@@ -1,9 +1,9 @@
 """Whether an output and the inputs keep out of each other's way, by whatever paths they are named.
 
 Folders are compared by what they are (device and inode), so that links and bind mounts do not hide that two paths are
-one place, and so are their files. Prefixes of buckets are compared by name: within a process, all of them are on one
-endpoint. That a bucket has two names (an access point), or a file system is mounted twice with other inodes, cannot be
-known.
+one place, and so are their files. Prefixes of buckets and repositories are compared by name, whatever the commit:
+within a process, all buckets are on one endpoint. That a bucket has two names (an access point), a repository was
+renamed, or a file system is mounted twice with other inodes, cannot be known.
 
 An output in an input's folder is refused. The reverse is not: models lie below a bucket's root, or in a folder of
 models, whose root takes another. Of what is below it, a merge touches ``.mergekit-ray/`` and files that it writes
@@ -79,8 +79,13 @@ def _below(inner: str, outer: str) -> str | None:
             if folder == Path(os.path.realpath(outer)) or (wanted is not None and _identity(folder) == wanted):
                 return "" if folder == resolved else resolved.relative_to(folder).as_posix()
         return None
-    inner, outer = inner.rstrip("/"), outer.rstrip("/")
+    inner, outer = _bare(inner), _bare(outer)
     return inner.removeprefix(outer).strip("/") if f"{inner}/".startswith(f"{outer}/") else None
+
+
+def _bare(uri: str) -> str:
+    """A URI without its last slash; a repository of the Hub without commit and case, which do not tell two apart."""
+    return uri.partition("@")[0].lower() if uri.startswith("hf://") else uri.rstrip("/")
 
 
 def _is_folder(uri: str) -> bool:

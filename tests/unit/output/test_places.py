@@ -138,6 +138,12 @@ class TestPrefixes:
         with pytest.raises(PlanError, match="the output is one of the inputs"):
             check_apart({"s3://b/m": []}, output)
 
+    @pytest.mark.parametrize("model", ["hf://org/a", "hf://org/a@0123456789abcdef", "hf://Org/A@main"])
+    def test_a_repository_at_any_commit(self, model: str) -> None:
+        with pytest.raises(PlanError, match="the output is one of the inputs"):
+            check_apart({model: []}, "hf://org/a")
+        check_apart({model: []}, "hf://org/ab")
+
     @pytest.mark.parametrize(("model", "output"), [("s3://b/m", "s3://b/m/x"), ("s3://b", "s3://b/x/y")])
     def test_inside_of_an_input(self, model: str, output: str) -> None:
         with pytest.raises(PlanError, match=f"the output lies inside of one of the inputs, {model}"):
