@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.errors import CheckpointError, PlanError
-from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.plan import InputModel, Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
@@ -84,7 +84,9 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     Raises:
         PlanError: the place is taken, or it is not apart from the inputs (see `check_apart`).
     """
-    check_apart({model.uri: model.files for model in plan.inputs.values()}, sink.uri, _written(plan))
+    # A recipe may merge a commit of a repository into that repository: what it reads stays, and so does the plan.
+    inputs = {model.uri: model.files for model in plan.inputs.values() if not _names_its_commit(model)}
+    check_apart(inputs, sink.uri, _written(plan))
     folder = f"{RECORD_ROOT}/{plan.digest}"
     staging = f"{folder}/{STAGED}"
     present = {stat.name: stat for stat in sink.list()}
@@ -163,6 +165,10 @@ def _unfinished_work(foreign: Collection[str]) -> frozenset[str] | None:
 def _is_nothing(foreign: Collection[str]) -> bool:
     """Whether these are the notes of merges that ended before they had finished anything."""
     return all(name.startswith(f"{RECORD_ROOT}/") and name.endswith(f"/{PLAN_FILE}") for name in foreign)
+
+
+def _names_its_commit(model: InputModel) -> bool:
+    return model.uri.startswith("hf://") and model.uri.removeprefix("hf://") in model.reference
 
 
 def _written(plan: Plan) -> frozenset[str]:

@@ -43,7 +43,8 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
             raise PlanError(
                 what if uri == output else f"{what}, {uri}",
                 where=output,
-                remedy="write to another folder, prefix or repository, beside the inputs",
+                remedy="write to another folder, prefix or repository, beside the inputs"
+                + ("; or name the commit that is read, org/name@commit" if output.startswith("hf://") else ""),
             )
         under = _below(place, output)
         if under is not None and (under.startswith(WORK_FOLDER) or any(n.startswith(f"{under}/") for n in written)):

@@ -152,12 +152,20 @@ def test_another_model_is_replaced_only_if_told_to(
 def test_a_model_is_merged_into_its_own_repository(
     server: WritableHubServer, folders: list[Path], tmp_path: Path
 ) -> None:
-    """What is read is pinned to its commit, so replacing it meanwhile does no harm."""
+    """If the recipe names its commit: what is read stays, and the same command has nothing to do the second time."""
     server.add("org/out", {file.name: file.read_bytes() for file in folders[0].iterdir()})
-    names = ["org/out", str(folders[1])]
-    listed = [{"model": name, "parameters": {"weight": 1.0 + i}} for i, name in enumerate(names)]
-    made = {**recipe(folders), "models": listed}
-    mergekit_ray.merge(made, "hf://org/out", options=MergeOptions(overwrite=True))
+    options = MergeOptions(overwrite=True)
+
+    def made(name: str) -> dict[str, Any]:
+        listed = [{"model": each, "parameters": {"weight": 1.0 + i}} for i, each in enumerate([name, str(folders[1])])]
+        return {**recipe(folders), "models": listed}
+
+    for name in ("org/out", "org/out@main"):
+        with pytest.raises(PlanError, match="the output is one of the inputs"):
+            mergekit_ray.merge(made(name), "hf://org/out", options=options)
+    pinned = made(f"org/out@{server.repos['org/out'].branches['main']}")
+    mergekit_ray.merge(pinned, "hf://org/out", options=options)
+    assert mergekit_ray.merge(pinned, "hf://org/out", options=options).was_there
     local = expected(folders, tmp_path / "local")
     files = server.repos["org/out"].head()
     weights = {name for name in local if name.endswith(".safetensors")}

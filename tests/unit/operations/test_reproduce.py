@@ -190,6 +190,8 @@ class TestReproduce:
         assert "all as the manifest says" in said.stdout
         edit_manifest(out, lambda found: found["shards"][0].update(sha256="0" * 64))
         done = CliRunner().invoke(app, ["reproduce", str(out), str(tmp_path / "again"), "--quiet"])
+        assert done.exit_code == 2, "it is there already"
+        done = CliRunner().invoke(app, ["reproduce", str(out), str(tmp_path / "fourth"), "--quiet"])
         assert done.exit_code == 3
         assert done.stderr.startswith("wrong: model-00001")
 

@@ -158,7 +158,6 @@ class TestPrefixes:
             ("s3://b/m", "s3://b-2/m"),
             ("s3://b/m", "/b/m"),
             ("/b/m", "s3://b/m"),
-            ("hf://o/m@0123", "hf://o/m"),  # pinned by its commit, which nothing changes
         ],
     )
     def test_apart(self, model: str, output: str) -> None:
