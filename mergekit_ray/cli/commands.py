@@ -24,11 +24,21 @@ from mergekit_ray.cli.options import (
     Seed,
     takes_merge_options,
 )
-from mergekit_ray.cli.running import leaving, load, reporter, say, stop_on_signals, told_errors
+from mergekit_ray.cli.running import (
+    DiscreetCommand,
+    DiscreetGroup,
+    leaving,
+    load,
+    reporter,
+    say,
+    stop_on_signals,
+    told_errors,
+)
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.reporting.signals import listening
 
 app = typer.Typer(
+    cls=DiscreetGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -304,7 +314,7 @@ def merge_main() -> None:
     """Entry point of ``merge``: ``mergekit-ray merge`` for short."""
     _calm_collector()
     short = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    short.command()(merge)
+    short.command(cls=DiscreetCommand)(merge)
     with leaving():
         short()
 

@@ -13,21 +13,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from mergekit_ray.cli.options import LogFormat
 from mergekit_ray.core.errors import ConfigError, InternalError, MergekitRayError
+from mergekit_ray.core.secrets import RedactedStream, redact
 from mergekit_ray.reporting.signals import listening
 
 if TYPE_CHECKING:
     from mergekit_ray.reporting.reporters import Reporter
 
 
+class _DiscreetErrors:
+    """Of a command: credentials are hidden in what is said of wrong arguments, before it is wrapped to the terminal."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _discreet():
+            return super().make_context(*args, **options)  # type: ignore[misc]
+
+    def invoke(self, ctx: Any) -> Any:
+        with _discreet():
+            return super().invoke(ctx)  # type: ignore[misc]
+
+
+class DiscreetCommand(_DiscreetErrors, TyperCommand):
+    """A command that stands alone."""
+
+
+class DiscreetGroup(_DiscreetErrors, TyperGroup):
+    """The command that has the others."""
+
+
+@contextlib.contextmanager
+def _discreet() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of click's, or of the copy of click that typer may bring
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = redact(message)
+        raise
+
+
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
     """End the process with the exit code that comes by, without taking apart what ends with it anyway.
 
+    Credentials are hidden in all that is printed until then, by libraries too.
+
     torch takes 0.4 to 1 s for that. Where ray is there it is left to end in its own way.
     """
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)  # type: ignore[assignment]
     try:
         yield
         code: object = 0

@@ -24,6 +24,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from mergekit_ray.config.findings import found
+from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.core.spelling import nearest
 
 IGNORED_KEYS = frozenset({"override_architecture"})
@@ -63,6 +64,7 @@ class ModelReference:
                 raise ValueError(f"a model's {part} is empty")
             if _CONTROL.search(text):
                 raise ValueError(f"a model's {part} holds a control character: {text[:60]!r}")
+            _check_no_credential(text)
         stripped = self.path.strip()
         slashed = re.fullmatch(r"(.*[^/:\s])[/\s]*", stripped)  # not the slashes of `/` and `s3://`
         object.__setattr__(self, "path", slashed[1] if slashed else stripped)
@@ -78,8 +80,9 @@ class ModelReference:
         """Read the string form; the inverse of ``str``.
 
         Raises:
-            ValueError: a part is empty, or there are two adapters.
+            ValueError: a part is empty, there are two adapters, or a URI holds a credential.
         """
+        _check_no_credential(text)  # it may hold an `@` or a `+`
         parts = _split(text, "+")
         if len(parts) > 2:
             raise ValueError(f"more than one LoRA in {text[:80]!r}; write \\+ for a plus sign that is part of a path")
@@ -130,6 +133,14 @@ class ModelReference:
         del source, handler
         return core_schema.no_info_plain_validator_function(
             cls.from_data, serialization=core_schema.to_string_ser_schema(when_used="always")
+        )
+
+
+def _check_no_credential(text: str) -> None:
+    if "://" in text and holds_credential(text):
+        raise ValueError(
+            "a model's URI must not hold a credential; take it out, and give it by the environment: HF_TOKEN, or "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 
 

@@ -11,7 +11,7 @@
     └── InternalError     1     a fault of mergekit-ray itself, to be reported; carries the traceback
 
 Every error says what happened (``what``), where (``where``: a file and line, a model, a tensor) and what to do
-(``remedy``). A traceback is only for ``--debug``.
+(``remedy``), without credentials. A traceback is only for ``--debug``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from mergekit_ray.core.secrets import redact
 
 
 class MergekitRayError(Exception):
@@ -35,10 +37,10 @@ class MergekitRayError(Exception):
     retryable: bool = False
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.remedy = remedy
+        self.what = redact(what)
+        self.where = None if where is None else redact(where)
+        self.remedy = None if remedy is None else redact(remedy)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -71,6 +73,11 @@ class Problem:
     path: str
     what: str
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        """Hide credentials."""
+        for name in self.__slots__:
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def __str__(self) -> str:
         head = ": ".join(part for part in (self.where, self.path, self.what) if part)
@@ -158,7 +165,7 @@ class InternalError(MergekitRayError):
             f"unexpected {type(error).__name__}: {error}",
             remedy="please report this with the output of the same command run with --debug",
         )
-        wrapped.traceback = "".join(traceback.format_exception(error))
+        wrapped.traceback = redact("".join(traceback.format_exception(error)))
         return wrapped
 
     traceback: str = ""

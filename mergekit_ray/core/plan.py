@@ -23,6 +23,7 @@ from mergekit_ray.core.expressions import (
     to_json,
     without_values,
 )
+from mergekit_ray.core.secrets import redact, redact_data
 from mergekit_ray.core.tensors import TensorSpec
 
 FORMAT = 1
@@ -49,7 +50,7 @@ class InputModel:
 
     Attributes:
         key: short name used by `Load`.
-        reference: the model as the recipe names it.
+        reference: the model as the recipe names it, without credentials.
         uri: where its files are.
         files: the weight files that are read, by name.
     """
@@ -58,6 +59,10 @@ class InputModel:
     reference: str
     uri: str
     files: Mapping[str, InputFile]
+
+    def __post_init__(self) -> None:
+        """Hide credentials."""
+        object.__setattr__(self, "reference", redact(self.reference))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ class Plan:
         config: the output's ``config.json``.
         side_files: copied from the donor.
         generated_files: text written beside the weights, by file name.
-        recipe: the recipe as given, normalised, for the card and the manifest.
+        recipe: the recipe as given, normalised, without credentials, for the card and the manifest.
         seed: of all randomness.
         dropped: input tensors that are not used, with the reason: ``{"<model>: <tensor>": reason}``.
         aliased: tensors that share another's data: ``{name: the name that carries it}``.
@@ -157,6 +162,11 @@ class Plan:
     dropped: Mapping[str, str] = field(default_factory=dict)
     aliased: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Hide credentials: what a plan says goes into logs, the card and the manifest."""
+        for name in ("recipe", "dropped", "warnings"):
+            object.__setattr__(self, name, redact_data(getattr(self, name)))
 
     @cached_property
     def num_bytes(self) -> int:

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import ray
 
-from mergekit_ray.core.errors import StorageError
+from mergekit_ray.core.errors import ConfigError, StorageError
+from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.core.version import __version__
 from mergekit_ray.executors.cluster import in_ray_cluster
 
@@ -39,10 +40,18 @@ def connect(address: str | None) -> None:
         address: of the cluster; None for ``RAY_ADDRESS``, the cluster of the running job, or else a new local one.
 
     Raises:
+        ConfigError: the address holds a credential.
         StorageError: nobody answers there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _check_listening(address or os.environ.get("RAY_ADDRESS", ""))
+    place = address or os.environ.get("RAY_ADDRESS", "")
+    if holds_credential(place):
+        raise ConfigError(
+            "a Ray cluster's address holds neither user nor password",
+            where=place,
+            remedy="write host:port or ray://host:port",
+        )
+    _check_listening(place)
     try:
         with own_signals():
             ray.init(
@@ -54,7 +63,7 @@ def connect(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StorageError(
             f"cannot connect to Ray: {_said(error)}",
-            where=address or os.environ.get("RAY_ADDRESS") or "a new local Ray",
+            where=place or "a new local Ray",
             remedy="check the address, or use --executor local",
         ) from error
 

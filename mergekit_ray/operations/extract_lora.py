@@ -29,7 +29,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.cpus import available_cpus
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
 from mergekit_ray.core.expressions import (
     Cast,
     Expression,
@@ -147,7 +147,12 @@ class _Extraction:
             self._options = replace(options, num_workers=min(_MAX_LOCAL_WORKERS, available_cpus()))
 
     def run(self, tuned: str, base: str) -> ExtractResult:
-        references = [ModelReference.from_data(text) for text in (tuned, base)]
+        try:
+            references = [ModelReference.from_data(text) for text in (tuned, base)]
+        except ValueError as error:
+            raise ConfigError(
+                str(error), remedy="name each model as in a recipe, such as org/name or a folder"
+            ) from None
         opened = models_of(open_models(references))
         if len(opened) < 2:
             raise ModelError("the fine-tuned model and its base are the same", where=tuned)

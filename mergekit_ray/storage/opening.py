@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.core.plan import InputModel
+from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.storage.protocols import Sink, Source
 from mergekit_ray.storage.schemes import SCHEMES, SINKS, Opener
 
@@ -27,14 +28,14 @@ def open_source(reference: str, revision: str | None = None) -> Source:
         revision: branch, tag or commit, for the Hub.
 
     Raises:
-        ConfigError: an unknown scheme.
+        ConfigError: an unknown scheme, or a URI that holds a credential.
         ModelError: no such folder or repository.
         StorageError: the Hub, which a name may mean, cannot be reached; or a folder's path goes by a link that leads
             nowhere.
     """
-    scheme = _SCHEME.match(reference)
+    scheme = _scheme_of(reference)
     if scheme:
-        return _opener(scheme[1].lower())(reference, revision)
+        return _opener(scheme)(reference, revision)
     from mergekit_ray.storage.local.links import dangling_link  # noqa: PLC0415 - stores import this module
 
     path = Path(reference).expanduser()
@@ -71,11 +72,10 @@ def open_sink(reference: str) -> Sink:
     """The store to write to: a path, ``file://`` or another writable scheme. A folder need not exist yet.
 
     Raises:
-        ConfigError: an unknown scheme, or one that can only be read.
+        ConfigError: an unknown scheme, one that can only be read, or a URI that holds a credential.
         ModelError: the place cannot be opened.
     """
-    scheme = _SCHEME.match(reference)
-    name = scheme[1].lower() if scheme else "file"
+    name = _scheme_of(reference) or "file"
     with _LOCK:
         open_output = SINKS.get(name) if name in SINKS else None
     if open_output is not None:
@@ -88,6 +88,23 @@ def open_sink(reference: str) -> Sink:
             remedy="write to a folder, s3://bucket/prefix or hf://org/name",
         )
     return store
+
+
+def _scheme_of(reference: str) -> str | None:
+    """The scheme of a URI, None for a path or a name.
+
+    Raises:
+        ConfigError: the URI holds a credential: URIs are printed, and written into manifests.
+    """
+    scheme = _SCHEME.match(reference)
+    if scheme and holds_credential(reference):
+        raise ConfigError(
+            "a URI must not hold a credential",
+            where=reference,
+            remedy="take it out, and give it by the environment: HF_TOKEN, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY",
+        )
+    return scheme[1].lower() if scheme else None
 
 
 def _opener(scheme: str) -> Opener:
