@@ -50,7 +50,7 @@ def _discreet() -> Iterator[None]:
         yield
     except Exception as error:  # of click's, or of the copy of click that typer may bring
         if isinstance(message := getattr(error, "message", None), str):
-            error.message = redact(message)
+            error.message = redact(message)  # type: ignore[attr-defined]
         raise
 
 
@@ -62,7 +62,7 @@ def leaving() -> Iterator[None]:
 
     torch takes 0.4 to 1 s for that. Where ray is there it is left to end in its own way.
     """
-    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     try:
         yield
         code: object = 0
