@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,12 +19,15 @@ from mergekit_ray.core.errors import ConfigError, StorageError
 from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.core.version import __version__
 from mergekit_ray.executors.cluster import in_ray_cluster
+from mergekit_ray.executors.ray_waiting import Room
 
 MAX_CPUS_PER_WORKER: Final = 4
 """CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
 
 _HOST_AND_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^/:\s]+):(?P<port>\d+)")
 _CONNECT_SECONDS: Final = 10.0
+_AUTOSCALING_STATUS: Final = "__autoscaling_status"
+_UNSCALED_TYPE: Final = re.compile(r"node_[0-9a-f]{40,}")
 _PATIENCE_SECONDS: Final = 40.0
 
 
@@ -60,12 +64,26 @@ def connect(address: str | None) -> None:
                 logging_level="error",
                 include_dashboard=False if address is None and not in_ray_cluster() else None,
             )
+        _silence()
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StorageError(
             f"cannot connect to Ray: {_said(error)}",
             where=place or "a new local Ray",
             remedy="check the address, or use --executor local",
         ) from error
+
+
+def _silence() -> None:
+    """Keep Ray from printing what befalls its processes, on standard output: `RayExecutor` tells of lost workers.
+
+    ``log_to_driver`` does not concern these lines. They stay in Ray's own logs.
+    """
+    from ray._private import worker  # noqa: PLC0415 - nothing public does this
+
+    def ignore(*arguments: object, **options: object) -> None:
+        del arguments, options
+
+    worker.print_to_stdstream = ignore
 
 
 def check_version(wanted: str, node: str) -> None:
@@ -138,6 +156,7 @@ class Cluster:
 
     def __init__(self, address: str | None = None) -> None:
         self._is_ours = not ray.is_initialized()
+        self._is_local = self._is_ours and address is None and not in_ray_cluster()
         if self._is_ours:
             connect(address)
         self.head = "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
@@ -151,6 +170,42 @@ class Cluster:
     def nodes() -> list[Mapping[str, float]]:
         """What each live node that has CPUs to schedule on has, by ``CPU``, ``GPU`` and so on."""
         return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+
+    @staticmethod
+    def rooms() -> list[Room]:
+        """What each live node has, and has free now; where Ray does not say the latter, as much."""
+        from ray._private import state  # noqa: PLC0415 - `ray.available_resources` is the sum over all nodes
+
+        free: Mapping[str, Mapping[str, float]] = {}
+        with contextlib.suppress(Exception):  # by way of Ray Client, or with another Ray
+            free = state.available_resources_per_node()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return [Room(node["Resources"], free.get(node["NodeID"], node["Resources"])) for node in alive]
+
+    def may_grow(self) -> bool:
+        """Whether an autoscaler may add nodes; True while that is not known.
+
+        The monitor of a cluster that has none says so by the nodes' types: it names them after the nodes.
+        """
+        if self._is_local:
+            return False
+        try:
+            from ray.experimental.internal_kv import _internal_kv_get  # noqa: PLC0415 - nothing public tells
+
+            report = json.loads(_internal_kv_get(_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
+            types = {*(report.get("active_nodes") or ()), *(report.get("idle_nodes") or ())}
+        except Exception:  # noqa: BLE001 - whatever another Ray makes of it
+            return True
+        return not types or not all(_UNSCALED_TYPE.fullmatch(name) for name in types)
+
+    @staticmethod
+    def restarts(handle: Any) -> int:
+        """Times that Ray has started an actor's process again; 0 where that is not known."""
+        from ray._private import state  # noqa: PLC0415 - the public way needs the dashboard
+
+        with contextlib.suppress(Exception):  # by way of Ray Client, or with another Ray
+            return int(state.actors(handle._actor_id.hex())["NumRestarts"])  # noqa: SLF001
+        return 0
 
     @staticmethod
     def start(actor: Any, *arguments: object, **options: Any) -> Any:

@@ -23,6 +23,8 @@ from mergekit_ray.executors.cluster import check_ray_device, worker_slots
 from mergekit_ray.executors.driver import Job, Outcome
 from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster
 from mergekit_ray.executors.ray_metrics import RayMetrics
+from mergekit_ray.executors.ray_waiting import CPU as CPUS
+from mergekit_ray.executors.ray_waiting import GPU, MEMORY, Waiting
 from mergekit_ray.executors.ray_worker import RayWorker
 from mergekit_ray.executors.watch import Standing
 from mergekit_ray.reporting.progress import Progress
@@ -32,7 +34,6 @@ from mergekit_ray.worker.worker import SHARDS_IN_WORK
 RESCALE_SECONDS: Final = 5.0
 """Between looks at what the cluster has room for."""
 
-_NO_WORKER_SECONDS: Final = 300.0
 _SETTLE_SECONDS: Final = 5.0
 _HEAD_CHECK_SECONDS: Final = 2.0
 
@@ -76,6 +77,7 @@ class RayExecutor:
         worker: the class of the actors, as `RayWorker`.
         version: of mergekit-ray, that workers must have.
         clock: seconds, as `time.monotonic`.
+        tell: called with a line about workers that do not start.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class RayExecutor:
         worker: Any = RayWorker,
         version: str = __version__,
         clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._cluster = cluster
         self._worker = worker
@@ -103,7 +106,8 @@ class RayExecutor:
         self._num_started = 0
         self._given_up: list[Outcome] = []
         self._departed = Progress()
-        self._last_ready = self._head_seen = self._head_asked = clock()
+        self._head_seen = self._head_asked = clock()
+        self._waiting = Waiting(cluster, clock, tell)
         cpus = [int(node.get("CPU", 0)) for node in cluster.nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
         share = min(cpus) if num_workers is None else sum(cpus) // num_workers
@@ -142,7 +146,8 @@ class RayExecutor:
         """What has ended; notices actors that came up or were lost.
 
         Raises:
-            StorageError: no worker has been there for minutes, or the head node has gone.
+            PlanError: no node could ever hold a worker.
+            StorageError: no worker has been there for minutes, they die while they start, or the head node has gone.
         """
         self._has_head()
         self._scale()
@@ -157,15 +162,8 @@ class RayExecutor:
         for outcome in outcomes:
             if self._metrics is not None:
                 self._metrics.ended(outcome)
-        if self.num_workers:
-            self._last_ready = self._clock()
-        elif self._clock() - self._last_ready > _NO_WORKER_SECONDS:
-            raise StorageError(
-                f"no worker came up within {_NO_WORKER_SECONDS:.0f} s: {self.cpus_per_worker} CPUs"
-                f"{', a GPU' if self._num_on_gpu else ''} and {self._memory_bytes} bytes of memory were asked for each",
-                where="the Ray cluster",
-                remedy="check `ray status`; ask for less with --memory, or add nodes",
-            )
+        if not self._is_stopping and self._waiting.is_due(self.num_workers) and self._has_head(at_once=True):
+            self._waiting.look([actor.handle for actor in self._actors], self._request)
         return outcomes
 
     def progress(self, *, settled: bool = False) -> Progress:
@@ -304,14 +302,23 @@ class RayExecutor:
     def _note_ready(self, actor: _Actor) -> None:
         try:
             found = self._cluster.get(actor.ready)
-        except RayActorError:
+        except RayActorError as error:
             # Died: Ray restarts it. What it had in work says so for itself.
+            self._waiting.died(actor.name, error, [each.name for each in self._actors], self.num_workers)
             actor.ready = actor.handle.node.remote()
             self._cluster.wait((), 0.1)
             return
         if isinstance(found, MergekitRayError):
             raise found
+        if actor.node is None:
+            self._waiting.came_up(actor.name)
         actor.node, actor.ready = found, None
+
+    @property
+    def _request(self) -> dict[str, float]:
+        """What each worker asks for; a GPU if none does without."""
+        gpus = int(0 < self._num_on_gpu == len(self._actors))
+        return {CPUS: self.cpus_per_worker, GPU: gpus, MEMORY: self._memory_bytes}
 
     def _outcomes(self, actor: _Actor, result: Any) -> list[Outcome]:
         """How the shard with this result has ended, and with a lost actor its others."""

@@ -43,7 +43,7 @@ def write_shards(
         stop: set to stop.
         lease: of the output. Losing it ends the merge.
     """
-    executor, num_threads = _executor(options, plan)
+    executor, num_threads = _executor(options, plan, tell)
     worker_options = WorkerOptions(
         memory_bytes=memory_bytes,
         num_threads=num_threads,
@@ -75,13 +75,15 @@ class _Referee:
         return record if stat is None else replace(record, version=stat.version)
 
 
-def _executor(options: MergeOptions, plan: Plan) -> tuple[Executor, int]:
+def _executor(options: MergeOptions, plan: Plan, tell: Reporter) -> tuple[Executor, int]:
     """The executor the options ask for, and the compute threads of each of its workers."""
     if wants_ray(options.executor, options.address):
         from mergekit_ray.executors.ray_cluster import Cluster  # noqa: PLC0415 - ray costs a second to import
         from mergekit_ray.executors.ray_executor import RayExecutor  # noqa: PLC0415
 
-        executor = RayExecutor(Cluster(options.address), options.num_workers)
+        executor = RayExecutor(
+            Cluster(options.address), options.num_workers, tell=lambda line: tell.event("waiting", line)
+        )
         return executor, executor.cpus_per_worker
     num_workers = options.num_workers or local_workers(plan)
     return LocalExecutor(num_workers), local_threads(num_workers)

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from mergekit_ray.executors.ray_waiting import Room
+
 
 class FakeCluster:
     """Its actors are called a, b, c and so on. A call is ``actor.method number``, and ends when `answer` is called.
@@ -18,6 +20,9 @@ class FakeCluster:
         calls: all that were made.
         killed: actors that were ended.
         is_up: whether the head node answers. Nothing else may be asked of a cluster that does not.
+        described: the nodes in full; else each has its CPUs, all of them taken.
+        has_autoscaler: whether nodes may be added.
+        num_restarts: of each actor.
     """
 
     head = "head:6379"
@@ -30,6 +35,9 @@ class FakeCluster:
         self.calls: list[str] = []
         self.killed: list[str] = []
         self.is_up = True
+        self.described: list[Room] = []
+        self.has_autoscaler = False
+        self.num_restarts = 0
 
     def answer(self, call: str, value: Any) -> None:
         """End a call."""
@@ -44,6 +52,21 @@ class FakeCluster:
         """See `Cluster.nodes`."""
         self._ask()
         return [{"CPU": float(cpus)} for cpus in self._nodes]
+
+    def rooms(self) -> list[Room]:
+        """See `Cluster.rooms`."""
+        self._ask()
+        return self.described or [Room({"CPU": float(cpus), "memory": 1e9}, {}) for cpus in self._nodes]
+
+    def may_grow(self) -> bool:
+        """See `Cluster.may_grow`."""
+        self._ask()
+        return self.has_autoscaler
+
+    def restarts(self, handle: SimpleNamespace) -> int:
+        """See `Cluster.restarts`."""
+        self._ask()
+        return self.num_restarts
 
     def start(self, actor: object, *arguments: object, **options: Any) -> SimpleNamespace:
         """Something with the methods of `RayWorker`."""
