@@ -125,7 +125,9 @@ def extract_lora(
     Raises:
         MergekitRayError: the models do not go together, or something failed; finished work is kept for the next run.
     """
-    return _Extraction(output, wanted, options or MergeOptions(), reporter or SilentReporter(), stop).run(tuned, base)
+    chosen = options or MergeOptions()
+    chosen.check()
+    return _Extraction(output, wanted, chosen, reporter or SilentReporter(), stop).run(tuned, base)
 
 
 class _Extraction:

@@ -51,6 +51,7 @@ def merge(
     chosen = options or MergeOptions()
     if device is not None:
         chosen = replace(chosen, device=device)
+    chosen.check()
     target = _target_of(loaded, output)
     prepared = prepare(loaded, seed=seed)
 

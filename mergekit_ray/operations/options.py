@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mergekit_ray.core.errors import ConfigError
+from mergekit_ray.evaluation.device.names import AUTO, check_device, resolve
+from mergekit_ray.executors.cluster import check_ray_device, wants_ray
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,25 @@ class MergeOptions:
         for name, (is_good, accepted) in checks.items():
             if not is_good:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", where="MergeOptions", remedy=f"give {accepted}")
+
+    def check(self) -> None:
+        """See that the options go together and that the device is there, before anything is read.
+
+        Raises:
+            ConfigError: an address that nobody would connect to, or a device that is not there or has no such name.
+        """
+        if self.executor == "local" and self.address is not None:
+            raise ConfigError(
+                "--executor local runs in this process, and --address names a Ray cluster",
+                remedy="leave one of them out",
+            )
+        if self.device == AUTO:
+            return
+        check_device(self.device)
+        if wants_ray(self.executor, self.address):
+            check_ray_device(self.device)
+        else:
+            resolve(self.device)
 
 
 def _is_count(value: object) -> bool:

@@ -76,6 +76,7 @@ def reproduce(
         PlanError: the model is at the output already.
         MergekitRayError: as `mergekit_ray.merge`.
     """
+    options.check()
     try:
         records = [ShardRecord.from_json(record) for record in manifest["shards"]]
         files = listed_files(manifest)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan, Shard
-from mergekit_ray.evaluation.device.names import check_device
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import PLAN_FILE, RECORD_ROOT, Destination, clear, clear_notes, inspect
 from mergekit_ray.output.lease import Lease, discard_dead, hold
@@ -71,7 +70,7 @@ def run_plan(
     """
     began = time.perf_counter()
     tell = reporter or SilentReporter()
-    check_device(options.device)
+    options.check()
     check_memory(plan, options.memory_bytes or comfortable_memory(plan))
     found = inspect(open_sink(output), plan, overwrite=options.overwrite)
     if route is not None and not found.published:
