@@ -86,7 +86,7 @@ def run_plan(
             tell.event("already_done", f"{uri} already holds the result of this plan", uri=uri)
         else:
             found = _carry_out(plan, found.sink, options, tell, stopped)
-            tell.event("published", f"{uri} is complete", uri=uri, seconds=round(time.perf_counter() - began, 3))
+            tell.event("published", f"{uri} is complete", uri=uri, merge_seconds=round(time.perf_counter() - began, 3))
     return MergeResult(uri, plan, len(found.done), time.perf_counter() - began, found.is_complete)
 
 

@@ -276,7 +276,7 @@ def _wait_for_end(
     tell.event(
         "lease_expired",
         f"the lease of {who} looks expired: watching it for {term.watch_seconds:.0f} s before it is taken over",
-        seconds=term.watch_seconds,
+        watch_seconds=term.watch_seconds,
     )
     deadline = time.monotonic() + term.watch_seconds
     while (left := deadline - time.monotonic()) > 0:

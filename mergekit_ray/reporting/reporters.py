@@ -23,7 +23,13 @@ class Reporter(Protocol):
         ...
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
-        """Something worth a line: ``planned``, ``resumed``, ``shard_done``, ``shard_retried``, ``worker_lost``, ..."""
+        """Something worth a line: ``planned``, ``resumed``, ``shard_done``, ``shard_retried``, ``worker_lost``, ...
+
+        Args:
+            kind: of event.
+            message: for a person.
+            fields: for a program; none of them is called ``event``, ``message`` or ``seconds``.
+        """
         ...
 
     def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:
@@ -124,7 +130,8 @@ class JsonReporter:
         self._meter = Meter(plan.read_bytes + plan.num_bytes, self._clock)
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
-        """``{"event": kind, "seconds": ..., "message": ..., ...}``."""
+        """``{"seconds": ..., "event": kind, "message": ..., ...}``, with the seconds since this reporter was made."""
+        assert fields.keys().isdisjoint(("event", "message", "seconds")), fields
         self._emit({"event": kind, "message": message, **fields})
 
     def progress(self, progress: Progress, num_done: int, num_shards: int) -> None:

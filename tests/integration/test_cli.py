@@ -107,8 +107,9 @@ class TestMergeCommand:
         assert events[0]["plan_digest"] == planned.digest
         assert events[0]["num_parameters"] == planned.num_parameters
         assert {e["file"] for e in events if e["event"] == "shard_done"} == {shard.file for shard in planned.shards}
-        seconds = [event["seconds"] for event in events if event["event"] != "published"]
+        seconds = [event["seconds"] for event in events]
         assert seconds == sorted(seconds)
+        assert events[-1]["merge_seconds"] > 0
         assert done.stderr == ""
 
     def test_live_bar_on_a_terminal(self, many: Path, tmp_path: Path) -> None:

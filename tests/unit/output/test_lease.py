@@ -177,7 +177,7 @@ class TestDead:
             assert written(sink).pid == os.getpid()
         [told] = events.of("lease_expired")
         assert "far-away" in told["message"]
-        assert told["seconds"] == QUICK.watch_seconds
+        assert told["watch_seconds"] == QUICK.watch_seconds
 
     @pytest.mark.parametrize("skew", [-299.0, 0.0, 299.0])
     def test_before_its_term_is_over_it_is_not(self, sink: LocalStore, skew: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import mergekit_ray
 from mergekit_ray.cli import tables
 from mergekit_ray.cli.live import LiveReporter
 from mergekit_ray.core.plan import Plan
@@ -67,6 +69,23 @@ def test_more_than_all_leaves_nothing_to_go(clock: Clock) -> None:
     meter.update(done(0))
     clock.now += 1
     assert meter.update(done(150)) == (150.0, 0.0)
+
+
+def test_no_field_of_an_event_hides_its_time_kind_or_message() -> None:
+    calls = [
+        node
+        for file in Path(mergekit_ray.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "event"
+    ]
+    fields = {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
+    assert {"merge_seconds", "watch_seconds", "num_bytes"} <= fields
+    assert fields.isdisjoint({"event", "message", "seconds"})
+
+
+def test_a_field_that_would_hide_the_time_is_refused(clock: Clock) -> None:
+    with pytest.raises(AssertionError):
+        JsonReporter(io.StringIO(), clock).event("published", "done", seconds=1.0)
 
 
 def test_json_lines(plan: Plan, clock: Clock) -> None:
