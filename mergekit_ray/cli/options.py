@@ -43,7 +43,9 @@ PublishedModel = Annotated[
 ]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown keys in the recipe are warnings, not errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all randomness; overrides the recipe's.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of all randomness (0 to 2^63 - 1); overrides the recipe's.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Names = list[str] | None

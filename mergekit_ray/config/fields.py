@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, found
@@ -15,6 +25,7 @@ from mergekit_ray.config.settings import Issue, Level, Setting, dump_setting, pa
 from mergekit_ray.config.sizes import format_size, parse_size
 from mergekit_ray.config.yaml_source import format_path
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.core.spelling import nearest
 
 DEFAULT_MAX_SHARD_BYTES = 2_000_000_000
@@ -152,6 +163,22 @@ ByteSize = Annotated[int, PlainValidator(parse_size), PlainSerializer(format_siz
 Name = Annotated[str, BeforeValidator(_parse_text), Field(min_length=1)]
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+def parse_seed(value: object) -> int:
+    """A seed that comes from elsewhere than a recipe, which takes the same ones.
+
+    Raises:
+        ConfigError: it is not a whole number from 0 to 2^63 - 1.
+    """
+    try:
+        seed: int = TypeAdapter(Seed).validate_python(value)
+    except ValidationError:
+        raise ConfigError(
+            f"the seed {str(value)[:60]!r} is not a whole number from 0 to {(1 << 63) - 1} (2^63 - 1)",
+            remedy="give another `--seed`, or `seed=` in Python",
+        ) from None
+    return seed
 
 
 class OutputOptions(RecipeModel):

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.config.fields import parse_seed
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
@@ -64,12 +65,12 @@ def prepare(recipe: RecipeLike, *, seed: int | None = None) -> Prepared:
         seed: overrides the recipe's.
 
     Raises:
-        MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
+        MergekitRayError: the recipe or the seed is wrong, or the models are not there or do not fit together.
     """
     loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
     checked = check_plannable(loaded)
     if seed is not None:
-        checked = _seeded(checked, seed)
+        checked = _seeded(checked, parse_seed(seed))
     checkpoints = open_models(referenced_models(checked))
     return Prepared(checked, checkpoints, make_plan(checked, checkpoints))
 
