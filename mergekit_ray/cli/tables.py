@@ -44,7 +44,8 @@ At the edges every method does the same (`tests/unit/methods/test_edge_cases.py`
   (but by `wudi`, whose steps have a size of their own).
 - A result that is too large for the dtype that is stored, and a NaN or an infinity in an input, end the merge with an
   error that names tensor and model; `--allow-non-finite` lets them pass.
-- Weights that sum to zero and are to be normalised are an error. Without `normalize` they are weights like any others.
+- Weights that sum to zero and are to be normalised are an error, told before anything is read. Without `normalize` they
+  are weights like any others.
 - `density: 0` gives the base (with `epsilon: 0`, where there is one); `density: 1` and `gamma: 0` drop nothing.
 
 | method | base model | models | what it does |

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -94,6 +94,20 @@ class MethodDeclaration:
             for scope, model in scopes.items()
             for name, field in model.model_fields.items()
         }
+
+    @classmethod
+    def check_together(cls, parameters: Mapping[str, Any], input_parameters: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse parameters with which no tensor can be merged, whatever is in it, such as weights that cancel.
+
+        Asked at planning for each tensor, as `Parameters.check_together`.
+
+        Args:
+            parameters: the global ones.
+            input_parameters: the per-model ones, one per model beside the base.
+
+        Raises:
+            MergeError: says which, and what to write.
+        """
 
     @classmethod
     def effective_access(cls, parameters: dict[str, Any]) -> Access:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.shared.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.shared.accumulate import NormalizedMethod, coefficients, weighted_sum_
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.rescaling import rescaling_factors
 from mergekit_ray.methods.shared.selection import Band, select_next_largest
@@ -88,7 +88,7 @@ def _trimmed(chunk: Chunk, crumbs: Crumbs) -> tuple[torch.Tensor, Sequence[torch
 
 
 @METHODS.register("breadcrumbs")
-class Breadcrumbs(_Breadcrumbs):
+class Breadcrumbs(NormalizedMethod, _Breadcrumbs):
     """``b + λ Σ w_i δ̃_i``, ``δ̃`` a task vector without its largest and smallest elements."""
 
     name = "breadcrumbs"

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Access, BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.shared.accumulate import divisor, rounded_sum_, single_divisor
+from mergekit_ray.methods.shared.accumulate import NormalizedMethod, divisor, rounded_sum_, single_divisor
 from mergekit_ray.methods.shared.combinations import Elected, Kept, Sum
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod, SummedTensor, SumMethod
 from mergekit_ray.methods.shared.random_mask import MaskSpace, RandomMask
@@ -115,7 +115,7 @@ def _rescaling(statistics: list[float] | None, operands: Operands) -> Sequence[f
 
 
 @METHODS.register("dare_linear")
-class DareLinear(_Dare):
+class DareLinear(NormalizedMethod, _Dare):
     """``b + λ Σ w_i δ̃_i``, ``δ̃`` a task vector with elements dropped at random and rescaled."""
 
     name = "dare_linear"

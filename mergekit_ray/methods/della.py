@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.shared.accumulate import coefficients, weighted_sum_
+from mergekit_ray.methods.shared.accumulate import NormalizedMethod, coefficients, weighted_sum_
 from mergekit_ray.methods.shared.packed_mask import PackedMask
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.rank_sampling import (
@@ -146,7 +146,7 @@ class Della(_Della):
 
 
 @METHODS.register("della_linear")
-class DellaLinear(_Della):
+class DellaLinear(NormalizedMethod, _Della):
     """``b + λ Σ w_i δ̃_i``, ``δ̃`` a task vector sampled by magnitude and rescaled."""
 
     name = "della_linear"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -71,6 +71,12 @@ class GeometricMedian(ReduceMethod):
     global_parameters = GeometricMedianParameters
     propagates_non_finite = True
 
+    @classmethod
+    def check_together(cls, parameters: Mapping[str, Any], input_parameters: Sequence[Mapping[str, Any]]) -> None:
+        """See `MethodDeclaration.check_together`."""
+        del parameters
+        _check([each["weight"] for each in input_parameters])
+
     def statistics(self, operands: Operands) -> list[float]:
         """The coefficients of the models.
 
@@ -78,8 +84,7 @@ class GeometricMedian(ReduceMethod):
             MergeError: all weights are zero.
         """
         weights = [parameters.weight for parameters in operands.input_parameters]
-        if not any(weights):
-            raise MergeError("all weights are 0: every point is a median", remedy="give a model a weight above 0")
+        _check(weights)
         settings: GeometricMedianParameters = operands.parameters
         return coefficients_of_median(
             squared_distances(operands), weights, max_iterations=settings.max_iterations, tolerance=settings.tolerance
@@ -100,6 +105,11 @@ class GeometricMedian(ReduceMethod):
             if index != pivot:
                 add_scaled_(merged, x.sub_(center), coefficient)
         return merged
+
+
+def _check(weights: Sequence[float]) -> None:
+    if not any(weights):
+        raise MergeError("all weights are 0: every point is a median", remedy="give a model a weight above 0")
 
 
 def squared_distances(operands: Operands) -> list[list[float]]:

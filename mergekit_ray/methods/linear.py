@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.shared.accumulate import divide_, divisor, single_divisor, weighted_sum_
+from mergekit_ray.methods.shared.accumulate import NormalizedMethod, divide_, divisor, single_divisor, weighted_sum_
 from mergekit_ray.methods.shared.combinations import Sum
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, SummedTensor, SumMethod
 
@@ -29,7 +29,7 @@ class LinearParameters(Parameters):
 
 
 @METHODS.register("linear")
-class Linear(SumMethod):
+class Linear(NormalizedMethod, SumMethod):
     """``Σ w_i x_i``, over ``Σ w_i`` if normalised (Wortsman et al. 2022, "Model soups").
 
     The weights are added up in compute dtype. With ``n`` models the result is, before it is rounded to the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -71,6 +71,11 @@ class Multislerp(SumMethod, ReduceMethod):
     propagates_non_finite = True
 
     @classmethod
+    def check_together(cls, parameters: Mapping[str, Any], input_parameters: Sequence[Mapping[str, Any]]) -> None:
+        """See `MethodDeclaration.check_together`."""
+        _weights([each["weight"] for each in input_parameters], normalize=parameters["normalize_weights"])
+
+    @classmethod
     def sum_of(cls, tensor: SummedTensor) -> Sum:
         """See `SumMethod.sum_of`."""
         rule = _rule(tensor.parameters, tensor.input_parameters)
@@ -95,11 +100,9 @@ class Multislerp(SumMethod, ReduceMethod):
 
 def _rule(settings: Any, input_parameters: Sequence[Any]) -> Callable[[Matrix], list[float]] | None:
     """What makes coefficients of a Gram matrix; None for one model, which is taken as it is."""
-    weights = [float(parameters.weight) for parameters in input_parameters]
-    if len(weights) == 1:
+    if len(input_parameters) == 1:
         return None
-    if settings.normalize_weights:
-        weights = _normalized(weights)
+    weights = _weights([each.weight for each in input_parameters], normalize=settings.normalize_weights)
     return lambda matrix: directional_mean(matrix, weights, settings.eps)
 
 
@@ -124,9 +127,6 @@ def directional_mean(matrix: Matrix, weights: Sequence[float], eps: float) -> li
     return [math.cos(eps) * scale * direction / mean_length for direction in directions]
 
 
-def _normalized(weights: Sequence[float]) -> list[float]:
-    try:
-        return coefficients(weights, normalize=True)
-    except MergeError as error:
-        remedy = "set `normalize_weights: false`, or change the models' `weight`"
-        raise MergeError(error.what, remedy=remedy) from None
+def _weights(weights: Sequence[float], *, normalize: bool) -> list[float]:
+    """Those that count; a single model's does not."""
+    return coefficients(weights, normalize=normalize and len(weights) > 1, switch="normalize_weights")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.methods.shared.accumulate import divisor, rounded_sum_, single_divisor
+from mergekit_ray.methods.shared.accumulate import NormalizedMethod, divisor, rounded_sum_, single_divisor
 from mergekit_ray.methods.shared.combinations import Sum
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, SummedTensor, SumMethod
 from mergekit_ray.methods.shared.task_vectors import ScaledParameters, WeightedParameters, task_vectors
@@ -24,7 +24,7 @@ class TaskArithmeticParameters(ScaledParameters):
 
 
 @METHODS.register("task_arithmetic")
-class TaskArithmetic(SumMethod):
+class TaskArithmetic(NormalizedMethod, SumMethod):
     """``b + λ Σ w_i δ_i``, over ``Σ w_i`` if normalised (Ilharco et al. 2023).
 
     The task vectors are summed by themselves and added to the base last: where no model differs from the base the

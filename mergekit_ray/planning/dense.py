@@ -39,7 +39,7 @@ def lower(
 
     Raises:
         ModelError: models that do not fit together; all mismatches are listed.
-        PlanError: layer ranges beyond a model, modules that match nothing.
+        PlanError: layer ranges beyond a model, modules that match nothing, parameters with which nothing can be merged.
     """
     return _DenseLowering(method, models, donor, arithmetic).run(modules)
 
@@ -74,6 +74,9 @@ class _DenseLowering:
                 f"the models do not fit together:\n  {listed}",
                 remedy="merge models of one architecture and shape, or leave out the layers that differ with slices",
             )
+        for (models, what, remedy), names in self._tensors.refused.items():
+            more = "" if len(names) == 1 else f" and {len(names) - 1} more"
+            raise PlanError(what, where=f"tensor {names[0]!r}{more} of {models}", remedy=remedy)
         self._name_unused()
         for name, rows in sorted(self._tensors.cut_rows.items()):
             few, many = min(rows), max(rows)

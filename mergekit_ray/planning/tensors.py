@@ -7,7 +7,7 @@ from collections import Counter
 from mergekit_ray.architectures.anatomy import is_buffer
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
 from mergekit_ray.core.dtypes import DType, promote
-from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.errors import MergeError, PlanError
 from mergekit_ray.core.expressions import Cast, Expression, Merge, Scale
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Operand
@@ -19,6 +19,8 @@ class TensorLowering:
     Attributes:
         problems: tensors that do not fit together, in words; collected so that all can be told at once.
         used: (model key, tensor name) of every input tensor that was asked for.
+        refused: tensors that the method cannot merge with their parameters, whatever is in them: names by models and
+            error (what, remedy).
         cut_rows: numbers of rows found, by name, of vocabulary tensors that are cut to their common rows.
     """
 
@@ -27,6 +29,7 @@ class TensorLowering:
         self._arithmetic = arithmetic
         self._result = result
         self.problems: list[str] = []
+        self.refused: dict[tuple[str, str, str | None], list[str]] = {}
         self.used: set[tuple[str, str]] = set()
         self.cut_rows: dict[str, set[int]] = {}
 
@@ -87,13 +90,20 @@ class TensorLowering:
             keys.append(
                 f"{self._arithmetic.seed}\n{spec.name}\n{label}" + (f"\n{seen[label]}" if seen[label] > 1 else "")
             )
+        parameters = cut.parameters.at(spec.name, t)
+        input_parameters = tuple(source.at(spec.name, t) for source in cut.source_parameters)
+        try:
+            method.check_together(parameters, input_parameters)
+        except MergeError as error:
+            models = ", ".join(str(model.reference) for model in cut.sources)
+            self.refused.setdefault((models, error.what, error.remedy), []).append(spec.name)
         return Merge(
             method=method.name,
             spec=spec,
             inputs=tuple(inputs),
             base=base if method.base is not BaseUse.FORBIDDEN else None,
-            parameters=cut.parameters.at(spec.name, t),
-            input_parameters=tuple(source.at(spec.name, t) for source in cut.source_parameters),
+            parameters=parameters,
+            input_parameters=input_parameters,
             keys=tuple(keys),
             compute_dtype=compute,
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.methods.shared.scratch import Scratch
 
@@ -21,8 +22,19 @@ _IN_ORDER = 4
 """Up to so many numbers torch adds one after the other; more in lanes."""
 
 
-def coefficients(weights: Sequence[float], *, normalize: bool, scale: float = 1.0) -> list[float]:
-    """``scale * w_i``, over ``Σ w_i`` if ``normalize``.
+class NormalizedMethod(MethodDeclaration):
+    """A method whose parameter ``normalize`` divides by the sum of the weights, which must not be zero then."""
+
+    @classmethod
+    def check_together(cls, parameters: Mapping[str, Any], input_parameters: Sequence[Mapping[str, Any]]) -> None:
+        """See `MethodDeclaration.check_together`."""
+        coefficients([each["weight"] for each in input_parameters], normalize=parameters["normalize"])
+
+
+def coefficients(
+    weights: Sequence[float], *, normalize: bool, scale: float = 1.0, switch: str = "normalize"
+) -> list[float]:
+    """``scale * w_i``, over ``Σ w_i`` if ``normalize``, which the recipe calls ``switch``.
 
     Raises:
         MergeError: the weights are to be normalised and sum to zero.
@@ -33,7 +45,7 @@ def coefficients(weights: Sequence[float], *, normalize: bool, scale: float = 1.
     if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in weights):
         raise MergeError(
             f"the weights {list(weights)} sum to 0 and cannot be normalised",
-            remedy="set `normalize: false`, or change the models' `weight`",
+            remedy=f"set `{switch}: false`, or change the models' `weight`",
         )
     return [scale * weight / total for weight in weights]
 

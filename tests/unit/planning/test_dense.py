@@ -173,6 +173,7 @@ merge_method: linear
 slices:
 - sources: [{model: /a, layer_range: [0, 3], parameters: {weight: [0, 1]}}]
 - sources: [{model: /a, layer_range: [3, 4], parameters: {weight: [0, 1]}}]
+parameters: {normalize: false}
 """
     found = expressions_of(plan_of(text, llama("/a", 4)))
     weights = [found[f"model.layers.{i}.input_layernorm.weight"].input_parameters[0]["weight"] for i in range(4)]
@@ -328,3 +329,63 @@ slices:
 - sources: [{{model: /b, layer_range: {request.param}}}]
 """
     return plan_of(text, llama("/a", 3), llama("/b", 3))
+
+
+WEIGHTED = """
+merge_method: {method}
+base_model: /base
+models:
+- {{model: /a, parameters: {{weight: {a}}}}}
+- {{model: /b, parameters: {{weight: {b}}}}}
+parameters: {{{switch}: {on}}}
+"""
+NORMALIZED = ["linear", "task_arithmetic", "dare_linear", "della_linear", "breadcrumbs", "multislerp"]
+
+
+def weighted(method: str, a: object, b: object, *, on: bool = True) -> Plan:
+    switch = "normalize_weights" if method == "multislerp" else "normalize"
+    text = WEIGHTED.format(method=method, a=a, b=b, switch=switch, on=str(on).lower())
+    names = ["/base", "/a", "/b"]
+    if method == "linear":
+        text, names = text.replace("base_model: /base\n", ""), names[1:]
+    return plan_of(text, *(llama(name, 3) for name in names))
+
+
+@pytest.mark.parametrize("method", NORMALIZED)
+def test_weights_that_cancel_are_told_with_tensors_models_and_remedy(method: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        weighted(method, 1, -1)
+    switch = "normalize_weights" if method == "multislerp" else "normalize"
+    assert str(caught.value) == (
+        f"tensor 'model.embed_tokens.weight' and {len(llama_shapes(3)) - 1} more of /a, /b: "
+        "the weights [1.0, -1.0] sum to 0 and cannot be normalised\n"
+        f"  set `{switch}: false`, or change the models' `weight`"
+    )
+    assert weighted(method, 1, -1, on=False).shards
+    assert weighted(method, 1, -0.5).shards
+
+
+def test_weights_that_cancel_in_one_layer() -> None:
+    names = [name for name in llama_shapes(3) if ".layers.1." in name]
+    with pytest.raises(
+        PlanError, match=r"^tensor 'model\.layers\.1\.\S+' and \d+ more of /a, /b: .* sum to 0"
+    ) as caught:
+        weighted("linear", "[1, 0]", "[-2, 1]")  # 1 - 2, 0.5 - 0.5, 0 + 1
+    assert f" and {len(names) - 1} more " in str(caught.value)
+
+
+def test_weights_that_cancel_by_a_filter() -> None:
+    with pytest.raises(PlanError, match=r"^tensor 'model\.norm\.weight' of /a, /b: the weights \[1\.0, -1\.0\]"):
+        weighted("task_arithmetic", 1, "[{filter: model.norm, value: -1}, {value: 1}]")
+
+
+def test_a_median_of_points_without_weight() -> None:
+    text = "merge_method: geometric_median\nmodels: [{model: /a}, {model: /b}]\nparameters: {weight: 0}\n"
+    with pytest.raises(PlanError, match="of /a, /b: all weights are 0"):
+        plan_of(text, llama("/a"), llama("/b"))
+    assert plan_of(text.replace("weight: 0", "weight: 1"), llama("/a"), llama("/b")).shards
+
+
+def test_the_weight_of_a_single_direction_is_none() -> None:
+    text = "merge_method: multislerp\nmodels: [{model: /a, parameters: {weight: 0}}]\n"
+    assert plan_of(text, llama("/a")).shards
