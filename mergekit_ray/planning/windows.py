@@ -160,11 +160,12 @@ def check_memory(plan: Plan, memory_bytes: int) -> None:
     if needed <= memory_bytes:
         return
     largest = largest_window([tensor for shard in plan.shards for tensor in shard.tensors])
-    name = "" if largest is None else largest.tensor.spec.name
+    reserve = f"{format_bytes(FIXED_BYTES)} for the worker itself"
     raise PlanError(
-        f"a memory budget of {format_bytes(memory_bytes)} per worker is too small: this tensor needs "
-        f"{format_bytes(needed)} ({needed} bytes) with its inputs",
-        where=f"tensor {name!r}",
+        f"a memory budget of {format_bytes(memory_bytes)} per worker is too small: it needs {format_bytes(needed)} "
+        f"({needed} bytes), {reserve}"
+        + ("" if largest is None else f" and {format_bytes(needed - FIXED_BYTES)} for this tensor with its inputs"),
+        where=None if largest is None else f"tensor {largest.tensor.spec.name!r}",
         remedy=f"pass --memory {-(-needed // 1_000_000)}MB or more",
     )
 

@@ -15,6 +15,7 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
 from mergekit_ray.core.plan import OutputTensor, Plan, Shard
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.methods.shared.protocol import WholeMethod
 from mergekit_ray.planning.windows import (
@@ -175,6 +176,8 @@ def test_a_budget_too_small_is_refused_with_tensor_and_bytes(sized: Sized) -> No
         check_memory(sized.plan, needed - 1)
     assert caught.value.where == "tensor 'whole'"
     assert f"({needed} bytes)" in caught.value.what
+    assert "336 MB for the worker itself and " in caught.value.what
+    assert f"{format_bytes(needed - FIXED_BYTES)} for this tensor with its inputs" in caught.value.what
     assert caught.value.remedy is not None
     [megabytes] = [int(word[:-2]) for word in caught.value.remedy.split() if word.endswith("MB")]
     check_memory(sized.plan, megabytes * 10**6)
