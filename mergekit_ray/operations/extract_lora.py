@@ -57,6 +57,7 @@ from mergekit_ray.planning.make import inputs_of, models_of
 from mergekit_ray.planning.windows import comfortable_memory
 from mergekit_ray.reporting.reporters import Reporter, SilentReporter
 from mergekit_ray.storage.opening import open_sink, open_source
+from mergekit_ray.storage.protocols import PublishingSink
 
 WORK_FOLDER: Final = ".mergekit-ray-extract"
 MANIFEST_FILE: Final = "mergekit-ray.json"
@@ -113,7 +114,7 @@ def extract_lora(
     Args:
         tuned: the fine-tuned model, as a recipe names it.
         base: what it was tuned from.
-        output: folder or URI.
+        output: folder or ``s3://bucket/prefix``.
         wanted: ranks and coverage.
         options: how to run it.
         reporter: told what happens; None for silence.
@@ -144,6 +145,12 @@ class _Extraction:
         self._tell = reporter
         self._stop = stop or threading.Event()
         self._sink = open_sink(output)
+        if isinstance(self._sink, PublishingSink):  # which has no place for the work beside the result
+            raise ConfigError(
+                "an adapter cannot be written to the Hub",
+                where=output,
+                remedy="write it to a folder, then upload that: hf upload ORG/NAME FOLDER",
+            )
         if options.num_workers is None and options.executor != "ray" and options.address is None:
             # The solver of a matrix works on one thread, so matrices are worked on side by side.
             self._options = replace(options, num_workers=min(_MAX_LOCAL_WORKERS, available_cpus()))

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 import mergekit_ray
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import MergekitRayError, ModelError, PlanError
+from mergekit_ray.core.errors import ConfigError, MergekitRayError, ModelError, PlanError
 from mergekit_ray.operations import extract_lora as extraction
 from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
 from mergekit_ray.operations.options import MergeOptions
@@ -230,6 +230,12 @@ def test_the_place_is_respected(tuned_llama: Tuned, tmp_path: Path) -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MergekitRayError, match=message):
         ExtractOptions(**options)
+
+
+def test_the_hub_is_refused_before_a_model_is_opened() -> None:
+    with pytest.raises(ConfigError, match="cannot be written to the Hub") as caught:
+        extract_lora("/no/such/model", "/no/such/base", "hf://org/lora", ExtractOptions(rank=4))
+    assert "hf upload" in str(caught.value)
 
 
 @pytest.mark.s3
