@@ -221,7 +221,8 @@ def reproduce_command(
 ) -> None:
     """Merge again what MANIFEST describes, from the inputs it pins, and compare all digests.
 
-    Exit code 3 if an input is another than it was, or something comes out another.
+    Inputs are compared by size and header, not by content; of the result, every shard and tensor by its digest. Exit
+    code 3 if anything differs; a note, if an input is of another version with the same size and header.
     """
     with told_errors(debug), stop_on_signals() as stop:
         from mergekit_ray.operations.reproduce import reproduce
