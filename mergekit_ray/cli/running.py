@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergekit_ray.cli.options import LogFormat
-from mergekit_ray.core.errors import ConfigError, InternalError, MergekitRayError
+from mergekit_ray.core.errors import InternalError, MergekitRayError
 from mergekit_ray.core.secrets import RedactedStream, redact
 from mergekit_ray.reporting.signals import listening
 
@@ -124,17 +124,11 @@ def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
     """
     from mergekit_ray.operations.recipes import is_uri, load_recipe
 
-    source = recipe if is_uri(recipe) else Path(recipe)
-    if isinstance(source, Path) and not source.is_file():
-        raise ConfigError(
-            "no such file", where=recipe, remedy="give the path of a YAML recipe; see configs/ for examples"
-        )
-
     def warn(message: object) -> None:
         if not quiet:
             typer.echo(f"warning: {message}", err=True)
 
-    return load_recipe(source, lenient=lenient, on_warning=warn)
+    return load_recipe(recipe if is_uri(recipe) else Path(recipe), lenient=lenient, on_warning=warn)
 
 
 @contextlib.contextmanager

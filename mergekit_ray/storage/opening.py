@@ -72,9 +72,15 @@ def open_sink(reference: str) -> Sink:
     """The store to write to: a path, ``file://`` or another writable scheme. A folder need not exist yet.
 
     Raises:
-        ConfigError: an unknown scheme, one that can only be read, or a URI that holds a credential.
-        ModelError: the place cannot be opened.
+        ConfigError: an unknown scheme, a place that cannot be written, or a URI that holds a credential.
     """
+    try:
+        return _open_sink(reference)
+    except ModelError as error:  # of a place that does not hold a model yet, the command is wrong
+        raise ConfigError(error.what, where=error.where, remedy=error.remedy) from error
+
+
+def _open_sink(reference: str) -> Sink:
     name = _scheme_of(reference) or "file"
     with _LOCK:
         open_output = SINKS.get(name) if name in SINKS else None

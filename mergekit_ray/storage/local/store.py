@@ -364,8 +364,8 @@ def open_folder(uri: str, revision: str | None) -> LocalStore:
     """The store at a path or a ``file://`` URI.
 
     Raises:
-        ModelError: a revision is given, or the URI names another host.
-        StorageError: the path is a file, or goes by a link that leads nowhere.
+        ModelError: a revision is given, the URI names another host, or the path leads to or through a file.
+        StorageError: the path goes by a link that leads nowhere.
     """
     path = uri
     if uri.startswith("file://"):
@@ -381,7 +381,10 @@ def open_folder(uri: str, revision: str | None) -> LocalStore:
             where=uri,
             remedy="leave out what follows the '@', or name a Hub repository",
         )
-    if Path(path).expanduser().is_file():
-        raise StorageError("a file, where a folder is needed", where=uri, remedy="name a folder")
     check_folder(Path(path).expanduser())
-    return LocalStore(path)
+    store = LocalStore(path)
+    root = Path(store.uri)
+    there = next(place for place in (root, *root.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ModelError("a file, where a folder is needed", where=str(there), remedy="name a folder")
+    return store

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
+from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
 from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage.local import store as local_module
 from mergekit_ray.storage.local import upload as local_upload
@@ -193,6 +193,19 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("file://host/path")
     with pytest.raises(ModelError, match="no revision 'main'"):
         open_source("my model", "main")
+
+
+@pytest.mark.parametrize("place", ["file", "./file/", "file/below/it", "link", "file://{}/file", "/dev/null"])
+def test_a_file_is_no_place_to_write_to(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="a file, where a folder is needed"):
-        open_sink("file")
+    (tmp_path / "link").symlink_to("file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^\S*(file|link|null): a file, where a folder is needed"):
+        open_sink(place.format(tmp_path))
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("place", ["", "file://host/path"])
+def test_a_place_that_is_none(place: str) -> None:
+    with pytest.raises(ConfigError, match=r"empty path|another host"):
+        open_sink(place)
