@@ -81,7 +81,7 @@ class Watch:
             "worker_stalled",
             f"warning: {standing.name} {what} for {seconds:.0f} s, with {', '.join(standing.files)}{then}",
             worker=standing.name,
-            seconds=round(seconds, 1),
+            idle_seconds=round(seconds, 1),
         )
 
 
