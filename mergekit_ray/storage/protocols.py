@@ -96,15 +96,26 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MappedRange:
+    """Bytes of a file where they lie. They are those of the file, also if it changes later.
+
+    Attributes:
+        data: not to be written to.
+        check: to be called once the bytes have been used; what was made of them is worth nothing if it raises. It
+            raises CheckpointError if the file has changed, StorageError if a part of it could not be read.
+    """
+
+    data: memoryview
+    check: Callable[[], None]
+
+
 @runtime_checkable
 class MappableSource(Source, Protocol):
     """A source whose files can be used where they lie, without copying them into buffers."""
 
-    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
-        """Bytes ``[start, end)`` of a file, read in but not copied. They are not to be written to.
-
-        The bytes are those of the file, also if it changes later: whoever uses them checks the version once more
-        afterwards. A file that is cut short while a mapping of it is in use ends the process (SIGBUS).
+    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> MappedRange:
+        """Bytes ``[start, end)`` of a file, read in but not copied.
 
         Raises:
             CheckpointError, StorageError: as `read_ranges`.

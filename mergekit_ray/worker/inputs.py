@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from mergekit_ray.checkpoint.reader import ByteRange
-from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import InputModel
 from mergekit_ray.evaluation.pieces import Bytes
 from mergekit_ray.planning.windows import Window
+from mergekit_ray.storage.local.fault_guard import is_guarded
 from mergekit_ray.storage.protocols import MappableSource, Source
 from mergekit_ray.worker.buffers import BufferPool
 from mergekit_ray.worker.held_inputs import HeldInputs
@@ -54,9 +54,11 @@ class InputReader:
         batches: Sequence[Sequence[Window]],
         limit_bytes: int,
     ) -> None:
-        self._models, self._sources, self._buffers = models, sources, buffers
-        self._mappable = {key: source for key, source in sources.items() if isinstance(source, MappableSource)}
-        self._mapped_files: set[tuple[str, str]] = set()
+        self._models, self._buffers = models, buffers
+        self._mappable = {
+            key: source for key, source in sources.items() if isinstance(source, MappableSource) and is_guarded()
+        }
+        self._checks: list[Callable[[], None]] = []
         self._held = HeldInputs(batches, limit_bytes, sources.keys() - self._mappable.keys())
 
     @property
@@ -76,8 +78,8 @@ class InputReader:
             mappable = self._mappable.get(load.model)
             if mappable is not None and stop - start >= MIN_MAPPED_BYTES and start % itemsize == 0:
                 mapped = mappable.map_range(file, start, stop, version=version)
-                inputs.data[load] = np.frombuffer(mapped, dtype=np.uint8)
-                self._mapped_files.add((load.model, file))
+                inputs.data[load] = np.frombuffer(mapped.data, dtype=np.uint8)
+                self._checks.append(mapped.check)
                 continue
             held = self._held.get(load, (first, last))
             if held is not None:
@@ -96,13 +98,7 @@ class InputReader:
 
         Raises:
             CheckpointError: one did; names it.
+            StorageError: a part of one could not be read.
         """
-        for model, file in sorted(self._mapped_files):
-            source, planned = self._sources[model], self._models[model].files[file]
-            stat = source.stat(file)
-            if stat is None or stat.version != planned.version:
-                raise CheckpointError(
-                    "changed while it was being read: it is no longer the file that was planned for",
-                    where=f"{source.uri}/{file}",
-                    remedy="let nothing write to the inputs, and start the merge again",
-                )
+        for check in self._checks:
+            check()

@@ -199,9 +199,12 @@ class ShardPipeline:
             self._merging.shutdown(cancel_futures=True)
             self._budget.give_all()
             self._on_read()
+        if self._errors and isinstance(self._errors[0], Interrupted):
+            raise self._errors[0]
+        # Before other errors: what is wrong with bytes that changed while they were used is no fault of the model.
+        self._inputs.check_unchanged()
         if self._errors:
             raise self._errors[0]
-        self._inputs.check_unchanged()
 
     def _guard(self, work: Callable[[], None], sentinel: queue.Queue[Any] | None) -> None:
         try:

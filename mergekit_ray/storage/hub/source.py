@@ -12,7 +12,7 @@ from mergekit_ray.storage.hub.cache import HubCache, cached_snapshot
 from mergekit_ray.storage.hub.repository import COMMIT, RemoteFiles, Repository, look_up
 from mergekit_ray.storage.hub.requests import is_offline
 from mergekit_ray.storage.names import check_name
-from mergekit_ray.storage.protocols import FileStat, Source, WritableBuffer
+from mergekit_ray.storage.protocols import FileStat, MappedRange, Source, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch
 from mergekit_ray.storage.schemes import SCHEMES
 from mergekit_ray.storage.transfers import RangeReader, RetryPolicy, read_whole
@@ -128,7 +128,7 @@ class HubSource:
 class MappedHubSource(HubSource):
     """A commit of which large files are in the cache, where they are used without being copied."""
 
-    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
+    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> MappedRange:
         """See `MappableSource.map_range`. What is not in the cache, as after a download that broke off, is fetched."""
         check_name(name, self.uri)
         cache = self._cached(name, version)
@@ -136,7 +136,7 @@ class MappedHubSource(HubSource):
             return cache.map_range(name, start, end, version=version)
         view = memoryview(bytearray(end - start))
         self.read_ranges(name, [(start, end)], [view], version=version)
-        return view
+        return MappedRange(view, check=lambda: None)
 
 
 @SCHEMES.register("hf")

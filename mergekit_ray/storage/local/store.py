@@ -7,6 +7,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import functools
 import os
 import threading
 import time
@@ -20,11 +21,12 @@ from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
 from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, move_files
+from mergekit_ray.storage.local.fault_guard import Fault
 from mergekit_ray.storage.local.links import check_folder, check_link, check_links, file_status, leads_nowhere
 from mergekit_ray.storage.local.mapped import map_file
 from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
 from mergekit_ray.storage.names import check_name
-from mergekit_ray.storage.protocols import FileStat, WritableBuffer
+from mergekit_ray.storage.protocols import FileStat, MappedRange, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
 from mergekit_ray.storage.schemes import SCHEMES
 from mergekit_ray.storage.transfers import read_whole
@@ -138,7 +140,7 @@ class LocalSource:
             raise self._changed(name)
         return sum(end - start for start, end, _ in wanted)
 
-    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> memoryview:
+    def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> MappedRange:
         """See `MappableSource.map_range`."""
         file, status = self._open(name)
         if version is not None and self._version(name, status) != version:
@@ -146,9 +148,23 @@ class LocalSource:
         if end > status.st_size:
             raise self._cut_short(name, status, end)
         try:
-            return map_file(file.fd, start, end)
+            data, fault = map_file(file.fd, start, end)
         except OSError as error:
+            self._check_unchanged(name, file, status)
             raise local_fault(error, self._path(name)) from error
+        return MappedRange(data, functools.partial(self._check_mapped, name, file, status, fault))
+
+    def _check_mapped(self, name: str, file: _OpenFile, mapped: os.stat_result, fault: Fault) -> None:
+        self._check_unchanged(name, file, mapped)
+        if fault.happened:
+            raise local_fault(OSError(errno.EIO, os.strerror(errno.EIO)), self._path(name))
+
+    def _check_unchanged(self, name: str, file: _OpenFile, before: os.stat_result) -> None:
+        """See that an open file is what it was, and that it is still what its name stands for."""
+        after, there = os.fstat(file.fd), self.stat(name)
+        same = (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        if not same or there is None or there.version != self._version(name, before):
+            raise self._changed(name)
 
     def _path(self, name: str) -> Path:
         check_name(name, str(self._root))

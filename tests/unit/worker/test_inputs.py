@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mergekit_ray.core.errors import CheckpointError, MergeError
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.storage.local.store import LocalSource
+from mergekit_ray.storage.protocols import MappedRange
 from mergekit_ray.worker import inputs as window_inputs
 from support.shards import BUDGETS, big_model, files_below, load_of, long_tensors, make_worker, merged, shard_of
 
@@ -89,7 +90,7 @@ def test_an_input_that_changes_while_it_is_used_is_refused(
     class Touched(LocalSource):
         """Files whose time changes once a part of them has been mapped."""
 
-        def map_range(self, name: str, *args: Any, **options: Any) -> memoryview:
+        def map_range(self, name: str, *args: Any, **options: Any) -> MappedRange:
             found = super().map_range(name, *args, **options)
             mapped.append(name)
             os.utime(Path(self.uri) / name, ns=(1, 1))
