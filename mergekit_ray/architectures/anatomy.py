@@ -26,6 +26,15 @@ _EMBEDDING = re.compile(
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.(weight|bias)$")
 _BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|project_in|rotary_emb)(\.|$)")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,8}")
+"""The number of a layer, as everyone writes it; what is longer is a name."""
+
+_MAX_GAP = 128
+"""Layers without tensors between two that have some, or before the first: some files hold a part of a model."""
+
+_MAX_LISTED = 8
+"""Gaps in a message."""
+
 _BUFFER = re.compile(
     r"(^|\.)(rotary_emb|rotary_embs|rotary_pos_emb)\.(inv_freq|cos_cached|sin_cached)$"
     r"|(^|\.)(attention|attn|self_attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"
@@ -51,7 +60,7 @@ def place_of(name: str) -> Place | None:
     """The layer a name belongs to by its first numeric component (experts and such lie deeper), None if it has none."""
     parts = name.split(".")
     for i, part in enumerate(parts):
-        if part.isdigit() and 0 < i < len(parts) - 1:
+        if 0 < i < len(parts) - 1 and _LAYER.fullmatch(part):
             return Place(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
     return None
 
@@ -124,7 +133,7 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
         where: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: layers are missing from the main stack.
+        CheckpointError: layers are missing from the main stack, or numbers that cannot be right.
     """
     found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     outside: list[str] = []
@@ -135,6 +144,10 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
         else:
             found[place.stack][place.layer].append(place.rest)
     expected = configured_layers(config)
+    if expected is not None and expected < 0:
+        raise CheckpointError(
+            f"config.json says {expected} layers", where=where, remedy="correct num_hidden_layers in its config.json"
+        )
     main = _main_stack(found, expected, specs)
     stacks: dict[str, int] = {}
     layers: dict[str, tuple[tuple[str, ...], ...]] = {}
@@ -145,12 +158,18 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
             extra = [i for i in by_layer if i >= expected]
             outside += [f"{stack}.{i}.{rest}" for i in extra for rest in by_layer[i]]
             num_layers = expected
-        missing = [i for i in range(num_layers) if i not in by_layer]
+        missing = _gaps(by_layer, num_layers)
         if missing and stack == main and expected is not None:
             raise CheckpointError(
-                f"layers {_ranges(missing)} of {stack!r} have no tensors; config.json says {expected} layers",
+                f"layers {_listed(missing)} of {stack!r} have no tensors; config.json says {expected} layers",
                 where=where,
                 remedy="download the checkpoint again, or correct num_hidden_layers in its config.json",
+            )
+        if widest := next((gap for gap in missing if gap.stop - gap.start > _MAX_GAP), None):
+            raise CheckpointError(
+                f"layers {_listed([widest])} of {stack!r} have no tensors, and layer {widest.stop} has",
+                where=where,
+                remedy="download the checkpoint again, or see who numbered its layers",
             )
         stacks[stack] = num_layers
         layers[stack] = tuple(tuple(sorted(by_layer.get(i, ()))) for i in range(num_layers))
@@ -224,12 +243,17 @@ def _is_before(name: str, heads: frozenset[str]) -> bool:
     return _BEFORE.search(name) is not None and name not in heads and place_of(name) is None
 
 
-def _ranges(numbers: list[int]) -> str:
-    """``3, 7-9`` for a sorted list of integers."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+def _gaps(numbers: Iterable[int], end: int) -> list[range]:
+    """The runs of numbers below ``end`` that are not there, ascending."""
+    gaps, start = [], 0
+    for number in sorted(number for number in numbers if number < end):
+        if start < number:
+            gaps.append(range(start, number))
+        start = number + 1
+    return [*gaps, range(start, end)] if start < end else gaps
+
+
+def _listed(gaps: list[range]) -> str:
+    """``3, 7-9``, and how many more there are."""
+    shown = [str(gap[0]) if gap[0] == gap[-1] else f"{gap[0]}-{gap[-1]}" for gap in gaps[:_MAX_LISTED]]
+    return ", ".join(shown) + (f" and {len(gaps) - _MAX_LISTED} more" if len(gaps) > _MAX_LISTED else "")

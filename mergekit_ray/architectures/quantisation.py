@@ -283,14 +283,14 @@ def _compressed_tensors(settings: Mapping[str, Any], where: str) -> list[tuple[i
     method = "compressed-tensors"
     if settings.get("transform_config"):
         raise _refusal(f"{method}, rotated", where)
-    sparsity = settings.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise _refusal(f"{method}, {sparsity['format']}", where)
+    form = _part(settings, "sparsity_config", where).get("format", "dense")
+    if form != "dense":
+        raise _refusal(f"{method}, {form}", where)
     blocks = []
-    for group in (settings.get("config_groups") or {}).values():
-        weights = group.get("weights") if isinstance(group, Mapping) else {}
-        if weights is None:
+    for group in _part(settings, "config_groups", where).values():
+        if isinstance(group, Mapping) and group.get("weights") is None:
             continue
+        weights = _part(group, "weights", where) if isinstance(group, Mapping) else {}
         described = f"{method}, {weights.get('type', 'unknown type')} of {weights.get('num_bits', '?')} bits"
         if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
             raise _refusal(described, where)
@@ -301,6 +301,16 @@ def _compressed_tensors(settings: Mapping[str, Any], where: str) -> list[tuple[i
         structure = weights.get("block_structure")
         blocks += _pair(structure.split("x") if isinstance(structure, str) else structure, where)
     return blocks
+
+
+def _part(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """The settings below a key, none where it says nothing."""
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(
+            f"its quantization_config gives {key} as {found!r:.200}", where=where, remedy="correct config.json"
+        )
+    return found
 
 
 def _no_blocks(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:  # noqa: ARG001 - as the others
@@ -322,11 +332,11 @@ def _pair(value: Any, where: str) -> list[tuple[int, int]]:
         return []
     try:
         rows, columns = (int(size) for size in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = columns = 0
     if min(rows, columns) < 1:
         raise ModelError(
-            f"its quantization_config gives blocks of {value!r}",
+            f"its quantization_config gives blocks of {value!r:.200}",
             where=where,
             remedy="a block is two sizes, rows and columns: correct config.json",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from mergekit_ray.core.errors import CheckpointError, ModelError
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 _DEFAULT_RANK = 8
+_MAX_RANK = 1 << 31
 _DEFAULT_ALPHA = 8
 
 _MERGE_WITH_PEFT = "merge the adapter into its base with PEFT (merge_and_unload) and name the result"
@@ -157,7 +159,9 @@ def _fault(what: str, where: str) -> CheckpointError:
 def _is_number(value: object, *, whole: bool) -> bool:
     if isinstance(value, bool):
         return False
-    return isinstance(value, int) and value > 0 if whole else isinstance(value, int | float) and math.isfinite(value)
+    if whole:
+        return isinstance(value, int) and 0 < value <= _MAX_RANK
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # a NaN is not
 
 
 def _number(content: Mapping[str, Any], key: str, default: int, where: str, *, whole: bool = False) -> Any:

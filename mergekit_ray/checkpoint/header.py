@@ -139,11 +139,6 @@ def _parse_metadata(entry: object, where: str) -> dict[str, str]:
 
 def _parse_tensor(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
     """Spec and data offsets of one entry."""
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise _fault(name, where, "the name is not valid Unicode") from None
     if not isinstance(entry, dict):
         raise _fault(name, where, "its entry is not an object")
     if entry.keys() != _FIELDS:

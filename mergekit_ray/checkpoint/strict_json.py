@@ -17,7 +17,8 @@ def parse_object(data: bytes, where: str, what: str) -> dict[str, Any]:
         what: what it should hold, for messages ("safetensors header").
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, nested without reason, or a key occurs twice.
+        CheckpointError: not UTF-8, not JSON, not an object, nested without reason, or a key occurs twice; or a text in
+            it is not Unicode: half of a surrogate pair, which no file name and no other file could hold.
     """
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -26,6 +27,12 @@ def parse_object(data: bytes, where: str, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"the {what} is not valid JSON: {reason}", where=where) from None
+    if b"\\ud" in data.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.start + 1]
+            raise CheckpointError(f"the {what} holds {half!r}, which is not valid Unicode", where=where) from None
     if not isinstance(found, dict):
         raise CheckpointError(f"the {what} is not a JSON object", where=where)
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import xxhash
+
+_HEX: Final = frozenset("0123456789abcdef")
 
 
 def tensor_digest() -> xxhash.xxh3_128:
@@ -51,12 +53,33 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardRecord:
-        """Inverse of `to_json`."""
-        return cls(
-            data["file"],
-            data["num_bytes"],
-            data["sha256"],
-            data["tensors_xxh3_128"],
-            data.get("version", ""),
-            data.get("device", "cpu"),
-        )
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: it is not the data of a record.
+        """
+        try:
+            found = cls(
+                data["file"],
+                data["num_bytes"],
+                data["sha256"],
+                data["tensors_xxh3_128"],
+                data.get("version", ""),
+                data.get("device", "cpu"),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("not the record of a shard") from error
+        texts = (found.file, found.version, found.device)
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and type(found.num_bytes) is int
+            and _is_hex(found.sha256, 64)
+            and isinstance(found.tensors, dict)
+            and all(_is_hex(digest, 32) for digest in found.tensors.values())
+        ):
+            raise ValueError("a value in the record of a shard is of another kind than was written")
+        return found
+
+
+def _is_hex(text: object, num_digits: int) -> bool:
+    return isinstance(text, str) and len(text) == num_digits and set(text) <= _HEX

@@ -81,7 +81,7 @@ def reproduce(
         records = [ShardRecord.from_json(record) for record in manifest["shards"]]
         files = listed_files(manifest)
         plan, notes = _plan(manifest, records, options)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"a manifest that was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error

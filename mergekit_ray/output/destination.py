@@ -222,7 +222,7 @@ def _parse_records(found: Iterable[Mapping[str, Any] | None]) -> list[ShardRecor
     """The records that can be read; a shard without a readable one is simply done again."""
     records = []
     for data in found:
-        with contextlib.suppress(KeyError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError):
             if data is not None:
                 records.append(ShardRecord.from_json(data))
     return records

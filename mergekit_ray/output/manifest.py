@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from mergekit_ray.checkpoint.strict_json import parse_object
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
@@ -139,11 +140,8 @@ def read_manifest(place: str) -> dict[str, Any]:
     where = place if path.is_file() else f"{place}/{MANIFEST_FILE}"
     source = open_source(str(path.absolute().parent) if path.is_file() else place)
     data = source.read(path.name if path.is_file() else MANIFEST_FILE, max_bytes=_MAX_JSON_BYTES)
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not JSON: {error}", where=where) from error
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+    found = parse_object(data, where, "manifest")
+    if found.get("format") != _FORMAT:
         raise CheckpointError(
             f"not a manifest of format {_FORMAT}", where=where, remedy=f"give the {MANIFEST_FILE} of a published model"
         )
@@ -171,9 +169,9 @@ def published_contents(source: Source) -> Contents:
         return Contents(
             records, listed_files(manifest), tuple(map(str, manifest.get("side_files", ()))), is_intact(manifest)
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            "not the manifest of a model: it names no shards, or lists its files in another form",
+            f"not the manifest of a model: {error}",
             where=f"{source.uri}/{MANIFEST_FILE}",
             remedy="verify and attest read what `merge` has published",
         ) from error
@@ -198,10 +196,4 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
     """
     if source.stat(name) is None:
         return None
-    try:
-        data = json.loads(source.read(name, max_bytes=_MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not JSON: {error}", where=f"{source.uri}/{name}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError("not a JSON object", where=f"{source.uri}/{name}")
-    return data
+    return parse_object(source.read(name, max_bytes=_MAX_JSON_BYTES), f"{source.uri}/{name}", "file")

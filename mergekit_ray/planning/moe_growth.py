@@ -157,9 +157,16 @@ class _Growth:
                 config[key] = total
         if self._recipe.experts_per_token is not None:
             config[ACTIVE_KEY] = self._recipe.experts_per_token
-        if config.get(ACTIVE_KEY, 0) > total:
+        active = config.get(ACTIVE_KEY, 0)
+        if not isinstance(active, int):
+            raise ModelError(
+                f"config.json says {active!r:.200} of {ACTIVE_KEY}",
+                where=f"base_model {self._base.reference}",
+                remedy="correct its config.json, or say experts_per_token",
+            )
+        if active > total:
             raise PlanError(
-                f"a token cannot use {config[ACTIVE_KEY]} experts of {total}",
+                f"a token cannot use {active} experts of {total}",
                 where="experts_per_token",
                 remedy=f"accepted: 1 to {total}",
             )

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.errors import CheckpointError, ModelError
 
 
 def is_confined(name: str) -> bool:
     """Whether ``name`` is a relative ``/``-separated path that stays below the root and has one spelling."""
-    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+    return _is_text(name) and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def check_text(place: str) -> None:
+    """Refuse a path or URI that can be neither looked for nor told in a manifest.
+
+    Raises:
+        ModelError: it is not valid Unicode, or holds a null character.
+    """
+    if not _is_text(place):
+        raise ModelError("not valid Unicode, or with a null character", where=ascii(place), remedy="rename the folder")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name
 
 
 def check_name(name: str, where: str) -> None:

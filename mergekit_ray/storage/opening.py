@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.core.plan import InputModel
 from mergekit_ray.core.secrets import holds_credential
+from mergekit_ray.storage.names import check_text
 from mergekit_ray.storage.protocols import Sink, Source
 from mergekit_ray.storage.schemes import SCHEMES, SINKS, Opener
 
@@ -33,15 +35,17 @@ def open_source(reference: str, revision: str | None = None) -> Source:
         StorageError: the Hub, which a name may mean, cannot be reached; or a folder's path goes by a link that leads
             nowhere.
     """
+    check_text(reference)
     scheme = _scheme_of(reference)
     if scheme:
         return _opener(scheme)(reference, revision)
     from mergekit_ray.storage.local.links import dangling_link  # noqa: PLC0415 - stores import this module
 
-    path = Path(reference).expanduser()
-    if path.is_dir() or dangling_link(path) is not None:  # a link that leads nowhere is no repository of the Hub
+    path = Path(os.path.expanduser(reference))  # noqa: PTH111 - that of Path fails where there is no such user
+    # So do its questions where a name is longer than the file system takes. A link that leads nowhere is no repository.
+    if os.path.isdir(path) or dangling_link(path) is not None:  # noqa: PTH112
         return _opener("file")(reference, revision)
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110
         raise ModelError(
             "a model is a folder, and this is a file", where=reference, remedy=f"name {path.parent} instead"
         )
@@ -81,6 +85,7 @@ def open_sink(reference: str) -> Sink:
 
 
 def _open_sink(reference: str) -> Sink:
+    check_text(reference)
     name = _scheme_of(reference) or "file"
     with _LOCK:
         open_output = SINKS.get(name) if name in SINKS else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_ray.architectures.moe.family import GATE, DenseModel
+from mergekit_ray.core.errors import ModelError
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
@@ -38,6 +39,9 @@ def expanded(base: DenseModel) -> dict[str, Any]:
     """The base's config with sizes as its tensors have them, defaults spelt out, and both spellings of RoPE's settings.
 
     Keys that belong to the dense class alone are left out.
+
+    Raises:
+        ModelError: its number of heads is not one, or does not fit its tensors.
     """
     given = copy.deepcopy(dict(base.config))
     config = {key: value for key, value in given.items() if key not in _NOT_INHERITED}
@@ -45,7 +49,14 @@ def expanded(base: DenseModel) -> dict[str, Any]:
         config.setdefault(key, value)
     inner, hidden = base.shape(GATE)
     config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": base.anatomy.num_layers}
-    head_dim = base.shape("self_attn.q_proj.weight")[0] // config["num_attention_heads"]
+    heads, rows = config["num_attention_heads"], base.shape("self_attn.q_proj.weight")[0]
+    if type(heads) is not int or heads < 1 or rows < heads or rows % heads:
+        raise ModelError(
+            f"config.json says {heads!r:.200} of num_attention_heads, which does not divide the {rows} rows of q_proj",
+            where=f"model {base.reference}",
+            remedy="correct its config.json, or download the checkpoint again",
+        )
+    head_dim = rows // heads
     config["num_key_value_heads"] = base.shape("self_attn.k_proj.weight")[0] // head_dim
     if config.get("head_dim") is None:
         config.pop("head_dim", None)  # null is not "as usual" to every class

@@ -148,7 +148,7 @@ class Custom(MoeFamily):
     def config(self, base: DenseModel, wanted: Wanted) -> dict[str, Any]:
         """See `MoeFamily.config`: the dense model's, which its own class goes on reading."""
         config = copy.deepcopy(dict(base.config))
-        kept = {key: value for key, value in (config.get("auto_map") or {}).items() if not key.startswith("AutoModel")}
+        kept = {key: value for key, value in _auto_map(config).items() if not key.startswith("AutoModel")}
         return {
             **config,
             "architectures": [self.class_name],
@@ -223,7 +223,12 @@ def _width(base: DenseModel) -> int | None:
     return None if base.anatomy.embedding is None else base.specs[base.anatomy.embedding].shape[1]
 
 
+def _auto_map(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("auto_map")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _remote_class(base: DenseModel) -> str | None:
     """``module.Class`` where the dense model brings its own code."""
-    found = (base.config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    found = _auto_map(base.config).get("AutoModelForCausalLM")
     return None if found is None else str(found)

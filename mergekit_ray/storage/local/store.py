@@ -25,7 +25,7 @@ from mergekit_ray.storage.local.fault_guard import Fault
 from mergekit_ray.storage.local.links import check_folder, check_link, check_links, file_status, leads_nowhere
 from mergekit_ray.storage.local.mapped import map_file
 from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
-from mergekit_ray.storage.names import check_name
+from mergekit_ray.storage.names import check_name, check_text
 from mergekit_ray.storage.protocols import FileStat, MappedRange, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
 from mergekit_ray.storage.schemes import SCHEMES
@@ -63,7 +63,8 @@ class LocalSource:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self._root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 - resolve() would follow symlinks
+        # resolve() would follow symbolic links, and Path.expanduser() fails where there is no such user.
+        self._root = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111
         self._open_files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -88,10 +89,8 @@ class LocalSource:
         """See `Source.stat`."""
         try:
             status = self._path(name).stat()
-        except NOT_THERE:
-            return None
         except OSError as error:
-            if error.errno == errno.ELOOP:
+            if _is_absent(error) or error.errno == errno.ELOOP:
                 return None
             raise local_fault(error, self._path(name)) from error
         if not _is_file(status):
@@ -203,9 +202,7 @@ class LocalSource:
         except OSError as error:
             if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - False also where it may not be read
                 raise leads_nowhere(path) from error
-            if isinstance(error, NOT_THERE):
-                raise missing(str(path)) from error
-            raise local_fault(error, path) from error
+            raise (missing(str(path)) if _is_absent(error) else local_fault(error, path)) from error
         return file, status
 
     def _read_prefix(self, name: str, file: _OpenFile, num_bytes: int) -> bytes:
@@ -228,10 +225,9 @@ class LocalSource:
                         yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
                     elif (status := file_status(entry)) is not None:
                         yield prefix + entry.name, status
-        except NOT_THERE:
-            return
         except OSError as error:
-            raise local_fault(error, folder) from error
+            if not _is_absent(error):
+                raise local_fault(error, folder) from error
 
 
 class LocalStore(LocalSource):
@@ -343,6 +339,11 @@ def _lock(path: Path, fd: int) -> None:
             return
 
 
+def _is_absent(error: OSError) -> bool:
+    """Whether there is no such file; nor can there be one whose name is longer than the file system takes."""
+    return isinstance(error, NOT_THERE) or error.errno == errno.ENAMETOOLONG
+
+
 def _is_file(status: os.stat_result) -> bool:
     return S_ISREG(status.st_mode)
 
@@ -388,7 +389,8 @@ def open_folder(uri: str, revision: str | None) -> LocalStore:
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost"):
             raise ModelError("a file URI cannot name another host", where=uri, remedy="write file:///absolute/path")
-        path = unquote(parts.path)
+        path = unquote(parts.path, errors="surrogateescape")
+    check_text(path)
     if not path:
         raise ModelError("an empty path", where=repr(uri), remedy="give a folder")
     if revision is not None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mergekit_ray.core.errors import StorageError
+from mergekit_ray.core.errors import MergekitRayError, PlanError, StorageError
 from mergekit_ray.storage.faults import discarded, wrong_size
 from mergekit_ray.storage.local.direct_io import AppendingFile
 from mergekit_ray.storage.local.file_system import is_in_memory
@@ -50,9 +50,13 @@ def _temporary_prefix(path: Path) -> str:
     return f".{path.name.encode()[:200].decode(errors='ignore')}."
 
 
-def local_fault(error: OSError, path: Path, num_bytes: int | None = None) -> StorageError:
+def local_fault(error: OSError, path: Path, num_bytes: int | None = None) -> MergekitRayError:
     """What an operating system error means, with what to do. ``num_bytes`` is what was to be written."""
     what = error.strerror or str(error)
+    if error.errno == errno.ENAMETOOLONG:
+        return PlanError(
+            "the name is longer than the file system takes", where=str(path), remedy="choose a shorter one"
+        )
     if error.errno in _FULL:
         free = _free_bytes(path)
         if num_bytes is not None and free is not None:

@@ -40,6 +40,28 @@ def test_layers_that_are_missing_are_named() -> None:
     assert caught.value.where == "model x"
 
 
+@pytest.mark.parametrize("count", [10**12, 10**400])
+def test_more_layers_than_any_file_holds_are_refused(count: int) -> None:
+    with pytest.raises(CheckpointError, match=rf"layers 2-{count - 1} of 'model\.layers' have no tensors"):
+        read(llama_shapes(2), {"num_hidden_layers": count})
+
+
+def test_a_negative_number_of_layers_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="says -1 layers"):
+        read(llama_shapes(2), {"num_hidden_layers": -1})
+
+
+def test_a_number_far_beyond_all_others_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"layers 1-999999998 of 'proj' have no tensors, and layer 999999999 has"):
+        read({"proj.0.weight": (H, H), "proj.999999999.weight": (H, H)}, {})
+
+
+def test_of_many_gaps_some_are_named() -> None:
+    shapes = {f"model.layers.{i}.w": (H, H) for i in range(0, 100, 2)}
+    with pytest.raises(CheckpointError, match="layers 1, 3, 5, 7, 9, 11, 13, 15 and 42 more of"):
+        read(shapes, {"num_hidden_layers": 100})
+
+
 def test_a_checkpoint_cut_short_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"layers 2-4 of 'model\.layers' have no tensors"):
         read(llama_shapes(2), {"num_hidden_layers": 5})
@@ -60,6 +82,9 @@ def test_gaps_are_allowed_where_the_config_counts_nothing() -> None:
     [
         ("model.layers.12.mlp.experts.3.w1.weight", Place("model.layers", 12, "mlp.experts.3.w1.weight")),
         ("h.0.attn.bias", Place("h", 0, "attn.bias")),
+        ("h.07.attn.bias", None),
+        ("h.²٣.attn.bias", None),
+        (f"h.{'9' * 5000}.attn.bias", None),
         ("model.norm.weight", None),
         ("list.3", None),
         ("0.weight", None),

@@ -179,7 +179,7 @@ FAULTS = {
     ),
     "'t': its data ends at byte 8 of 4 that are there": file_of({"t": entry("F32", [2], 0, 8)}, 4),
     "2 bytes after the last tensor belong to none": file_of({"t": entry("F32", [1], 0, 4)}, 6),
-    "the name is not valid Unicode": with_length(b'{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}')
+    "which is not valid Unicode": with_length(b'{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}')
     + bytes(4),
 }
 

@@ -130,10 +130,26 @@ def test_inputs_of_a_plan_are_pinned(plan: Plan) -> None:
 
 
 def test_record_round_trip() -> None:
-    record = ShardRecord("model-00001-of-00001.safetensors", 10, "ab", {"w": "cd"}, '"etag"')
+    record = ShardRecord("model-00001-of-00001.safetensors", 10, "ab" * 32, {"w": "cd" * 16}, '"etag"')
     assert ShardRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     without = {key: value for key, value in record.to_json().items() if key != "version"}
     assert ShardRecord.from_json(without) == replace(record, version="")
+
+
+RECORD = ShardRecord("model-00001-of-00001.safetensors", 10, "ab" * 32, {"w": "cd" * 16}, "v").to_json()
+
+
+@pytest.mark.parametrize("key", RECORD)
+@pytest.mark.parametrize("value", [None, 3.5, -0.0, True, ["x"], {"x": "y"}, {"x": 1}])
+def test_a_record_with_a_value_of_another_kind_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match="record of a shard"):
+        ShardRecord.from_json({**RECORD, key: value})
+
+
+@pytest.mark.parametrize("record", [None, 3, "x", [], {}, {**RECORD, "sha256": "AB" * 32}, {**RECORD, "sha256": "ab"}])
+def test_what_is_no_record_is_refused(record: Any) -> None:
+    with pytest.raises(ValueError, match="record of a shard"):
+        ShardRecord.from_json(record)
 
 
 def test_values_of_literals_do_not_change_the_digest(plan: Plan) -> None:

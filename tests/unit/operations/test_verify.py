@@ -192,7 +192,7 @@ class TestShapes:
 )
 def test_a_manifest_that_is_none(out: Path, manifest: str) -> None:
     (out / MANIFEST_FILE).write_text(manifest)
-    with pytest.raises(CheckpointError, match=r"not the manifest|not a JSON object|not JSON"):
+    with pytest.raises(CheckpointError, match=r"not the manifest|not a JSON object|not valid JSON"):
         look(out)
 
 

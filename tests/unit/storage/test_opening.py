@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 
-from mergekit_ray.core.errors import ConfigError, ModelError
+from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, PlanError
 from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage.hub.cache import HubCache
 from mergekit_ray.storage.schemes import SCHEMES
@@ -143,3 +144,36 @@ def test_libraries_of_other_schemes_are_not_loaded(tmp_path: Path) -> None:
 def test_many_threads_may_open_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         assert set(pool.map(lambda _: open_source(str(tmp_path)).uri, range(64))) == {str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    "place", ["/tmp/a\ud800", "b\udcff", "/tmp/a\0b", "file:///tmp/%00", "file:///tmp/%ED%A0%80", "s3://b/\ud800"]
+)
+@pytest.mark.parametrize("opened", [open_source, open_sink])
+def test_names_that_no_manifest_could_tell_are_refused(opened: Callable[[str], object], place: str) -> None:
+    with pytest.raises(ModelError, match="not valid Unicode, or with a null character") as caught:
+        opened(place)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("place", ["a" * 300, "/tmp/" + "a" * 300, "/tmp/" + "a/" * 3000, "~nobody-of-this-name/x"])
+def test_names_that_no_folder_can_have(hub: Path, place: str) -> None:
+    with pytest.raises(ModelError):
+        open_source(place)
+
+
+@pytest.mark.parametrize("folder", ["a" * 300, "a/" * 3000])
+def test_a_place_with_too_long_a_name_cannot_be_written_to(tmp_path: Path, folder: str) -> None:
+    sink = open_sink(str(tmp_path / folder))
+    assert sink.list() == []
+    with pytest.raises(PlanError, match="longer than the file system takes"):
+        sink.put("file", b"")
+
+
+def test_a_file_with_too_long_a_name_is_not_there(tmp_path: Path) -> None:
+    sink = open_sink(str(tmp_path))
+    assert sink.stat("a" * 300) is None
+    with pytest.raises(CheckpointError, match="no such file"):
+        sink.read_head("a" * 300, 1)
+    with pytest.raises(PlanError, match="longer than the file system takes"):
+        sink.put("a" * 300, b"")
