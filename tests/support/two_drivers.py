@@ -16,7 +16,7 @@ from mergekit_ray.core.errors import MergekitRayError
 from mergekit_ray.output.holder import Holder
 from mergekit_ray.output.lease import Lease
 from mergekit_ray.storage.fence import Fence
-from mergekit_ray.storage.local import store as local_store
+from mergekit_ray.storage.local import changes
 from mergekit_ray.storage.s3 import store as s3_store
 from support.waiting import DEADLINE_SECONDS
 
@@ -116,7 +116,7 @@ class Schedule:
     @contextlib.contextmanager
     def armed(self) -> Iterator[None]:
         """In this block every change to a folder or a bucket is one before which a driver may be stopped."""
-        changes = [(Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (os, "link")]
+        watched = [(Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (os, "link")]
         replaced: list[tuple[Any, str, Any]] = [
             (threading.Thread, "start", self._start(threading.Thread.start)),
             (Holder, "has_ended", property(self._has_ended)),
@@ -124,8 +124,8 @@ class Schedule:
             (Lease, "__init__", self._acquired(Lease.__init__)),
             (Fence, "check", self._checked(Fence.check)),
             (s3_store, "make_client", self._client(s3_store.make_client)),
-            (local_store, "LOCK_SECONDS", 0.05),
-            *((target, name, self._watched(getattr(target, name))) for target, name in changes),
+            (changes, "LOCK_SECONDS", 0.05),
+            *((target, name, self._watched(getattr(target, name))) for target, name in watched),
         ]
         with contextlib.ExitStack() as stack:
             for target, name, value in replaced:

@@ -1,10 +1,12 @@
-"""Changes to the files of a folder that a guard may still prevent: renames and removals."""
+"""Changes to the files of a folder that a guard may still prevent, renames and removals; and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +22,10 @@ from mergekit_ray.storage.local.upload import (
     temporary_for,
 )
 
+LOCK_SECONDS = 10.0
+"""For which `lock` waits."""
+
+_LOCK_POLL_SECONDS = 0.05
 _MAX_REMOVALS = 100
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -156,3 +162,28 @@ def _prepared(root: Path) -> Iterator[Path]:
                 yield entry
             elif entry.name.startswith(".") and entry.is_dir() and not entry.is_symlink():
                 yield from sorted(path for path in entry.rglob(".*") if is_temporary(path.name))
+
+
+def lock(path: Path, fd: int) -> None:
+    """Lock a file, where files can be locked.
+
+    Raises:
+        StorageError: another has locked it for so long that it must have been stopped.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"locked for {LOCK_SECONDS:.0f} s by a process that seems to be stopped",
+                    where=str(path),
+                    remedy="`fuser` or `lslocks` says which: let it go on, or end it",
+                    retryable=False,
+                ) from None
+            time.sleep(_LOCK_POLL_SECONDS)
+        except OSError:  # no locks on this file system
+            return
+        else:
+            return

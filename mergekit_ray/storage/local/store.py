@@ -6,21 +6,19 @@ import builtins
 import contextlib
 import copy
 import errno
-import fcntl
 import functools
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from urllib.parse import unquote, urlsplit
 
-from mergekit_ray.core.errors import CheckpointError, ModelError, StorageError
+from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.fence import LEASE_FILE
-from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, move_files
+from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, lock, move_files
 from mergekit_ray.storage.local.fault_guard import Fault
 from mergekit_ray.storage.local.links import check_folder, check_link, check_links, file_status, leads_nowhere
 from mergekit_ray.storage.local.mapped import map_file
@@ -33,10 +31,6 @@ from mergekit_ray.storage.transfers import read_whole
 
 MAX_OPEN_FILES = 128
 _MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
-LOCK_SECONDS = 10.0
-"""For which `LocalStore.replace` waits for a file that is locked."""
-
-_LOCK_POLL_SECONDS = 0.05
 
 
 class _OpenFile:
@@ -290,7 +284,7 @@ class LocalStore(LocalSource):
         path = self._path(name)
         try:
             with path.open("rb+") as file:
-                _lock(path, file.fileno())
+                lock(path, file.fileno())
                 # Whoever was faster has put another file in its place.
                 held, there = os.fstat(file.fileno()), path.stat()
                 if not os.path.samestat(held, there) or self._version(name, there) != version:
@@ -312,31 +306,6 @@ class LocalStore(LocalSource):
 
 def _allow() -> None:
     """Guards nothing."""
-
-
-def _lock(path: Path, fd: int) -> None:
-    """Lock a file, where files can be locked.
-
-    Raises:
-        StorageError: another has locked it for so long that it must have been stopped.
-    """
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise StorageError(
-                    f"locked for {LOCK_SECONDS:.0f} s by a process that seems to be stopped",
-                    where=str(path),
-                    remedy="`fuser` or `lslocks` says which: let it go on, or end it",
-                    retryable=False,
-                ) from None
-            time.sleep(_LOCK_POLL_SECONDS)
-        except OSError:  # no locks on this file system
-            return
-        else:
-            return
 
 
 def _is_absent(error: OSError) -> bool:
