@@ -85,7 +85,8 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
         PlanError: the place is taken, or it is not apart from the inputs (see `check_apart`).
     """
     # A recipe may merge a commit of a repository into that repository: what it reads stays, and so does the plan.
-    inputs = {model.uri: model.files for model in plan.inputs.values() if not _names_its_commit(model)}
+    is_hub = sink.uri.startswith("hf://")
+    inputs = {m.uri: m.files for m in plan.inputs.values() if not (is_hub and _names_its_commit(m))}
     check_apart(inputs, sink.uri, _written(plan))
     folder = f"{RECORD_ROOT}/{plan.digest}"
     staging = f"{folder}/{STAGED}"

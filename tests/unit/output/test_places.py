@@ -10,7 +10,7 @@ import pytest
 
 import mergekit_ray
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.plan import InputModel, Plan
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import MANIFEST_FILE, inspect
 from mergekit_ray.output.places import check_apart
@@ -190,6 +190,9 @@ def test_a_snapshot_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(PlanError):
             check_apart(inputs, str(place))
     check_apart(inputs, str(tmp_path / "out"))
+    model = InputModel("m", "org/name@c0ffee", "hf://org/name@c0ffee", {})  # whose commit the recipe names
+    with pytest.raises(PlanError, match="the output is one of the inputs"):
+        inspect(LocalStore(snapshot), Plan({"m": model}, (), {}, (), {}, 0), overwrite=True)
 
 
 class TestMerges:
