@@ -136,9 +136,9 @@ def read_manifest(place: str) -> dict[str, Any]:
         CheckpointError: there is none, or it is not one.
         MergekitRayError: the place cannot be opened.
     """
-    path = Path(place)
+    path = Path(place).resolve()  # a file that the user names may be a link
     where = place if path.is_file() else f"{place}/{MANIFEST_FILE}"
-    source = open_source(str(path.absolute().parent) if path.is_file() else place)
+    source = open_source(str(path.parent) if path.is_file() else place)
     data = source.read(path.name if path.is_file() else MANIFEST_FILE, max_bytes=_MAX_JSON_BYTES)
     found = parse_object(data, where, "manifest")
     if found.get("format") != _FORMAT:

@@ -128,6 +128,10 @@ class TestReproduce:
         [note] = again(out, tmp_path / "again").notes
         assert note.startswith("made with torch 0.1, reproduced with ")
 
+    def test_a_manifest_that_is_a_link(self, out: Path, tmp_path: Path) -> None:
+        (tmp_path / "link.json").symlink_to(out / MANIFEST_FILE)
+        assert again(tmp_path / "link.json", tmp_path / "again").problems == ()
+
     def test_an_edited_manifest_is_noted(self, out: Path, tmp_path: Path) -> None:
         path = out / MANIFEST_FILE
         path.write_text(path.read_text().replace('"seed": 11', '"seed": 12', 1))
