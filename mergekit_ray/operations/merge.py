@@ -11,6 +11,7 @@ from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
+from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.prepare import RecipeLike, prepare
 from mergekit_ray.operations.recipes import load_recipe
@@ -55,9 +56,8 @@ def merge(
     target = _target_of(loaded, output)
     prepared = prepare(loaded, seed=seed)
 
-    def route(tell: Reporter) -> Plan:
-        tell.event("routing", f"making the routers, through the layers of {prepared.recipe.donor}")
-        return prepared.routed(chosen)
+    def route(tell: Reporter, kept: KeptRouters) -> Plan:
+        return prepared.routed(chosen, kept, tell)
 
     return run_plan(
         prepared.plan,

@@ -18,10 +18,12 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.evaluation.device.names import resolve
 from mergekit_ray.executors.cluster import wants_ray
+from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.recipes import load_recipe
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.planning.moe_experts import RouterVectors
+from mergekit_ray.reporting.reporters import Reporter
 
 RecipeLike: TypeAlias = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]
 """A recipe, or whatever `mergekit_ray.load_recipe` takes."""
@@ -46,15 +48,25 @@ class Prepared:
         """Whether routers are still to be made, which reads the base model."""
         return isinstance(self.recipe, MoeRecipe) and (self.recipe.add_to_base or self.recipe.gate_mode.needs_prompts)
 
-    def routed(self, options: MergeOptions) -> Plan:
-        """The plan with its routers, made where the options say. Its digest is that of `plan`.
+    def routed(self, options: MergeOptions, kept: KeptRouters | None = None, tell: Reporter | None = None) -> Plan:
+        """The plan with its routers: those that are kept, or new ones made where the options say.
+
+        Its digest is that of `plan`, where they are made from prompts. ``tell`` is told that routers are made.
 
         Raises:
             MergekitRayError: see `routing.routers.routers`.
         """
         if not isinstance(self.recipe, MoeRecipe) or not self.needs_routing:
             return self.plan
-        return make_plan(self.recipe, self.checkpoints, partial(make_routers, self.recipe, self.checkpoints, options))
+        recipe = self.recipe
+
+        def make() -> RouterVectors:
+            if tell is not None:
+                tell.event("routing", f"making the routers, through the layers of {recipe.donor}")
+            return make_routers(recipe, self.checkpoints, options)
+
+        plan = partial(make_plan, recipe, self.checkpoints)
+        return plan(make) if kept is None else kept.plan_with(plan, make)
 
 
 def prepare(recipe: RecipeLike, *, seed: int | None = None) -> Prepared:

@@ -1,6 +1,6 @@
 """A plan is carried out: the one sequence that every operation which writes a model goes through.
 
-    look at the output -> routers, if they are to be made -> lease -> look again -> shards -> check -> publish -> swap
+    look at the output -> routers, kept or made -> lease -> look again -> shards -> check -> publish -> swap
 
 The first look says whether there is anything to do and whether it may be done, before anybody waits for the routers.
 The second, under the lease, is the one that is acted on: another driver may have been at work in between.
@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan, Shard
+from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import PLAN_FILE, RECORD_ROOT, Destination, clear, clear_notes, inspect
 from mergekit_ray.output.lease import Lease, discard_dead, hold
@@ -56,7 +58,7 @@ def run_plan(
     *,
     reporter: Reporter | None = None,
     stop: threading.Event | AbstractContextManager[threading.Event] | None = None,
-    route: Callable[[Reporter], Plan] | None = None,
+    route: Callable[[Reporter, KeptRouters], Plan] | None = None,
 ) -> MergeResult:
     """Carry a plan out, unless its result is there already. See `operations.merge.merge` for the errors.
 
@@ -66,15 +68,17 @@ def run_plan(
         options: how.
         reporter: told what happens.
         stop: set it to stop. A context gives its event, and is entered before anything is written.
-        route: makes the same plan with routers, where they are made from prompts.
+        route: makes the same plan with routers, where they are made from prompts: with those that are kept, if any.
     """
     began = time.perf_counter()
     tell = reporter or SilentReporter()
     options.check()
     check_memory(plan, options.memory_bytes or comfortable_memory(plan))
     found = inspect(open_sink(output), plan, overwrite=options.overwrite)
+    kept = KeptRouters(plan.digest, tell)
     if route is not None and not found.published:
-        plan = route(tell)
+        kept.look(found)
+        plan = route(tell, kept)
     tell.begin(plan)
     for warning in plan.warnings:
         tell.event("warning", f"warning: {warning}")
@@ -85,17 +89,28 @@ def run_plan(
             discard_dead(found.sink)
             tell.event("already_done", f"{uri} already holds the result of this plan", uri=uri)
         else:
-            found = _carry_out(plan, found.sink, options, tell, stopped)
+            again = None if route is None else partial(route, tell, kept)
+            found = _carry_out(plan, found.sink, options, tell, stopped, kept, again)
             tell.event("published", f"{uri} is complete", uri=uri, merge_seconds=round(time.perf_counter() - began, 3))
     return MergeResult(uri, plan, len(found.done), time.perf_counter() - began, found.is_complete)
 
 
-def _carry_out(plan: Plan, sink: Sink, options: MergeOptions, tell: Reporter, stop: threading.Event) -> Destination:
-    """Write what is missing of the plan and publish it; what was there."""
+def _carry_out(
+    plan: Plan,
+    sink: Sink,
+    options: MergeOptions,
+    tell: Reporter,
+    stop: threading.Event,
+    kept: KeptRouters,
+    again: Callable[[], Plan] | None,
+) -> Destination:
+    """Write what is missing of the plan and publish it; what was there. ``again`` makes the plan with ``kept``."""
     with hold(sink, tell, stop) as lease:
         sink = lease.sink
         found = inspect(sink, plan, overwrite=options.overwrite)
-        merge = _Merge(plan, options, options.memory_bytes or comfortable_memory(plan), tell, stop, lease)
+        if again is not None and kept.look(found):  # another driver was faster, and its shards may be there
+            plan = again()
+        merge = _Merge(plan, options, options.memory_bytes or comfortable_memory(plan), tell, stop, lease, kept)
         if found.is_complete:
             _tidy(sink, tell)
         elif found.staging is None:
@@ -116,6 +131,7 @@ class _Merge:
     tell: Reporter
     stop: threading.Event
     lease: Lease
+    kept: KeptRouters
 
     def confirm(self) -> None:
         """See that the next step, which readers will see, is still ours to take.
@@ -154,6 +170,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
             num_shards=len(plan.shards),
         )
     sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps({"plan_digest": plan.digest}).encode())
+    merge.kept.write(destination)
     shards = [shard for shard in plan.shards if shard.file not in destination.done]
     _discard_remains(sink, shards)
     records = dict(destination.done)

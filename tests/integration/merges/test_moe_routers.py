@@ -15,6 +15,7 @@ import torch
 
 import mergekit_ray
 from mergekit_ray.core.errors import Interrupted, MergeError, PlanError
+from mergekit_ray.operations.kept_routers import ROUTERS_FILE
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.routing import layers
 from mergekit_ray.routing.layers import prompt_states
@@ -164,6 +165,23 @@ class TestPromptsOnRay:
         assert not (tmp_path / "out").exists()
 
 
+def elsewhere(*args: Any, **options: Any) -> np.ndarray:
+    """Hidden states as a processor of another kind computes them."""
+    return np.roll(prompt_states(*args, **options), 1, axis=-1)
+
+
+def stopped_after_one(recipe: dict[str, Any], out: Path, options: MergeOptions) -> None:
+    """Merge until a shard is written."""
+    stop = threading.Event()
+
+    def stop_after_one(kind: str) -> None:
+        if kind == "shard_done":
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        mergekit_ray.merge(recipe, out, options=options, reporter=Events(stop_after_one), stop=stop)
+
+
 class TestRoutersAreMadeOnce:
     """They take the base model's layers, and their last bits depend on the processor."""
 
@@ -185,25 +203,43 @@ class TestRoutersAreMadeOnce:
         with pytest.raises(PlanError, match="there is something else already"):
             mergekit_ray.merge(prompted, tmp_path / "out")
 
+    @pytest.mark.parametrize("is_replacing", [False, True])
     def test_a_merge_goes_on_where_another_processor_left_off(
-        self, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, is_replacing: bool, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """With the routers of the first."""
         recipe = {**prompted, "output": {"max_shard_size": 50_000}}
-        stop = threading.Event()
-
-        def stop_after_one(kind: str) -> None:
-            if kind == "shard_done":
-                stop.set()
-
-        with pytest.raises(Interrupted):
-            mergekit_ray.merge(recipe, tmp_path / "out", reporter=Events(stop_after_one), stop=stop)
-
-        def elsewhere(*args: Any, **options: Any) -> np.ndarray:
-            return prompt_states(*args, **options) * np.float32(1 + 2.0**-20)
-
+        mergekit_ray.merge(recipe, tmp_path / "expected")
+        options = MergeOptions(executor="local", overwrite=is_replacing)
+        if is_replacing:
+            mergekit_ray.merge(MIXTRAL.recipe(Path(prompted["base_model"]), *prompted["experts"]), tmp_path / "out")
+        stopped_after_one(recipe, tmp_path / "out", options)
         monkeypatch.setattr(layers, "prompt_states", elsewhere)
         second = Events()
-        result = mergekit_ray.merge(recipe, tmp_path / "out", reporter=second)
+        result = mergekit_ray.merge(recipe, tmp_path / "out", options=options, reporter=second)
         assert second.of("resumed")
+        assert not second.of("routing")
         assert result.num_resumed > 0
+        assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+        load(tmp_path / "out")
+        mergekit_ray.merge(recipe, tmp_path / "elsewhere")
+        assert contents(tmp_path / "elsewhere") != contents(tmp_path / "expected")
+
+    @pytest.mark.parametrize("damage", ["cut", "lost"])
+    def test_without_usable_ones_it_goes_on_too(
+        self, damage: str, prompted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = {**prompted, "output": {"max_shard_size": 50_000}}
+        stopped_after_one(recipe, tmp_path / "out", MergeOptions(executor="local"))
+        (kept,) = (tmp_path / "out").glob(f".mergekit-ray/*/{ROUTERS_FILE}")
+        if damage == "cut":
+            kept.write_bytes(kept.read_bytes()[:-100])
+        else:
+            kept.unlink()
+        monkeypatch.setattr(layers, "prompt_states", elsewhere)
+        second = Events()
+        assert mergekit_ray.merge(recipe, tmp_path / "out", reporter=second).num_resumed > 0
+        assert len(second.of("routing")) == 1
+        told = [each["message"] for each in second.of("warning") if ROUTERS_FILE in each["message"]]
+        assert len(told) == (damage == "cut")
         load(tmp_path / "out")

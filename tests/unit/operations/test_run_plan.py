@@ -11,6 +11,7 @@ import pytest
 
 from mergekit_ray.core.errors import ConfigError, Interrupted, PlanError
 from mergekit_ray.core.plan import Plan
+from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.reporting.reporters import Reporter
@@ -26,7 +27,8 @@ class Route:
         self.plan = plan
         self.num_asked = 0
 
-    def __call__(self, tell: Reporter) -> Plan:
+    def __call__(self, tell: Reporter, kept: KeptRouters) -> Plan:
+        del kept
         self.num_asked += 1
         tell.event("routing", "making the routers")
         return self.plan
