@@ -27,23 +27,37 @@ from mergekit_ray.cli.options import (
 from mergekit_ray.cli.running import (
     DiscreetCommand,
     DiscreetGroup,
+    excludes,
     leaving,
     load,
+    needs,
     reporter,
     say,
     stop_on_signals,
     told_errors,
 )
+from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.reporting.signals import listening
 
-app = typer.Typer(
-    cls=DiscreetGroup,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Merge language-model checkpoints across a cluster. Reads mergekit's YAML.",
-)
+app = typer.Typer(cls=DiscreetGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mergekit-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Merge language-model checkpoints across a cluster. Reads mergekit's YAML."""
+    del version
 
 
 @app.command()
@@ -89,7 +103,7 @@ def plan_command(
         str | None,
         typer.Option("--explain", metavar="NAME", help="How a tensor is computed; a pattern such as '*.mlp.*' too."),
     ] = None,
-    device: Device = "auto",
+    device: Device | None = None,
     allow_non_finite: AllowNonFinite = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -99,6 +113,10 @@ def plan_command(
     With --explain, show instead what tensors are made of and how they are computed on --device.
     """
     with told_errors(debug):
+        if explain is None:
+            needs("--explain", {"--device": device, "--allow-non-finite": allow_non_finite})
+        else:
+            excludes("--explain", {"--cluster": cluster})
         from mergekit_ray.operations.plan import explained, plan
         from mergekit_ray.planning.estimate import Cluster, estimate
         from mergekit_ray.planning.figures import figures
@@ -106,7 +124,7 @@ def plan_command(
         shape = None if cluster is None else Cluster.parse(cluster)
         planned = plan(load(recipe, lenient=lenient), seed=seed, routing=False)
         if explain is not None:
-            found = explained(planned, explain, device=device, allow_non_finite=allow_non_finite)
+            found = explained(planned, explain, device=device or "auto", allow_non_finite=allow_non_finite)
             if as_json:
                 typer.echo(json.dumps([each.to_json() for each in found]))
                 return
@@ -161,7 +179,7 @@ def verify(
     sample: Annotated[
         int | None, typer.Option("--sample", min=0, help="Read so many tensors only, drawn at random.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of that draw.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of that draw (default: 0).")] = None,
     finite: Annotated[bool, typer.Option("--finite", help="Also see that no value read is NaN or infinite.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -177,7 +195,9 @@ def verify(
         from mergekit_ray.operations.verify import verify as run
         from mergekit_ray.storage.opening import open_source
 
-        found = run(open_source(out), options=VerifyOptions(sample, seed, finite))
+        if sample is None:
+            needs("--sample", {"--seed": seed})
+        found = run(open_source(out), options=VerifyOptions(sample, seed or 0, finite))
         if as_json:
             typer.echo(json.dumps({**vars(found), "ok": not found.problems}))
         else:
@@ -295,6 +315,7 @@ def methods(
         from mergekit_ray.cli.tables import describe_methods, methods_markdown, print_method, print_methods
 
         if markdown:
+            excludes("--markdown", {"--json": as_json, "NAME": name})
             typer.echo(methods_markdown(), nl=False)
         elif as_json:
             typer.echo(json.dumps(describe_methods(name), indent=2, ensure_ascii=False))

@@ -50,7 +50,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Names = list[str] | None
 Device = Annotated[
-    str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, or one of them as cuda:1.")
+    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, or one GPU by its number: cuda:1.")
 ]
 AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")

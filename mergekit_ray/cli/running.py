@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergekit_ray.cli.options import LogFormat
-from mergekit_ray.core.errors import InternalError, MergekitRayError
+from mergekit_ray.core.errors import ConfigError, InternalError, MergekitRayError
 from mergekit_ray.core.secrets import RedactedStream, redact
 from mergekit_ray.reporting.signals import listening
 
@@ -108,6 +108,28 @@ def stop_on_signals() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM asks for a clean stop, the second ends at once."""
     with listening(say) as signals, signals.graceful() as stop:
         yield stop
+
+
+def needs(option: str, given: Mapping[str, object]) -> None:
+    """Refuse options that have no effect without another, which is not given.
+
+    Raises:
+        ConfigError: naming one of ``given`` whose value is other than None and False.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"{name} has no effect without {option}", remedy=f"add {option}, or leave out {name}")
+
+
+def excludes(option: str, given: Mapping[str, object]) -> None:
+    """Refuse options that have no effect beside another, which is given.
+
+    Raises:
+        ConfigError: see `needs`.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"{name} has no effect beside {option}", remedy="leave out one of the two")
 
 
 def say(line: str) -> None:

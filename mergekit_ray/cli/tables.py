@@ -64,9 +64,9 @@ def print_plan(plan: Plan) -> None:
     console.print(inputs)
 
     shards = Table(title="Shards", title_justify="left")
-    shards.add_column("file", no_wrap=True)
-    for column in ("tensors", "parameters", "to read", "to write", "peak memory"):
-        shards.add_column(column, justify="right")
+    shards.add_column("file", overflow="fold")
+    for column in ("tensors", "parameters", "to read", "to write", "peak\nmemory"):
+        shards.add_column(column, justify="right", no_wrap=True)
     for shard in plan.shards[:_MAX_ROWS]:
         largest = largest_window(shard.tensors)
         held = FIXED_BYTES + (0 if largest is None else largest.memory_bytes)
@@ -169,7 +169,7 @@ def print_methods() -> None:
     table = Table()
     table.add_column("method", no_wrap=True)
     for column in ("base model", "models", "parameters", "what it does"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for method in describe_methods():
         parameters = ", ".join(p["name"] for p in method["parameters"])
         table.add_row(method["name"], method["base"], method["models"], parameters, method["summary"])

@@ -23,7 +23,7 @@ class MergeOptions:
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.
         chunk_elements: elements computed at a time on the CPU; None for the default.
-        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, or one of them as ``cuda:1``.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or one GPU by its number, ``cuda:1``.
 
     Raises:
         ConfigError: a value that none of them can have.

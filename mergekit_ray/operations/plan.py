@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import to_json
+from mergekit_ray.core.expressions import loads, to_json
 from mergekit_ray.core.plan import OutputTensor, Plan
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.evaluation.device.names import CPU, resolve
@@ -37,12 +38,14 @@ class Explanation:
 
     Attributes:
         tensor: the tensor, with its expression.
+        models: that it is made of, as the recipe names them, by their keys in the expression.
         file: the shard it is written to.
         strategy: `evaluation.strategy.Strategy`, by its value.
         why: that one, in words.
     """
 
     tensor: OutputTensor
+    models: Mapping[str, str]
     file: str
     strategy: str
     why: str
@@ -54,6 +57,7 @@ class Explanation:
             "file": self.file,
             "strategy": self.strategy,
             "why": self.why,
+            "models": dict(self.models),
             "expression": to_json(self.tensor.expression),
         }
 
@@ -79,7 +83,9 @@ def explained(planned: Plan, pattern: str, *, device: str = CPU, allow_non_finit
         for tensor in shard.tensors:
             if fnmatchcase(tensor.spec.name, pattern):
                 choice = choose(tensor.expression, place, allow_non_finite=allow_non_finite)
-                found.append(Explanation(tensor, shard.file, choice.strategy.value, choice.why))
+                keys = dict.fromkeys(load.model for load in loads(tensor.expression))
+                models = {key: planned.inputs[key].reference for key in keys}
+                found.append(Explanation(tensor, models, shard.file, choice.strategy.value, choice.why))
     if not found:
         names = [tensor.spec.name for shard in planned.shards for tensor in shard.tensors]
         raise PlanError(

@@ -201,17 +201,6 @@ class TestErrors:
         assert done.exit_code == 2
         assert "no.yml" in done.stderr
 
-    def test_a_folder_is_no_recipe(self, tmp_path: Path) -> None:
-        done = invoke("merge", tmp_path, tmp_path / "out")
-        assert done.exit_code == 2
-        assert "this is a folder" in done.stderr
-
-    @pytest.mark.parametrize("out", ["ties.yml", "ties.yml/below", ""])
-    def test_an_output_that_is_no_folder(self, out: str, recipe: Path) -> None:
-        done = invoke("merge", recipe, f"{recipe.parent}/{out}" if out else "", "--quiet")
-        assert done.exit_code == 2
-        assert ("a file, where a folder is needed" if out else "an empty path") in done.stderr
-
     def test_no_such_model(self, tmp_path: Path) -> None:
         recipe = write_recipe(
             tmp_path / "r.yml",
@@ -266,6 +255,9 @@ class TestOtherCommands:
         found = json.loads(invoke("plan", recipe, "--explain", "model.norm.weight", "--json").stdout)
         assert [(each["tensor"], each["strategy"]) for each in found] == [("model.norm.weight", "torch")]
         assert found[0]["expression"][0] == "merge"
+        models = [each["model"] for each in yaml.safe_load(recipe.read_text())["models"]]
+        assert set(found[0]["models"].values()) >= set(models)
+        assert [found[0]["models"][load[1]] for load in found[0]["expression"][3]] == models
         wrong = invoke("plan", recipe, "--explain", "model.nrom.weight")
         assert wrong.exit_code == 2
         assert "did you mean 'model.norm.weight'?" in wrong.stderr

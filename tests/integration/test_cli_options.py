@@ -1,0 +1,89 @@
+"""Arguments that cannot be, options that do not go together, what a narrow terminal shows, and the version."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mergekit_ray.cli import app, tables
+from mergekit_ray.core.version import __version__
+from support.merging import recipe_of, run_command
+from support.models import ModelLibrary
+
+
+@pytest.fixture
+def recipe(models: ModelLibrary, tmp_path: Path) -> Path:
+    base, *tuned = (models.get("llama", variant) for variant in range(3))
+    path = tmp_path / "ties.yml"
+    path.write_text(yaml.safe_dump(recipe_of("ties", base, tuned)))
+    return path
+
+
+def invoke(*args: str) -> Any:
+    """``mergekit-ray`` in this process."""
+    return CliRunner().invoke(app, list(args))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "{}", "--device", "cpu"), "--device has no effect without --explain"),
+        (("plan", "{}", "--allow-non-finite"), "--allow-non-finite has no effect without --explain"),
+        (
+            ("plan", "{}", "--explain", "*", "--cluster", "nodes=1,link=1Gbit"),
+            "--cluster has no effect beside --explain",
+        ),
+        (("methods", "--json", "--markdown"), "--json has no effect beside --markdown"),
+        (("methods", "ties", "--markdown"), "NAME has no effect beside --markdown"),
+        (("verify", "{}", "--seed", "0"), "--seed has no effect without --sample"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: tuple[str, ...], said: str, recipe: Path) -> None:
+    done = invoke(*(argument.format(recipe) for argument in arguments))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"error: {said}\n" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("plan", "{}"), ("methods",), ("methods", "della")])
+def test_tables_lose_no_word_on_a_narrow_terminal(
+    arguments: tuple[str, ...], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_PIPED_WIDTH", 80)
+    shown = invoke(*(argument.format(recipe) for argument in arguments)).stdout
+    assert "┃" in shown
+    assert max(map(len, shown.splitlines())) == 80
+    assert "…" not in shown
+    if arguments[0] == "plan":
+        heading = next(line for line in shown.splitlines() if "tensors" in line)
+        assert re.findall(r"[a-z ]*[a-z]", heading.replace("┃", "|")) == [
+            " file",
+            " tensors",
+            " parameters",
+            " to read",
+            " to write",
+            " memory",
+        ]
+
+
+@pytest.mark.parametrize("command", [["mergekit-ray"], ["python", "-m", "mergekit_ray"]])
+def test_the_version(command: list[str]) -> None:
+    done = run_command(*command, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mergekit-ray {__version__}\n", "")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    done = invoke("merge", str(tmp_path), str(tmp_path / "out"))
+    assert done.exit_code == 2
+    assert "this is a folder" in done.stderr
+
+
+@pytest.mark.parametrize("out", ["ties.yml", "ties.yml/below", ""])
+def test_an_output_that_is_no_folder(out: str, recipe: Path) -> None:
+    done = invoke("merge", str(recipe), f"{recipe.parent}/{out}" if out else "", "--quiet")
+    assert done.exit_code == 2
+    assert ("a file, where a folder is needed" if out else "an empty path") in done.stderr
