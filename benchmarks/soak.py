@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.machine import describe_machine
-from support.duel import Duels, duel_of
+from support.failures.duel import Duels, duel_of
+from support.failures.soak import Soak, recipe_of_five_shards, schedule_of
 from support.models import ModelLibrary
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
-from support.soak import Soak, recipe_of_five_shards, schedule_of
 
 _BUCKET = "soak"
 

@@ -58,6 +58,8 @@ _UNKNOWN: Final = (
 )
 """Names that only one way of quantising gives."""
 
+_ANY_UNKNOWN: Final = re.compile("|".join(pattern.pattern for pattern, _ in _UNKNOWN))
+
 
 @dataclass(frozen=True, slots=True)
 class ScaledFp8:
@@ -115,8 +117,9 @@ def quantisation(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], whe
     """
     settings = list(_settings(config))
     blocks = [block for setting in settings for block in _blocks(setting, where)]
+    unknown = [name for name in specs if _ANY_UNKNOWN.search(name)]  # one look at each of perhaps 100 000 names
     for pattern, method in _UNKNOWN:
-        found = next((name for name in specs if pattern.search(name)), None)
+        found = next((name for name in unknown if pattern.search(name)), None)
         if found is not None:
             raise _refusal(method, where, f"; it holds {found!r}")
     reading = _Reading(specs, blocks if settings else [_DEFAULT_BLOCK])

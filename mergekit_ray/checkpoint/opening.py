@@ -22,6 +22,9 @@ _SUFFIX = ".safetensors"
 _MAX_CONFIG_BYTES = 16 << 20
 _NUM_THREADS = 16
 _MAX_NAMED = 5
+MAX_TENSORS = 1_000_000
+"""Of a checkpoint: several times as many as any that is known has, and more than fit a plan in ordinary memory."""
+
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -198,8 +201,20 @@ def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str)
 
 
 def _read_headers(source: Source, files: Sequence[str]) -> dict[str, tuple[Header, FileStat]]:
+    found: dict[str, tuple[Header, FileStat]] = {}
+    num_tensors = 0
     with ThreadPoolExecutor(min(_NUM_THREADS, len(files)), thread_name_prefix="headers") as pool:
-        return dict(zip(files, pool.map(lambda name: read_pinned_header(source, name), files), strict=True))
+        for name, read in zip(files, pool.map(lambda name: read_pinned_header(source, name), files), strict=True):
+            found[name] = read
+            num_tensors += len(read[0].tensors)
+            if num_tensors > MAX_TENSORS:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise CheckpointError(
+                    f"there are more than {MAX_TENSORS} tensors",
+                    where=source.uri,
+                    remedy="store the experts of a layer packed in one tensor, as transformers does",
+                )
+    return found
 
 
 def _gather(headers: Mapping[str, tuple[Header, FileStat]]) -> _Weights:

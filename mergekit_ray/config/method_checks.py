@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.normal import NormalSlice, NormalSource, normalise_for
@@ -49,9 +50,10 @@ def method_findings(recipe: DenseRecipe, methods: Registry[type[MethodDeclaratio
         for name, setting in level.items():
             findings += _parameter_findings(method, name, setting, (*path, name), misspelt)
     findings += _ignored_bases(recipe, method)
+    below = _levels_below(recipe)
     for module in normalise_for(recipe, method):
         for piece in module.slices:
-            findings += _slice_findings(recipe, method, piece, misspelt)
+            findings += _slice_findings(below.get(piece.path, ()), method, piece, misspelt)
     if any(not finding.is_warning for finding in findings):
         return findings
     for module in normalise_for(recipe, method):
@@ -84,6 +86,15 @@ def _levels(recipe: DenseRecipe) -> Iterator[tuple[YamlPath, Level]]:
             if isinstance(piece, SliceRecipe):
                 for i, source in enumerate(piece.sources):
                     yield (*path, index, "sources", i, "parameters"), source.parameters
+
+
+def _levels_below(recipe: DenseRecipe) -> dict[YamlPath, list[tuple[YamlPath, Level]]]:
+    """By the path of a slice, the ``parameters`` of its models (not its own). There may be thousands of slices."""
+    found: dict[YamlPath, list[tuple[YamlPath, Level]]] = defaultdict(list)
+    for path, level in _levels(recipe):
+        for length in range(1, len(path) - 1):
+            found[path[:length]].append((path, level))
+    return found
 
 
 def _parameter_findings(
@@ -136,7 +147,7 @@ def _ignored_bases(recipe: DenseRecipe, method: type[MethodDeclaration]) -> Iter
 
 
 def _slice_findings(
-    recipe: DenseRecipe, method: type[MethodDeclaration], piece: NormalSlice, misspelt: set[str]
+    levels: Sequence[tuple[YamlPath, Level]], method: type[MethodDeclaration], piece: NormalSlice, misspelt: set[str]
 ) -> Iterator[Finding]:
     yield from _base_findings(method, piece)
     base_damage: tuple[YamlPath, ...] = (("base_model",), (*piece.path, "base_model"))
@@ -162,7 +173,7 @@ def _slice_findings(
         )
         is_needed = field.is_required() and name not in misspelt
         if scope == "global":
-            yield from _global_findings(recipe, piece, name, is_needed=is_needed, method=method)
+            yield from _global_findings(levels, piece, name, is_needed=is_needed, method=method)
         elif is_needed:
             for source in piece.inputs:
                 if not is_set(source.levels, name):
@@ -178,14 +189,19 @@ def _missing(
 
 
 def _global_findings(
-    recipe: DenseRecipe, piece: NormalSlice, name: str, *, is_needed: bool, method: type[MethodDeclaration]
+    levels: Sequence[tuple[YamlPath, Level]],
+    piece: NormalSlice,
+    name: str,
+    *,
+    is_needed: bool,
+    method: type[MethodDeclaration],
 ) -> Iterator[Finding]:
     """A parameter that a slice has once: not missing, and not set differently beside two of its models."""
     if is_needed and not is_set(piece.levels, name):
         hint = f"write `parameters: {{{name}: 0.5}}` in the recipe or the slice"
         depends = (("parameters",), piece.path, ("base_model",), ("modules",))
         yield Finding(("parameters", name), f"{method.name} needs the parameter {name!r}", hint, depends=depends)
-    inner = [(path, level[name]) for path, level in _levels(recipe) if _is_source_of(path, piece) and name in level]
+    inner = [(path, level[name]) for path, level in levels if name in level]
     if not inner:
         return
     num_inner = len(inner)
@@ -199,12 +215,6 @@ def _global_findings(
         if setting != inner[0][1]:
             what = f"{method.name} has one {name} for all models, but {format_path(inner[0][0])} sets another"
             yield Finding((*path, name), what, "set it once, under the recipe's `parameters`")
-
-
-def _is_source_of(path: YamlPath, piece: NormalSlice) -> bool:
-    """Whether ``path`` is the ``parameters`` of one model of the slice (not of the slice itself)."""
-    is_below = path[: len(piece.path)] == piece.path
-    return is_below and len(path) > len(piece.path) + 1 and path[-1] == "parameters"
 
 
 def _base_findings(method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:

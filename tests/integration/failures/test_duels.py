@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.duel import Duels, duel_of
+from support.failures.duel import Duels, duel_of
 from support.models import ModelLibrary
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server

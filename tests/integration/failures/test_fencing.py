@@ -20,11 +20,11 @@ import pytest
 import mergekit_ray
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import INDEX_FILE
+from support.failures.two_drivers import Driver, Schedule
 from support.merging import recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
-from support.two_drivers import Driver, Schedule
 
 LOCAL = MergeOptions(executor="local", num_workers=1)
 ALL = "MERGEKIT_RAY_ALL_INTERLEAVINGS" in os.environ

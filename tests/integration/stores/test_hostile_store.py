@@ -11,12 +11,12 @@ import pytest
 import mergekit_ray
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.operations.options import MergeOptions
+from support.failures.soak import QUICK, Soak, recipe_of_five_shards, schedule_of
 from support.merging import Events
 from support.models import ModelLibrary
 from support.servers.hostile_proxy import TRANSIENT, Schedule
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
-from support.soak import QUICK, Soak, recipe_of_five_shards, schedule_of
 
 pytestmark = pytest.mark.s3
 

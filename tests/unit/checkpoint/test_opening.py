@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mergekit_ray.checkpoint import opening
 from mergekit_ray.checkpoint.index import parse_index
 from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
@@ -212,6 +213,16 @@ STAYS = """
     adapter_config.json adapter_model.safetensors mergekit_config.yml mergekit-ray.json requirements.txt log.txt
     additional_chat_templates/nested/x.jinja additional_chat_templates/x.bin original/tokenizer.model image.png
 """
+
+
+def test_more_tensors_than_can_be_planned_are_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MAX_TENSORS", 3)
+    for k in range(3):
+        folder.weights(f"model-{k}.safetensors", f"a{k}")
+    assert len(folder.open().tensors) == 3
+    folder.weights("model-3.safetensors", "a3")
+    with pytest.raises(CheckpointError, match="more than 3 tensors"):
+        folder.open()
 
 
 def test_what_travels_with_the_weights(folder: Folder) -> None:

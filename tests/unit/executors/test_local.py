@@ -14,7 +14,7 @@ from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.storage.protocols import Sink
 from mergekit_ray.worker.resources import Resources, WorkerOptions
 from mergekit_ray.worker.worker import Worker
-from support.hooked_store import HookedStore
+from support.failures.hooked_store import HookedStore
 from support.waiting import DEADLINE_SECONDS, wait_until
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.hostile_values import TARGETS
+from support.failures.hostile_values import TARGETS
 
 TESTS = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def test_no_value_is_believed(target: str, tmp_path: Path) -> None:
     """In a process of its own, whose memory is bounded."""
     search = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "support.hostile_values", target, str(tmp_path)],
+        [sys.executable, "-m", "support.failures.hostile_values", target, str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

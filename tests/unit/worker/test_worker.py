@@ -27,7 +27,7 @@ from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.worker.worker import Worker, record_name
-from support.hooked_store import HookedStore
+from support.failures.hooked_store import HookedStore
 from support.memory_inputs import DTYPES, random_llama
 from support.shards import BUDGETS, files_below, long_tensors, make_worker
 from support.waiting import DEADLINE_SECONDS

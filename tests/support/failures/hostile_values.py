@@ -1,6 +1,6 @@
 """Files of strangers that are sound but for one value: all that may come of them is a result or one of our errors.
 
-    python -m support.hostile_values TARGET FOLDER
+    python -m support.failures.hostile_values TARGET FOLDER
 
 plans (or verifies, reproduces, attests) with every value of a file replaced, one at a time, by extreme ones, within
 `ROOM_BYTES` of memory beyond what a sound file takes. Prints what is wrong, a line each, and how many it tried.
