@@ -31,6 +31,7 @@ ALL = "MERGEKIT_RAY_ALL_INTERLEAVINGS" in os.environ
 """All of them (`make fencing`, half an hour), or some that are drawn."""
 
 SEED = int(os.environ.get("MERGEKIT_RAY_FENCING_SEED", "0"))
+"""Of what is drawn."""
 
 
 @dataclass(frozen=True)
