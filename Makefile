@@ -85,7 +85,7 @@ memory: $(READY)  ## what workers hold beside what plans say, on a machine that 
 	$(BIN)/python -m pytest -m memory tests/integration/failures/test_memory_budget.py $(PYTEST_ARGS)
 
 fencing: $(READY)  ## two drivers, one output, stopped before each change of theirs: all ways to interleave (hours)
-	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(PYTHON) -m pytest tests/integration/failures/test_fencing.py
+	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(BIN)/python -m pytest tests/integration/failures/test_fencing.py $(PYTEST_ARGS)
 
 ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's: the oldest, or RAY=2.50.0
 	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray

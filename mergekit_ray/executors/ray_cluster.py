@@ -20,6 +20,7 @@ from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.core.version import __version__
 from mergekit_ray.executors.cluster import in_ray_cluster
 from mergekit_ray.executors.ray_waiting import Room
+from mergekit_ray.reporting.signals import RESUME
 
 MAX_CPUS_PER_WORKER: Final = 4
 """CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
@@ -160,10 +161,27 @@ class Cluster:
         if self._is_ours:
             connect(address)
         self.head = "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
+        self._raylet = _raylet() if self.head else ""
         self.patience_seconds = float(os.environ.get("MERGEKIT_RAY_HEAD_SECONDS") or _PATIENCE_SECONDS)
 
     def has_head(self) -> bool:
-        """Whether the head node answers now."""
+        """Whether the head node answers now.
+
+        Raises:
+            StorageError: Ray has ended on this machine. When an object is next stored or fetched, Ray ends this
+                process, too, with exit code 1 and without a word: at once if the cluster knows, 10 s later if not.
+        """
+        try:
+            _reach(self._raylet)
+        except ConnectionRefusedError as error:
+            raise StorageError(
+                "Ray has ended on this machine (its raylet no longer answers)",
+                where=self._raylet,
+                remedy=f"see raylet.out in Ray's logs (/tmp/ray/session_latest/logs), and {RESUME}",
+                retryable=False,
+            ) from error
+        except OSError:  # it is busy: to be asked again
+            pass
         return is_listening(self.head)
 
     @staticmethod
@@ -246,6 +264,15 @@ class Cluster:
         """Leave the cluster, and end it if it was started for this, unless the process was connected before."""
         if self._is_ours:
             disconnect()
+
+
+def _raylet() -> str:
+    """``host:port`` of the process that does Ray's work on this machine; empty if it cannot be reached that way."""
+    here = ray.get_runtime_context().get_node_id()
+    addresses = [
+        f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes() if node["NodeID"] == here
+    ]
+    return next(filter(is_listening, addresses), "")
 
 
 def is_listening(address: str) -> bool:

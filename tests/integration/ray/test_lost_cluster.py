@@ -68,6 +68,21 @@ def test_the_head_is_killed_with_all_its_workers(num_done: int, models: ModelLib
     assert contents(out) == undisturbed(recipe, tmp_path / "expected")
 
 
+def test_ray_is_killed_on_the_drivers_machine(models: ModelLibrary, tmp_path: Path) -> None:
+    """Its head still answers, and its workers work on until they notice."""
+    base, *tuned = (models.get("llama", variant, num_layers=16) for variant in range(3))
+    path, out = tmp_path / "many.yml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe_of("ties", base, tuned, output={"max_shard_size": 1})))
+    with RayHead() as head, merging(head, path, out) as process:
+        wait_for(process, "shard_done", 1)
+        head.kill_raylet()
+        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 4, said
+    assert "Ray has ended on this machine" in said
+    assert "run the same command" in said
+    assert not (out / "model.safetensors.index.json").exists()
+
+
 @pytest.mark.parametrize("event", ["planned", "checking", "publishing"])
 def test_the_head_is_killed_before_the_first_shard_and_after_the_last(
     event: str, models: ModelLibrary, tmp_path: Path

@@ -115,6 +115,12 @@ class RayHead:
         process.kill()
         process.wait()
 
+    def kill_raylet(self) -> None:
+        """Kill the process that does Ray's work on this machine, as the kernel does where memory runs out."""
+        assert self._process is not None
+        [raylet] = [each for each in _below(self._process.pid) if each.name() == "raylet"]
+        raylet.kill()
+
     def workers(self) -> list[psutil.Process]:
         """The processes that run our actors."""
         return workers_below(self._process.pid) if self._process is not None else []
