@@ -115,7 +115,8 @@ def test_an_unknown_scheme_lists_what_there_is() -> None:
     [
         ("s3://", "no bucket"),
         ("s3:///prefix", "no bucket"),
-        ("s3://key:secret@bucket/x", "holds a bucket and a prefix"),
+        ("s3://key:secret@bucket/x", "must not hold a credential"),
+        ("s3://bucket:9000/x", "holds a bucket and a prefix"),
     ],
 )
 def test_bad_s3_uris_quote_no_credential(uri: str, message: str) -> None:
