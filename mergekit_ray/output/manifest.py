@@ -170,8 +170,10 @@ def published_contents(source: Source) -> Contents:
             records, listed_files(manifest), tuple(map(str, manifest.get("side_files", ()))), is_intact(manifest)
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # A record says what is wrong with it.
+        what = error if isinstance(error, ValueError) else "it names no shards, or lists its files in another form"
         raise CheckpointError(
-            f"not the manifest of a model: {error}",
+            f"not the manifest of a model: {what}",
             where=f"{source.uri}/{MANIFEST_FILE}",
             remedy="verify and attest read what `merge` has published",
         ) from error

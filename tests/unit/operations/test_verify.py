@@ -238,7 +238,7 @@ class TestFiles:
         (out / name).write_text("{")
         flip(out, plan, names_of(plan)[0])
         problems = look(out).problems
-        assert any(problem.startswith(f"{name}: not JSON") for problem in problems)
+        assert any(problem.startswith(f"{name}: the file is not valid JSON") for problem in problems)
         assert any("XXH3-128" in problem for problem in problems)
 
     @pytest.mark.parametrize("text", ["---\nlicense: mit\n---\nmine", None])
@@ -267,8 +267,8 @@ class TestFiles:
 
     def test_lone_surrogates_in_it(self, out: Path) -> None:
         edit(out / MANIFEST_FILE, lambda found: found["recipe"].update(merge_method="\ud800"))
-        [found] = look(out).problems
-        assert found.startswith(MANIFEST_FILE)
+        with pytest.raises(CheckpointError, match="not valid Unicode"):
+            look(out)
 
     def test_a_manifest_of_an_earlier_version(self, out: Path) -> None:
         make_old(out)
