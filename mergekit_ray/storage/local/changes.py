@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mergekit_ray.core.errors import StorageError
 from mergekit_ray.storage.faults import discarded, missing
+from mergekit_ray.storage.local.file_system import refresh
 from mergekit_ray.storage.local.upload import (
     NO_LINKS,
     is_temporary,
@@ -128,7 +129,7 @@ def discard(root: Path, names: Collection[str] | None, kept: Path) -> int:
         names: of the files that it was to become; None for all in the root and in folders named with a dot.
         kept: what was prepared for this file stays.
     """
-    found = _prepared(root) if names is None else (path for name in names for path in temporaries_of(root / name))
+    found = _prepared(root) if names is None else (path for name in names for path in _prepared_for(root, name))
     spared = set(temporaries_of(kept))
     count = 0
     for path in found:
@@ -140,6 +141,12 @@ def discard(root: Path, names: Collection[str] | None, kept: Path) -> int:
         else:
             _unlink(path)
     return count
+
+
+def _prepared_for(root: Path, name: str) -> list[Path]:
+    path = root / name
+    refresh(root, path.parent)
+    return temporaries_of(path)
 
 
 def _remove_folder(path: Path) -> None:
@@ -155,13 +162,15 @@ def _remove_folder(path: Path) -> None:
     )
 
 
-def _prepared(root: Path) -> Iterator[Path]:
+def _prepared(root: Path, folder: Path | None = None) -> Iterator[Path]:
+    """What is prepared in the root and in folders named with a dot; ``folder`` is one of them, or below one."""
+    refresh(root, folder or root)
     with contextlib.suppress(OSError):
-        for entry in sorted(root.iterdir()):
+        for entry in sorted((folder or root).iterdir()):
             if is_temporary(entry.name):
                 yield entry
-            elif entry.name.startswith(".") and entry.is_dir() and not entry.is_symlink():
-                yield from sorted(path for path in entry.rglob(".*") if is_temporary(path.name))
+            elif (folder or entry.name.startswith(".")) and entry.is_dir() and not entry.is_symlink():
+                yield from _prepared(root, entry)
 
 
 def lock(path: Path, fd: int) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from stat import S_ISREG
 from urllib.parse import unquote, urlsplit
 
-from mergekit_ray.core.errors import CheckpointError, ModelError
+from mergekit_ray.core.errors import CheckpointError, MergekitRayError, ModelError
 from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.fence import LEASE_FILE
 from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, lock, move_files
 from mergekit_ray.storage.local.fault_guard import Fault
+from mergekit_ray.storage.local.file_system import refresh
 from mergekit_ray.storage.local.links import check_folder, check_link, check_links, file_status, leads_nowhere
 from mergekit_ray.storage.local.mapped import map_file
 from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
@@ -81,12 +82,14 @@ class LocalSource:
 
     def stat(self, name: str) -> FileStat | None:
         """See `Source.stat`."""
+        path = self._path(name)
+        refresh(self._root, path.parent)
         try:
-            status = self._path(name).stat()
+            status = path.stat()
         except OSError as error:
             if _is_absent(error) or error.errno == errno.ELOOP:
                 return None
-            raise local_fault(error, self._path(name)) from error
+            raise local_fault(error, path) from error
         if not _is_file(status):
             return None
         check_link(self._root, self._path(name))
@@ -101,8 +104,8 @@ class LocalSource:
         return read_whole(self, name, max_bytes)
 
     def read_head(self, name: str, num_bytes: int) -> tuple[bytes, FileStat]:
-        """See `Source.read_head`."""
-        file, status = self._open(name)
+        """See `Source.read_head`. The file is opened anew, and not kept open."""
+        file, status = self._open_anew(name)
         data = self._read_prefix(name, file, min(num_bytes, status.st_size))
         return data, FileStat(name, status.st_size, self._version(name, status))
 
@@ -118,7 +121,7 @@ class LocalSource:
         wanted = sorted_ranges(ranges, buffers)
         file, before = self._open(name)
         if version is not None and self._version(name, before) != version:
-            raise self._changed(name)
+            raise changed(str(self._path(name)))
         for _, end, _ in wanted:
             if end > before.st_size:
                 raise self._cut_short(name, before, end)
@@ -126,18 +129,18 @@ class LocalSource:
             _read_sorted(file.fd, wanted)
             after = os.fstat(file.fd)
         except EOFError:
-            raise self._changed(name) from None
+            raise changed(str(self._path(name))) from None
         except OSError as error:
             raise local_fault(error, self._path(name)) from error
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise self._changed(name)
+            raise changed(str(self._path(name)))
         return sum(end - start for start, end, _ in wanted)
 
     def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> MappedRange:
         """See `MappableSource.map_range`."""
         file, status = self._open(name)
         if version is not None and self._version(name, status) != version:
-            raise self._changed(name)
+            raise changed(str(self._path(name)))
         if end > status.st_size:
             raise self._cut_short(name, status, end)
         try:
@@ -157,7 +160,7 @@ class LocalSource:
         after, there = os.fstat(file.fd), self.stat(name)
         same = (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not same or there is None or there.version != self._version(name, before):
-            raise self._changed(name)
+            raise changed(str(self._path(name)))
 
     def _path(self, name: str) -> Path:
         check_name(name, str(self._root))
@@ -174,8 +177,18 @@ class LocalSource:
             remedy="the file is cut short: download or copy it again",
         )
 
-    def _changed(self, name: str) -> CheckpointError:
-        return changed(str(self._path(name)))
+    def _open_anew(self, name: str) -> tuple[_OpenFile, os.stat_result]:
+        """A file as it is now. What is kept open may be what another machine has replaced, and NFS would not say so."""
+        path = self._path(name)
+        refresh(self._root, path.parent)
+        try:
+            if not _is_file(path.stat()):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            check_link(self._root, path)
+            file = _OpenFile(path)
+            return file, os.fstat(file.fd)
+        except OSError as error:
+            raise _unopened(error, path) from error
 
     def _open(self, name: str) -> tuple[_OpenFile, os.stat_result]:
         """The open file that is now at ``name``, and its status."""
@@ -194,9 +207,7 @@ class LocalSource:
                 if len(self._open_files) > MAX_OPEN_FILES:
                     self._open_files.popitem(last=False)
         except OSError as error:
-            if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - False also where it may not be read
-                raise leads_nowhere(path) from error
-            raise (missing(str(path)) if _is_absent(error) else local_fault(error, path)) from error
+            raise _unopened(error, path) from error
         return file, status
 
     def _read_prefix(self, name: str, file: _OpenFile, num_bytes: int) -> bytes:
@@ -204,12 +215,13 @@ class LocalSource:
         try:
             _read_sorted(file.fd, [(0, num_bytes, memoryview(data))] if num_bytes else [])
         except EOFError:
-            raise self._changed(name) from None
+            raise changed(str(self._path(name))) from None
         except OSError as error:
             raise local_fault(error, self._path(name)) from error
         return bytes(data)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        refresh(self._root, folder)
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -282,10 +294,12 @@ class LocalStore(LocalSource):
     def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
         """See `ConditionalSink.replace`."""
         path = self._path(name)
+        refresh(self._root, path.parent)
         try:
             with path.open("rb+") as file:
                 lock(path, file.fileno())
                 # Whoever was faster has put another file in its place.
+                refresh(self._root, path.parent)
                 held, there = os.fstat(file.fileno()), path.stat()
                 if not os.path.samestat(held, there) or self._version(name, there) != version:
                     return None
@@ -311,6 +325,13 @@ def _allow() -> None:
 def _is_absent(error: OSError) -> bool:
     """Whether there is no such file; nor can there be one whose name is longer than the file system takes."""
     return isinstance(error, NOT_THERE) or error.errno == errno.ENAMETOOLONG
+
+
+def _unopened(error: OSError, path: Path) -> MergekitRayError:
+    """Why a file could not be opened."""
+    if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - False also where it may not be read
+        return leads_nowhere(path)
+    return missing(str(path)) if _is_absent(error) else local_fault(error, path)
 
 
 def _is_file(status: os.stat_result) -> bool:

@@ -18,7 +18,9 @@ from mergekit_ray.storage.local.direct_io import AppendingFile
 from mergekit_ray.storage.local.file_system import is_in_memory
 from mergekit_ray.storage.protocols import FileStat
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.nfs[0-9a-f]{16,}")
+"""Also what an NFS client calls a file that is removed while a process there has it open."""
+
 _NO_FALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,7 +29,7 @@ _NUM_CREATE_ATTEMPTS = 20
 
 
 def is_temporary(file_name: str) -> bool:
-    """Whether a file of this name is one being written, or what a killed process left of one."""
+    """Whether a file of this name is one being written, or what is left of one."""
     return _TEMPORARY.fullmatch(file_name) is not None
 
 
@@ -40,9 +42,10 @@ def temporaries_of(path: Path) -> list[Path]:
     """What is there under such names."""
     prefix = _temporary_prefix(path)
     try:
-        return [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix) and is_temporary(entry.name)]
+        names = os.listdir(path.parent)  # noqa: PTH208 - of thousands of files, for each of them
     except OSError:
         return []
+    return [path.parent / name for name in names if name.startswith(prefix) and is_temporary(name)]
 
 
 def _temporary_prefix(path: Path) -> str:

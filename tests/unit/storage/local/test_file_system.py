@@ -1,14 +1,16 @@
-"""Which files are held in memory."""
+"""Which files are held in memory, and what the server of a network file system is asked."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from mergekit_ray.storage.local.file_system import is_in_memory
+from mergekit_ray.storage.local import file_system
+from mergekit_ray.storage.local.file_system import is_in_memory, refresh
 
 SHM = Path("/dev/shm")
 # Linux always has it, and so CI runs it; elsewhere nothing is told to be in memory.
@@ -28,3 +30,21 @@ def test_a_descriptor_that_is_closed_is_not_in_memory() -> None:
         fd = os.dup(file.fileno())
     os.close(fd)
     assert not is_in_memory(fd)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be asked to ask")
+def test_all_folders_on_the_way_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From outside in: another machine may have made any of them."""
+    libc, asked = file_system.libc(), []
+
+    class Watched:
+        def statx(self, at: int, path: bytes, flags: int, mask: int, status: object) -> int:
+            answer: int = libc.statx(at, path, flags, mask, status)
+            asked.append((os.fsdecode(path), answer))
+            return answer
+
+    monkeypatch.setattr(file_system, "libc", Watched)
+    out = tmp_path / "out"
+    (out / "a").mkdir(parents=True)
+    refresh(out, out / "a" / "missing")
+    assert asked == [(str(tmp_path), 0), (str(out), 0), (str(out / "a"), 0), (str(out / "a" / "missing"), -1)]

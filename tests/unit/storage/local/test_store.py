@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
@@ -209,3 +210,25 @@ def test_a_file_is_no_place_to_write_to(place: str, tmp_path: Path, monkeypatch:
 def test_a_place_that_is_none(place: str) -> None:
     with pytest.raises(ConfigError, match=r"empty path|another host"):
         open_sink(place)
+
+
+def test_what_nfs_keeps_of_a_removed_file_is_no_file(store: LocalStore, tmp_path: Path) -> None:
+    """A client renames it while a process there has it open, and leaves it if that machine is lost."""
+    store.put("work/a", b"1")
+    store.put(".mergekit-ray/a", b"1")
+    for folder in (tmp_path, tmp_path / ".mergekit-ray"):
+        (folder / ".nfs00000000008840e800000023").touch()
+    assert [file.name for file in store.list()] == [".mergekit-ray/a", "work/a"]
+    assert store.discard_remains() == 2
+    assert not list(tmp_path.rglob(".nfs*"))
+
+
+def test_a_head_is_read_from_the_file_that_is_there_now(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from one that is kept open, and may have been replaced from another machine; nor is it kept open itself."""
+    store.put("a", b"old")
+    asked: list[str] = []
+    monkeypatch.setattr(local_module, "refresh", lambda root, folder: asked.append(str(folder)))
+    num_open = psutil.Process().num_fds()
+    assert store.read("a", max_bytes=3) == b"old"
+    assert asked == [store.uri]
+    assert psutil.Process().num_fds() == num_open
