@@ -12,27 +12,35 @@ Patterns = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 
 
 @compiled
-def collect(patterns: Patterns, low: np.uint64, high: np.uint64, kept: Patterns) -> tuple[int, np.int64]:
-    """Gather the patterns from ``low`` to ``high``.
+def collect(patterns: Patterns, low: np.uint64, high: np.uint64, kept: Patterns) -> tuple[int, int, int, np.int64]:
+    """Gather the patterns between ``low`` and ``high``, and count the others that are not below ``low``.
+
+    The ends are only counted: a pattern that much of a tensor has is one of them.
 
     Args:
         patterns: 1-D.
-        low: the lowest that is gathered.
-        high: the highest.
-        kept: as long; its beginning is filled with them, in order.
+        low: what is gathered is above it.
+        high: and below this, which is at least as much.
+        kept: as long; its beginning is filled with what is gathered, in order.
 
     Returns:
-        How many patterns are above ``high``, and how many were gathered.
+        How many patterns are above ``high``, equal to it, and equal to ``low`` (none if that is ``high``); and how many
+        were gathered.
     """
-    num_above = 0
+    num_above, num_high, num_low = 0, 0, 0
     for i in range(patterns.size):
         num_above += patterns[i] > high
-    num_kept, width = np.int64(0), high - low
+        num_high += patterns[i] == high
+    if low == high:
+        return num_above, num_high, 0, np.int64(0)
+    for i in range(patterns.size):
+        num_low += patterns[i] == low
+    num_kept, first, width = np.int64(0), low + np.uint64(1), high - low - np.uint64(1)
     for i in range(patterns.size):
         pattern = patterns[i]
         kept[num_kept] = pattern
-        num_kept += np.uint64(pattern) - low <= width  # those below wrap around
-    return num_above, num_kept
+        num_kept += np.uint64(pattern) - first < width  # those below wrap around
+    return num_above, num_high, num_low, num_kept
 
 
 _DIGIT_BITS: Final = 12

@@ -6,7 +6,8 @@ value is (infinity above all numbers, NaN above infinity; −0.0 equals 0.0).
 Two ways to the same answer:
 
 - *bracket* (CPU): a sample gives two patterns that the k-th largest almost surely lies between; one pass counts what
-  is above and collects the few per cent between, in block order; the answer is selected among those.
+  is above and at the two, and collects the few per cent between, in block order; the answer is one of the two, or
+  selected among those.
 - *radix* (any device, and where the sample misled or too much would be collected): one histogram pass per 16 bits of
   the pattern. Never synchronises with the device inside a pass.
 """
@@ -18,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, Chunk, Operands
 
@@ -39,6 +40,8 @@ _SAMPLE = 1 << 16
 _SAMPLED_BLOCKS = 16
 SMALL_BLOCKS = 4
 """Tensors of no more blocks are collected whole, without a sample."""
+_COLLECTED_PART = 20
+"""At most one in so many elements is collected beyond `SMALL_BLOCKS`: brackets are up to 3.4 % wide."""
 _DIGIT_BITS = 16
 _NUM_DIGITS = 1 << _DIGIT_BITS
 
@@ -58,6 +61,25 @@ class Threshold:
     num_equal_kept: int
     is_exhausted: bool
     equal_per_block: Sequence[int] | None
+
+
+class _Block(NamedTuple):
+    """What was found in a block: numbers of patterns above a bracket, at its ends, and the patterns between these."""
+
+    num_above: int
+    num_high: int
+    num_low: int
+    between: Patterns
+
+
+def collected_bytes(num_elements: int, num_places: int, itemsize: int) -> int:
+    """The most that `kth_largest` collects at so many places on the CPU, and what it selects one answer from."""
+    return (num_places + 2) * _room(num_elements) * itemsize
+
+
+def _room(num_elements: int) -> int:
+    """Elements that may be collected at a place."""
+    return min(num_elements, BLOCK_ELEMENTS * SMALL_BLOCKS + num_elements // _COLLECTED_PART)
 
 
 def _same(place: int) -> int:
@@ -110,30 +132,32 @@ def by_bracket(
     num_elements = operands.num_elements
     limits = _brackets(operands, ranks, values, index_of)
     given_up: set[int] = set()
-    room = dict.fromkeys(ranks, BLOCK_ELEMENTS * SMALL_BLOCKS + num_elements // 4)
+    room = dict.fromkeys(ranks, _room(num_elements))
 
-    def collect(chunk: Chunk) -> dict[int, tuple[int, Patterns]]:
-        found: dict[int, tuple[int, Patterns]] = {}
+    def collect(chunk: Chunk) -> dict[int, _Block]:
+        found: dict[int, _Block] = {}
         for index, places in _by_index((place for place in limits if place not in given_up), index_of).items():
             patterns = patterns_(values(chunk, index))
             gathered = chunk.scratch.like(patterns).numpy()
             found |= {place: between(patterns.numpy(), place, *limits[place], gathered) for place in places}
         return found
 
-    def between(patterns: Patterns, place: int, low: int, high: int, gathered: Patterns) -> tuple[int, Patterns]:
+    def between(patterns: Patterns, place: int, low: int, high: int, gathered: Patterns) -> _Block:
         bits = f"u{patterns.itemsize}"  # the same numbers, as none is negative
-        above, num_kept = brackets.collect(patterns.view(bits), np.uint64(low), np.uint64(high), gathered.view(bits))
+        *counts, num_kept = brackets.collect(patterns.view(bits), np.uint64(low), np.uint64(high), gathered.view(bits))
         # Threads may lose updates of this count; that only delays giving up, and both ways give the same answer.
         room[place] -= int(num_kept)
         if room[place] < 0:
             given_up.add(place)
-        return int(above), gathered[:num_kept].copy()
+        above, at_high, at_low = map(int, counts)
+        return _Block(above, at_high, at_low, gathered[:num_kept].copy())
 
     blocks = operands.map_blocks(collect)
     found = {}
-    for place, (low, _) in limits.items():
+    for place, bracket in limits.items():
+        collected = [block.pop(place) for block in blocks if place in block]
         if place not in given_up:
-            threshold = _among([block[place] for block in blocks], ranks[place], low, num_elements)
+            threshold = _among(collected, ranks[place], bracket, num_elements)
             if threshold is not None:
                 found[place] = threshold
     return found
@@ -179,30 +203,39 @@ def _bracket(ascending: Patterns, part: float, highest: int) -> tuple[int, int]:
     return low, high
 
 
-def _among(blocks: Sequence[tuple[int, Patterns]], rank: int, low: int, num_elements: int) -> Threshold | None:
-    """The answer from what was collected, or None if it is not there."""
+def _among(blocks: Sequence[_Block], rank: int, bracket: tuple[int, int], num_elements: int) -> Threshold | None:
+    """The answer from what was found in all blocks, or None if it is not there."""
     import numpy as np  # noqa: PLC0415
 
     from mergekit_ray.methods.compiled import brackets  # noqa: PLC0415
 
-    collected = np.concatenate([kept for _, kept in blocks])
-    above = sum(count for count, _ in blocks)
-    wanted = rank - above
+    low, high = bracket
+    wanted = rank - sum(block.num_above for block in blocks)
     if wanted <= 0:
         return None
-    if wanted > len(collected):
-        if low > 1:
-            return None
-        zeros = [
-            min(BLOCK_ELEMENTS, num_elements - place * BLOCK_ELEMENTS) - count - len(kept)
-            for place, (count, kept) in enumerate(blocks)
-        ]
-        remaining = wanted - len(collected)
-        return Threshold(0, remaining, remaining == sum(zeros), zeros)
-    pattern, above = brackets.nth_largest(collected.view(f"u{collected.itemsize}"), wanted)
-    equal = [int(np.count_nonzero(kept == pattern)) for _, kept in blocks]
-    remaining = wanted - above
-    return Threshold(int(pattern), remaining, remaining == sum(equal), equal)
+    equal = [block.num_high for block in blocks]
+    if wanted <= sum(equal):
+        return Threshold(high, wanted, wanted == sum(equal), equal)
+    wanted -= sum(equal)
+    num_between = sum(len(block.between) for block in blocks)
+    if wanted <= num_between:
+        collected = np.concatenate([block.between for block in blocks])
+        pattern, above = brackets.nth_largest(collected.view(f"u{collected.itemsize}"), wanted)
+        equal = [int(np.count_nonzero(block.between == pattern)) for block in blocks]
+        remaining = wanted - above
+        return Threshold(int(pattern), remaining, remaining == sum(equal), equal)
+    wanted -= num_between
+    equal = [block.num_low for block in blocks]
+    if wanted <= sum(equal):
+        return Threshold(low, wanted, wanted == sum(equal), equal)
+    if low > 1:
+        return None
+    wanted -= sum(equal)
+    equal = [
+        min(BLOCK_ELEMENTS, num_elements - place * BLOCK_ELEMENTS) - sum(block[:3]) - len(block.between)
+        for place, block in enumerate(blocks)
+    ]
+    return Threshold(0, wanted, wanted == sum(equal), equal)
 
 
 def by_radix(

@@ -23,9 +23,11 @@ def test_gathers_what_is_between_in_order(dtype: type[np.unsignedinteger], low: 
     ascending = np.sort(patterns)
     lowest, highest = ascending[int(1000 * low)], ascending[int(1000 * high)]
     kept = np.zeros_like(patterns)
-    num_above, num_kept = brackets.collect(patterns, np.uint64(lowest), np.uint64(highest), kept)
+    num_above, num_high, num_low, num_kept = brackets.collect(patterns, np.uint64(lowest), np.uint64(highest), kept)
     assert num_above == (patterns > highest).sum()
-    assert np.array_equal(kept[:num_kept], patterns[(patterns >= lowest) & (patterns <= highest)])
+    assert num_high == (patterns == highest).sum() > 0
+    assert num_low == (0 if low == high else (patterns == lowest).sum())
+    assert np.array_equal(kept[:num_kept], patterns[(patterns > lowest) & (patterns < highest)])
 
 
 @pytest.mark.parametrize("dtype", UNSIGNED)

@@ -16,6 +16,7 @@ from mergekit_ray.methods.shared.order_statistics import (
     Threshold,
     by_bracket,
     by_radix,
+    collected_bytes,
     cut_after,
     kth_largest,
     patterns_,
@@ -175,11 +176,30 @@ def test_a_misleading_sample_falls_back() -> None:
     check(x, count)
 
 
-def test_too_many_equals_to_collect_fall_back() -> None:
-    x = torch.ones(6 * BLOCK_ELEMENTS)
-    operands = MemoryOperands([x])
-    assert by_bracket(operands, {0: 4 * BLOCK_ELEMENTS}, values) == {}
-    assert kth_largest(operands, {0: 4 * BLOCK_ELEMENTS}, values)[0].num_equal_kept == 4 * BLOCK_ELEMENTS
+def test_too_many_to_collect_fall_back() -> None:
+    """The sample sees two values far apart, and all others lie between them."""
+    x = torch.linspace(1.0, 2.0, 12 * BLOCK_ELEMENTS)
+    stride = (12 * BLOCK_ELEMENTS // order_statistics._SAMPLE) | 1
+    for start in range(0, x.numel(), BLOCK_ELEMENTS):
+        x[start : start + BLOCK_ELEMENTS : 2 * stride] = 0.5
+        x[start + stride : start + BLOCK_ELEMENTS : 2 * stride] = 100.0
+    assert by_bracket(MemoryOperands([x]), {0: x.numel() // 2}, values) == {}
+    check(x, x.numel() // 2)
+
+
+def test_equals_are_counted_and_not_collected() -> None:
+    """However many there are, which is more than may be collected."""
+    for x in (torch.ones(8 * BLOCK_ELEMENTS), torch.arange(8 * BLOCK_ELEMENTS) % 3 + 1.0):
+        operands = MemoryOperands([x])
+        for count in (BLOCK_ELEMENTS, 3 * BLOCK_ELEMENTS, 5 * BLOCK_ELEMENTS, x.numel() - 1):
+            assert 0 in by_bracket(operands, {0: count}, values)
+            check(x, count)
+
+
+def test_what_is_collected_is_a_twentieth_at_each_place_and_two_more() -> None:
+    num_elements = 1 << 29
+    assert collected_bytes(num_elements, 10, 4) == 12 * 4 * ((1 << 20) + num_elements // 20)
+    assert collected_bytes(1000, 2, 8) == 4 * 8 * 1000
 
 
 def test_both_ways_agree_on_every_threshold() -> None:
