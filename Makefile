@@ -81,8 +81,9 @@ parity: $(READY) $(MERGEKIT_READY)  ## compare our results with mergekit's, tens
 gpu: $(READY)  ## tests on a CUDA device, which must be there (install a torch with CUDA)
 	MERGEKIT_RAY_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
-memory: $(READY)  ## what workers hold beside what plans say, on a machine that is idle (5 minutes, 8 GB)
+memory: $(READY)  ## what workers hold beside what plans say, by method, on a machine that is idle (20 minutes, 16 GB)
 	$(BIN)/python -m pytest -m memory tests/integration/failures/test_memory_budget.py $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.memory
 
 fencing: $(READY)  ## two drivers, one output, stopped before each change of theirs: all ways to interleave (hours)
 	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(BIN)/python -m pytest tests/integration/failures/test_fencing.py $(PYTEST_ARGS)

@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -28,6 +29,9 @@ MAX_FILE_BYTES = 5_000_000_000
 _PERIOD_BYTES = 32 << 20
 _WEIGHT_STD = 0.02
 
+NOISE_BYTES = 2 * _PERIOD_BYTES
+"""What a process holds for each model of noise that it reads."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,6 +43,7 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     vocabulary: int
+    is_tied: bool = False
 
     def groups(self) -> list[list[TensorSpec]]:
         """Its tensors: embedding, layers, head."""
@@ -62,8 +67,8 @@ class Shape:
             for i in range(self.num_layers)
         ]
         embedding = [spec("model.embed_tokens.weight", self.vocabulary, self.hidden)]
-        head = [spec("model.norm.weight", self.hidden), spec("lm_head.weight", self.vocabulary, self.hidden)]
-        return [embedding, *layers, head]
+        head = [] if self.is_tied else [spec("lm_head.weight", self.vocabulary, self.hidden)]
+        return [embedding, *layers, [spec("model.norm.weight", self.hidden), *head]]
 
     def config(self) -> dict[str, object]:
         """Its ``config.json``."""
@@ -76,7 +81,7 @@ class Shape:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "vocab_size": self.vocabulary,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.is_tied,
             "torch_dtype": "bfloat16",
         }
 
@@ -86,6 +91,9 @@ SHAPES = {
     "8b": Shape(4096, 14_336, 32, 32, 8, 128_256),
     "70b": Shape(8192, 28_672, 80, 64, 8, 128_256),
     "wide": Shape(2048, 256, 1, 32, 4, 262_144),
+    "tall": Shape(2048, 256, 1, 32, 4, 262_144, is_tied=True),
+    "square": Shape(2048, 256, 1, 32, 4, 8192, is_tied=True),
+    "layer": Shape(4096, 14_336, 1, 32, 8, 1024, is_tied=True),
 }
 
 
@@ -162,6 +170,20 @@ class NoiseSource:
                 place = (low - header) % _PERIOD_BYTES
                 buffer[low - start : high - start] = noise[place : place + high - low].data
         return sum(end - start for start, end in ranges)
+
+
+def write_noise(uri: str, folder: Path) -> None:
+    """The checkpoint at a ``noise://`` URI as files in a folder."""
+    source = NoiseSource(uri)
+    folder.mkdir(parents=True)
+    for stat in source.list():
+        with (folder / stat.name).open("wb") as file:
+            header, _ = source.read_head(stat.name, stat.num_bytes)
+            file.write(header)
+            for start in range(len(header), stat.num_bytes, _PERIOD_BYTES):
+                buffer = bytearray(min(_PERIOD_BYTES, stat.num_bytes - start))
+                source.read_ranges(stat.name, [(start, start + len(buffer))], [memoryview(buffer)])
+                file.write(buffer)
 
 
 class DiscardUpload:
