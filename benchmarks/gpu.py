@@ -140,8 +140,7 @@ def through_the_bus(session: DeviceSession, merge: Merge, pieces: dict[Load, Pie
                 if number >= len(outs):
                     finished[number - len(outs)].result()
                 evaluation = DeviceEvaluation(session, merge, pieces, future.result())
-                evaluation.start(0, size, outs[number % len(outs)])
-                finished.append(writer.submit(evaluation.finish))
+                finished.append(writer.submit(evaluation.start(0, size, outs[number % len(outs)])))
             for done in finished:
                 done.result()
 

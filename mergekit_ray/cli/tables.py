@@ -20,7 +20,7 @@ from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.operations.plan import Explanation
 from mergekit_ray.planning.estimate import Cluster, Estimate
-from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, memory_needed
+from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, mapped_models, memory_needed
 from mergekit_ray.reporting.reporters import duration
 
 _PIPED_WIDTH = 140
@@ -63,12 +63,13 @@ def print_plan(plan: Plan) -> None:
         inputs.add_row(escape(model.reference), escape(model.uri), str(len(model.files)))
     console.print(inputs)
 
+    mapped = mapped_models(plan.inputs)
     shards = Table(title="Shards", title_justify="left")
     shards.add_column("file", overflow="fold")
     for column in ("tensors", "parameters", "to read", "to write", "peak\nmemory"):
         shards.add_column(column, justify="right", no_wrap=True)
     for shard in plan.shards[:_MAX_ROWS]:
-        largest = largest_window(shard.tensors)
+        largest = largest_window(shard.tensors, mapped)
         held = FIXED_BYTES + (0 if largest is None else largest.memory_bytes)
         shards.add_row(
             shard.file,

@@ -117,7 +117,9 @@ class MethodDeclaration:
 
     @classmethod
     def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
-        """What a whole-tensor method holds beside its inputs, its base and its result, for the projection of memory.
+        """What a method holds that must see all of a tensor, for the projection of memory.
+
+        Its statistics, that is; of one that needs whole tensors all but its inputs, its base and its result.
 
         Args:
             shape: of the tensor.

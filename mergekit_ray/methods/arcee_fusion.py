@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.compiled import is_compiled_for
-from mergekit_ray.methods.shared.order_statistics import kth_largest
+from mergekit_ray.methods.shared.order_statistics import collected_bytes, kth_largest
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.rows import Lines
 from mergekit_ray.methods.shared.scratch import Scratch
@@ -65,6 +65,12 @@ class ArceeFusion(ReduceMethod):
     max_models = 1
     propagates_non_finite = True
     portable = False  # exponentials decide what is kept
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        del num_models
+        return collected_bytes(math.prod(shape), len(_QUARTILES), itemsize)
 
     def statistics(self, operands: Operands) -> Importance | None:
         """Divergences and threshold; None for a tensor without elements."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.shared.accumulate import NormalizedMethod, coefficients, weighted_sum_
+from mergekit_ray.methods.shared.order_statistics import collected_bytes
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.rescaling import rescaling_factors
 from mergekit_ray.methods.shared.selection import Band, select_next_largest
@@ -63,6 +64,11 @@ class _Breadcrumbs(ReduceMethod):
     base = BaseUse.REQUIRED
     model_parameters = BreadcrumbsModelParameters
     global_parameters = BreadcrumbsParameters
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        return collected_bytes(math.prod(shape), 2 * num_models, itemsize)
 
     def statistics(self, operands: Operands) -> Crumbs:
         """What is kept of each model's task vector, and how it is rescaled."""

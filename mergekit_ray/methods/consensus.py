@@ -11,6 +11,7 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.shared.accumulate import add_scaled_
+from mergekit_ray.methods.shared.order_statistics import collected_bytes
 from mergekit_ray.methods.shared.protocol import Chunk, ElementwiseMethod, Operands, ReduceMethod
 from mergekit_ray.methods.shared.selection import Selection, select_largest
 from mergekit_ray.methods.shared.sign import add_elected_
@@ -102,6 +103,11 @@ class ConsensusTies(ReduceMethod):
     base = BaseUse.REQUIRED
     model_parameters = ConsensusTiesModelParameters
     global_parameters = ConsensusParameters
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        return collected_bytes(math.prod(shape), num_models, itemsize)
 
     def statistics(self, operands: Operands) -> list[Selection]:
         """What is kept of each model's task vector."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from pydantic import Field
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.shared.accumulate import NormalizedMethod, coefficients, weighted_sum_
-from mergekit_ray.methods.shared.packed_mask import PackedMask
+from mergekit_ray.methods.shared.packed_mask import PackedMask, mask_bytes
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.rank_sampling import (
     MagnitudeSampling,
@@ -77,6 +78,12 @@ class _Della(ReduceMethod):
     reference = "https://arxiv.org/abs/2406.11617"
     base = BaseUse.REQUIRED
     model_parameters = DellaModelParameters
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        del itemsize
+        return 2 * num_models * mask_bytes(math.prod(shape))  # in runs, and joined
 
     def statistics(self, operands: Operands) -> Samples:
         """Masks and rescaling of the models."""

@@ -15,6 +15,7 @@ from mergekit_ray.methods.shared.spectral import (
     SpectralMethod,
     Spectrum,
     TaskMatrices,
+    decomposition_bytes,
     recombined,
     spectrum,
     total,
@@ -45,6 +46,12 @@ class IsoC(SpectralMethod):
     summary = "Sum of task matrices with all singular values replaced by their mean."
     formula = "b + λ·σ̄·U·Vᵀ, Σ w_i·δ_i = U·diag(σ)·Vᵀ; b + λ/N·Σ w_i·δ_i for weights that are not matrices"
     reference = "https://arxiv.org/abs/2502.04959"
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        del itemsize
+        return decomposition_bytes(shape, num_models, tensors_per_model=0)
 
     def merged_matrix(self, tasks: TaskMatrices, operands: Operands) -> RowMap:
         """See `SpectralMethod.merged_matrix`."""

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.shared.order_statistics import collected_bytes
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.selection import Selection, select_largest
 from mergekit_ray.methods.shared.sums import partial_sums, total
@@ -85,6 +86,11 @@ class Pcb(ReduceMethod):
     model_parameters = PcbModelParameters
     global_parameters = ScaledParameters
     portable = False  # exponentials decide what is kept
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        return collected_bytes(math.prod(shape), num_models, itemsize)
 
     def statistics(self, operands: Operands) -> tuple[Competition, list[Selection]]:
         """The constants of the scores, and which scores are kept."""

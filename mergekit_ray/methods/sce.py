@@ -13,7 +13,8 @@ from mergekit_ray.core.declaration import BaseUse, Parameters
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.methods.compiled import is_compiled_for
 from mergekit_ray.methods.shared.accumulate import divide_
-from mergekit_ray.methods.shared.packed_mask import MaskBuilder, PackedMask, trim_
+from mergekit_ray.methods.shared.order_statistics import collected_bytes
+from mergekit_ray.methods.shared.packed_mask import MaskBuilder, PackedMask, mask_bytes, trim_
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.selection import Selection, select_largest
 from mergekit_ray.methods.shared.sums import partial_sums, total
@@ -70,6 +71,12 @@ class Sce(ReduceMethod):
     reference = "https://arxiv.org/abs/2408.07990"
     base = BaseUse.REQUIRED
     global_parameters = SceParameters
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        del num_models
+        return collected_bytes(math.prod(shape), 1, itemsize) + mask_bytes(math.prod(shape))
 
     def statistics(self, operands: Operands) -> SceStatistics:
         """Selection and weights."""

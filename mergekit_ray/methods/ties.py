@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.methods.shared.order_statistics import collected_bytes
 from mergekit_ray.methods.shared.protocol import Chunk, Operands, ReduceMethod
 from mergekit_ray.methods.shared.selection import Selection, select_largest
 from mergekit_ray.methods.shared.sign import add_elected_
@@ -41,6 +42,11 @@ class Ties(ReduceMethod):
     base = BaseUse.REQUIRED
     model_parameters = TrimmedParameters
     global_parameters = TiesParameters
+
+    @classmethod
+    def working_bytes(cls, shape: tuple[int, ...], num_models: int, itemsize: int) -> int:
+        """See `MethodDeclaration.working_bytes`."""
+        return collected_bytes(math.prod(shape), num_models, itemsize)
 
     def statistics(self, operands: Operands) -> list[Selection]:
         """What is kept of each model's task vector."""

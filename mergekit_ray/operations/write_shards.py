@@ -16,6 +16,7 @@ from mergekit_ray.executors.local import LocalExecutor, local_threads, local_wor
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import Destination
 from mergekit_ray.output.lease import Lease
+from mergekit_ray.planning.windows import thread_bytes
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.storage.protocols import RemainsSink, Sink
 from mergekit_ray.worker.resources import WorkerOptions
@@ -46,6 +47,7 @@ def write_shards(
     executor, num_threads = _executor(options, plan, tell)
     worker_options = WorkerOptions(
         memory_bytes=memory_bytes,
+        thread_bytes=thread_bytes(plan),
         num_threads=num_threads,
         chunk_elements=options.chunk_elements or CHUNK_ELEMENTS,
         allow_non_finite=options.allow_non_finite,

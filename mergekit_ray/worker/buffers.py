@@ -16,11 +16,11 @@ class BufferPool:
     Idle buffers of other sizes are let go, the oldest first, when a new one would take the pool over its limit.
 
     Args:
-        limit_bytes: what buffers in use and idle ones may take together.
+        limit_bytes: what buffers in use, idle ones and what is set aside may take together.
 
     Attributes:
         idle: the buffers that have been given back, the oldest first.
-        total_bytes: of these and of those in use.
+        total_bytes: of these, of those in use, and what is set aside.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -42,11 +42,19 @@ class BufferPool:
             for i in range(len(self.idle) - 1, -1, -1):
                 if self.idle[i].size == size:
                     return self.idle.pop(i)
-            while self.idle and self.total_bytes + size > self._limit_bytes:
-                self.total_bytes -= self.idle.pop(0).size
-            self.total_bytes += size
+            self._add(size)
         # numpy asks for huge pages (a 512th of the page faults); torch does so only if its environment says.
         return np.empty(size, dtype=np.uint8)
+
+    def set_aside(self, num_bytes: int) -> None:
+        """Leave room for memory that is not taken from here; a negative number gives it back."""
+        with self._lock:
+            self._add(num_bytes)
+
+    def _add(self, num_bytes: int) -> None:
+        while self.idle and self.total_bytes + num_bytes > self._limit_bytes:
+            self.total_bytes -= self.idle.pop(0).size
+        self.total_bytes += num_bytes
 
     def give(self, buffer: Bytes) -> None:
         """Return a buffer; its content may be overwritten from now on."""

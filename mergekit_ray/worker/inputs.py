@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 
@@ -12,14 +11,11 @@ from mergekit_ray.checkpoint.reader import ByteRange
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import InputModel
 from mergekit_ray.evaluation.pieces import Bytes
-from mergekit_ray.planning.windows import Window
+from mergekit_ray.planning.windows import Window, is_mapped
 from mergekit_ray.storage.local.fault_guard import is_guarded
 from mergekit_ray.storage.protocols import MappableSource, Source
 from mergekit_ray.worker.buffers import BufferPool
 from mergekit_ray.worker.held_inputs import HeldInputs
-
-MIN_MAPPED_BYTES: Final = 1 << 20
-"""Smaller pieces are copied: a mapping costs more."""
 
 
 @dataclass(slots=True)
@@ -76,7 +72,7 @@ class InputReader:
             stop = load.location.start + last * itemsize
             version = self._models[load.model].files[file].version
             mappable = self._mappable.get(load.model)
-            if mappable is not None and stop - start >= MIN_MAPPED_BYTES and start % itemsize == 0:
+            if mappable is not None and is_mapped(load, (first, last), self._mappable.keys()):
                 mapped = mappable.map_range(file, start, stop, version=version)
                 inputs.data[load] = np.frombuffer(mapped.data, dtype=np.uint8)
                 self._checks.append(mapped.check)

@@ -35,7 +35,7 @@ from mergekit_ray.evaluation.host import HostEvaluation
 from mergekit_ray.evaluation.pieces import Bytes, Pieces
 from mergekit_ray.evaluation.strategy import Choice, Strategy, choose
 from mergekit_ray.evaluation.threads import hold_torch
-from mergekit_ray.planning.windows import READS_AHEAD, Window, batches
+from mergekit_ray.planning.windows import MAX_PART_BYTES, READS_AHEAD, Window, batches
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.worker.inputs import InputReader, WindowInputs
 from mergekit_ray.worker.parts import Parts, cut
@@ -93,23 +93,19 @@ class _Output:
     """A window's result.
 
     Attributes:
-        buffers: to be given back when it has been written.
-        held_bytes: of the budget, the same.
-        ends_tensor: whether it is the last of its tensor.
+        window: what it is of. What that took of the budget is given back when it has been written.
+        buffers: the same.
         data: the bytes, where they are in one place.
         parts: what they come in otherwise.
         merging: how many seconds it took to compute these; there when they have ended.
-        finish: once this has returned ``data`` is complete, on a device.
         seconds: spent computing it.
     """
 
+    window: Window
     buffers: list[Bytes]
-    held_bytes: int
-    ends_tensor: bool
     data: Bytes | None = None
     parts: Parts | None = None
     merging: Future[float] | None = None
-    finish: Callable[[], None] | None = None
     seconds: float = 0.0
 
 
@@ -146,7 +142,7 @@ class ShardPipeline:
         self._user_stop = stop
         self._failed = threading.Event()
         self._errors: list[BaseException] = []
-        self._batches = list(batches(shard, self._options.memory_bytes))
+        self._batches = list(batches(shard, self._options.memory_bytes - self._options.thread_bytes, resources.mapped))
         self._inputs = InputReader(
             resources.inputs, resources.sources, resources.buffers, self._batches, resources.limit_bytes
         )
@@ -236,6 +232,7 @@ class ShardPipeline:
                 return
             batch = _Batch(windows)
             self._budget.take(sum(window.memory_bytes for window in windows), self._failed)
+            self._buffers.set_aside(sum(window.tensor.expression.scratch_bytes for window in windows))
             if not self._check():
                 return
             requests: list[ByteRange] = []
@@ -282,25 +279,24 @@ class ShardPipeline:
             output = self._compute(ready)
             output.seconds = time.perf_counter() - began
             self._written.put(output)
+            if output.parts is not None and self._choice(ready).strategy is Strategy.DEVICE:
+                self._hand_over(ready, output.parts)
 
     def _compute(self, ready: _Ready) -> _Output:
         window, held = ready.window, ready.inputs
         expression = window.tensor.expression
-        ends_tensor = window.stop == window.tensor.spec.num_elements
+        buffers = [*held.buffers, *held.shared]
         strategy = self._choice(ready).strategy
         if strategy is Strategy.COPY:
             assert isinstance(expression, Load)
             data = held.data[expression]
             if not self._options.allow_non_finite:
                 check_copy_finite(expression, data, window.start, self._references[expression.model])
-            buffers = [*held.buffers, *held.shared]
-            return _Output(buffers, window.memory_bytes, ends_tensor, data)
-        if strategy is Strategy.DEVICE:
-            return self._hand_over(ready)
+            return _Output(window, buffers, data)
         parts = Parts(self._buffers, self._failed)
-        merging = self._merging.submit(self._merge, ready, parts)
-        buffers = [*held.buffers, *held.shared]
-        return _Output(buffers, window.memory_bytes, ends_tensor, parts=parts, merging=merging)
+        if strategy is Strategy.DEVICE:
+            return _Output(window, buffers, parts=parts)
+        return _Output(window, buffers, parts=parts, merging=self._merging.submit(self._merge, ready, parts))
 
     def _merge(self, ready: _Ready, parts: Parts) -> float:
         """Compute a window's parts; the seconds that it took."""
@@ -330,14 +326,14 @@ class ShardPipeline:
             parts.end()
         return seconds
 
-    def _hand_over(self, ready: _Ready) -> _Output:
+    def _hand_over(self, ready: _Ready, parts: Parts) -> None:
         """To the device. The inputs are kept until the result is there: for messages, and for another try."""
         from mergekit_ray.evaluation.device.evaluate import DeviceEvaluation  # noqa: PLC0415 - imports torch
         from mergekit_ray.evaluation.nodes.base import Piece  # noqa: PLC0415
         from mergekit_ray.evaluation.scratch import as_tensor  # noqa: PLC0415
 
         hold_torch()
-        window, held = ready.window, ready.inputs
+        window, dtype = ready.window, ready.window.tensor.spec.dtype
         assert self._session is not None
         evaluation = DeviceEvaluation(
             self._session,
@@ -347,30 +343,33 @@ class ShardPipeline:
             allow_non_finite=self._options.allow_non_finite,
             references=self._references,
         )
-        out = self._buffers.take(window.write_bytes)
-        data = out[: window.write_bytes]
-        evaluation.start(window.start, window.stop, as_tensor(data, window.tensor.spec.dtype))
+        try:
+            for start, stop in cut(window.start, window.stop, dtype.itemsize, 1, MAX_PART_BYTES):
+                num_bytes = (stop - start) * dtype.itemsize
+                out = parts.take(num_bytes)
+                finish = evaluation.start(start, stop, as_tensor(out[:num_bytes], dtype), is_last=stop == window.stop)
+                parts.put(out, num_bytes, finish)
+        finally:
+            parts.end()
         self.progress.num_on_cpu += evaluation.lacked_memory
-        ends_tensor = window.stop == window.tensor.spec.num_elements
-        buffers = [out, *held.buffers, *held.shared]
-        return _Output(buffers, window.memory_bytes, ends_tensor, data, finish=evaluation.finish)
 
     def _write_all(self) -> None:
         while (output := self._written.get()) is not None:
             if not self._check():
                 continue
-            if output.finish is not None:
-                output.finish()
             if output.data is not None:
                 self._write(output.data.data)
-            if output.parts is not None and output.merging is not None:
+            if output.parts is not None:
                 output.parts.write(self._write)
+            if output.merging is not None:
                 output.seconds += output.merging.result()
             self.progress.compute_seconds += output.seconds
-            self.progress.num_tensors += output.ends_tensor
+            window = output.window
+            self.progress.num_tensors += window.stop == window.tensor.spec.num_elements
             for buffer in output.buffers:
                 self._buffers.give(buffer)
-            self._budget.give(output.held_bytes)
+            self._buffers.set_aside(-window.tensor.expression.scratch_bytes)
+            self._budget.give(window.memory_bytes)
 
     def _write(self, data: memoryview) -> None:
         began = time.perf_counter()

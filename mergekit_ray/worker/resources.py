@@ -10,8 +10,8 @@ from mergekit_ray.core.plan import InputModel
 from mergekit_ray.evaluation.budget import Budget
 from mergekit_ray.evaluation.device.names import CPU, open_device, resolve
 from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS, ComputePool
-from mergekit_ray.planning.windows import FIXED_BYTES
-from mergekit_ray.storage.protocols import Source
+from mergekit_ray.planning.windows import FIXED_BYTES, mapped_models, window_bytes
+from mergekit_ray.storage.protocols import MappableSource, Source
 from mergekit_ray.worker.buffers import BufferPool
 from mergekit_ray.worker.parts import PART_BYTES
 
@@ -25,6 +25,7 @@ class WorkerOptions:
 
     Attributes:
         memory_bytes: budget for inputs, outputs and scratch.
+        thread_bytes: of these, what `planning.windows.thread_bytes` says.
         num_threads: compute threads.
         chunk_elements: elements computed at a time.
         part_bytes: of a window's result, written at a time for each thread; see `worker.parts.cut`.
@@ -33,6 +34,7 @@ class WorkerOptions:
     """
 
     memory_bytes: int
+    thread_bytes: int = 0
     num_threads: int = 1
     chunk_elements: int = CHUNK_ELEMENTS
     part_bytes: int = PART_BYTES
@@ -68,9 +70,12 @@ class Resources:
         self.options = options
         self.device = resolve(options.device, number)
         self.pool = ComputePool(options.num_threads)
-        self.limit_bytes = options.memory_bytes - FIXED_BYTES
+        self.mapped = mapped_models(inputs) & {
+            key for key, source in sources.items() if isinstance(source, MappableSource)
+        }
+        self.limit_bytes = window_bytes(options.memory_bytes - options.thread_bytes)
         self.budget = Budget(self.limit_bytes)
-        self.buffers = BufferPool(self.limit_bytes)
+        self.buffers = self._new_buffers()
         self._num_sharing = num_sharing
         self._session: DeviceSession | None = None
 
@@ -85,7 +90,10 @@ class Resources:
     def discard(self) -> None:
         """Begin anew after a failure: what was in use goes when the last reference does, not one by one."""
         self._session = None
-        self.buffers = BufferPool(self.limit_bytes)
+        self.buffers = self._new_buffers()
+
+    def _new_buffers(self) -> BufferPool:
+        return BufferPool(self.options.memory_bytes - self.options.thread_bytes - FIXED_BYTES)
 
     def close(self) -> None:
         """End the compute threads."""

@@ -256,29 +256,33 @@ def on_device(
     inputs: Inputs,
     *,
     window: int | None = None,
+    part: int | None = None,
     streamed: bool = False,
     **options: Any,
 ) -> torch.Tensor:
     """The whole result, window by window as a worker would have it: one is handed over while another comes back.
 
     Args:
+        window: elements of a window, all by default.
+        part: elements of a part of a window that is handed over at once, all by default.
         streamed: upload runs as they are computed, though all would fit.
     """
     size = tree.spec.num_elements
     out = torch.empty(size, dtype=TORCH_DTYPES[tree.spec.dtype])
-    running: list[DeviceEvaluation] = []
+    running: list[Callable[[], None]] = []
     step = window or max(1, size)
     for start in range(0, size, step):
         stop = min(start + step, size)
         pieces = inputs.pieces(tree, start, stop)
         staged = None if streamed else session.stage(tree, pieces)
         evaluation = DeviceEvaluation(session, tree, pieces, staged, **options)
-        evaluation.start(start, stop, out[start:stop])
-        running.append(evaluation)
-        if len(running) > 1:
-            running.pop(0).finish()
-    for evaluation in running:
-        evaluation.finish()
+        for first in range(start, stop, part or size):
+            last = min(first + (part or size), stop)
+            running.append(evaluation.start(first, last, out[first:last], is_last=last == stop))
+            if len(running) > 1:
+                running.pop(0)()
+    for finish in running:
+        finish()
     return out.view(tree.spec.shape)
 
 

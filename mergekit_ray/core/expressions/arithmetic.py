@@ -21,6 +21,9 @@ from mergekit_ray.core.expressions.base import (
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 
+METHOD_RUNS = 8
+"""Runs in compute dtype that a method takes beside its inputs, about."""
+
 
 @expression_kind("cast")
 @dataclass(frozen=True, slots=True)
@@ -119,14 +122,23 @@ class Merge(Expression):
 
     @property
     def scratch_bytes(self) -> int:
-        """Whole tensors in compute dtype, for a method that needs them."""
+        """What a method holds of the whole tensor: its statistics; all of it in compute dtype, if it needs that."""
         below = sum(child.scratch_bytes for child in self.children())
         method = METHODS.get(self.method)
-        if method.effective_access(dict(self.parameters)) is not Access.WHOLE:
+        access = method.effective_access(dict(self.parameters))
+        if access is Access.ELEMENTWISE:
             return below
         itemsize = self.compute_dtype.itemsize
-        whole_bytes = (len(self.children()) + 1) * self.spec.num_elements * itemsize
-        return below + whole_bytes + method.working_bytes(self.spec.shape, len(self.inputs), itemsize)
+        below += method.working_bytes(self.spec.shape, len(self.inputs), itemsize)
+        if access is Access.REDUCE:
+            return below
+        return below + (len(self.children()) + 1) * self.spec.num_elements * itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Inputs, the base, and what the method or an input takes beside them."""
+        itemsize = self.compute_dtype.itemsize
+        return len(self.children()) * itemsize + max(super(Merge, self).chunk_bytes, METHOD_RUNS * itemsize)
 
     @property
     def propagates_non_finite(self) -> bool:

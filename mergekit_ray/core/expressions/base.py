@@ -14,6 +14,8 @@ from mergekit_ray.core.tensors import Location, TensorSpec
 
 Scalar: TypeAlias = float | int | bool | str | None
 
+_FLOAT64_BYTES = 8
+
 _ORDER = [Access.ELEMENTWISE, Access.REDUCE, Access.WHOLE]
 
 
@@ -68,6 +70,11 @@ class Expression(ABC):
     def scratch_bytes(self) -> int:
         """Bytes of temporaries that grow with the tensor."""
         return sum(child.scratch_bytes for child in self.children())
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of temporaries for each element that is computed at once."""
+        return max((child.chunk_bytes + _FLOAT64_BYTES for child in self.children()), default=0)
 
     @property
     def unit(self) -> int:

@@ -84,6 +84,13 @@ class LowRank(Expression):
         held = self.a.spec.num_elements + (2 * self.b.spec.num_elements if self.transposed else 0)
         return below + held * _FLOAT64_BYTES
 
+    @property
+    def chunk_bytes(self) -> int:
+        """The sum, and the rows of the factor that has one for each of ``x``, both in float64."""
+        rows, columns = self.x.spec.shape
+        per_element = 0 if self.transposed else -(-self.b.spec.num_elements // max(1, rows * columns))
+        return super(LowRank, self).chunk_bytes + per_element * _FLOAT64_BYTES
+
     def to_data(self) -> list[Any]:
         """The attributes in their order."""
         return [

@@ -90,7 +90,7 @@ class Uploads:
 
 @dataclass(slots=True)
 class Download:
-    """What one window has asked to be brought back.
+    """What a part of a window has asked to be brought back.
 
     Attributes:
         num_missing: runs that are not in host memory yet.

@@ -11,6 +11,7 @@ The arithmetic is handed over by one thread, which waits for the device only whe
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -195,44 +196,54 @@ class DeviceEvaluation:
         self._staged = staged
         self._allow_non_finite = allow_non_finite
         self._references = references or {}
-        self._download = Download()
+        self._made: Evaluation | None = None
         self.lacked_memory = False
-        self._is_finite = torch.ones(1, dtype=torch.bool)
 
-    def start(self, start: int, stop: int, out: torch.Tensor) -> None:
-        """Hand elements ``[start, stop)`` over to the device, or compute them here. To be called once.
+    def start(self, start: int, stop: int, out: torch.Tensor, *, is_last: bool = True) -> Callable[[], None]:
+        """Hand elements ``[start, stop)`` over to the device, or compute them here.
 
         Args:
-            start: of the window.
-            stop: of the window.
-            out: host memory, 1-D of the expression's dtype, filled when `finish` returns.
+            start: of the window, or of a part of it. Parts are handed over one after the other.
+            stop: of the same.
+            out: host memory, 1-D of the expression's dtype, filled when what this returns has returned.
+            is_last: there is nothing more of the window.
+
+        Returns:
+            What waits until the result is there; to be called once, by any thread. It raises as `Evaluation.fill`.
 
         Raises:
             MergeError: not even the smallest chunk fits in the device's memory; or as `Evaluation`.
         """
+        download, is_finite = Download(), torch.ones(1, dtype=torch.bool)
+        if self.lacked_memory or not self._on_device(start, stop, out, download, is_finite):
+            if not self.lacked_memory:
+                self._made = self._evaluation(self._session.host_pool)
+            self.lacked_memory = True
+            assert self._made is not None
+            self._made.fill(start, stop, out)
+        if is_last:
+            self._made = None
+        return functools.partial(self._finish, download, is_finite, is_last=is_last)
+
+    def _finish(self, download: Download, is_finite: torch.Tensor, *, is_last: bool) -> None:
+        self._session.downloads.finish(download)
+        if self._staged is not None and is_last:
+            self._session.release(self._staged)
+        if not self._allow_non_finite and not bool(is_finite):
+            raise NonFiniteReport(self._expression, self._pieces, self._references, check_finite=True).error()
+
+    def _on_device(self, start: int, stop: int, out: torch.Tensor, download: Download, is_finite: torch.Tensor) -> bool:
+        """Whether the device could do it; if not, it is for the CPU."""
         for sources in self._sources():
-            while not self._fits(sources, start, stop, out):
+            while not self._fits(sources, start, stop, out, download, is_finite):
                 self._session.make_room()
                 if self._expression.access is not Access.REDUCE or not self._session.halve_blocks():
                     break
             else:
-                return
+                return True
         if self._expression.access is not Access.WHOLE:
             raise self._too_large()
-        self.lacked_memory = True
-        self._evaluation(self._session.host_pool).fill(start, stop, out)
-
-    def finish(self) -> None:
-        """Wait until the result is there. To be called once, after `start`, by any thread.
-
-        Raises:
-            MergeError: as `Evaluation.fill`.
-        """
-        self._session.downloads.finish(self._download)
-        if self._staged is not None:
-            self._session.release(self._staged)
-        if not self._allow_non_finite and not bool(self._is_finite):
-            raise NonFiniteReport(self._expression, self._pieces, self._references, check_finite=True).error()
+        return False
 
     def _sources(self) -> Iterator[Callable[[], Mapping[Load, Loaded]]]:
         """Ways to have the inputs on the device, the best first."""
@@ -247,12 +258,24 @@ class DeviceEvaluation:
         self._session.device.compute.wait(self._staged.there)
         return self._staged.pieces
 
-    def _fits(self, sources: Callable[[], Mapping[Load, Loaded]], start: int, stop: int, out: torch.Tensor) -> bool:
+    def _fits(
+        self,
+        sources: Callable[[], Mapping[Load, Loaded]],
+        start: int,
+        stop: int,
+        out: torch.Tensor,
+        download: Download,
+        is_finite: torch.Tensor,
+    ) -> bool:
         """Compute it; whether there was memory enough for that."""
+        made, self._made = self._made, None
         try:
             with self._session.device.compute:
-                evaluation = self._evaluation(self._session.pool, sources())
-                self._fill(evaluation, start, stop, out)
+                evaluation = made or self._evaluation(self._session.pool, sources())
+                self._fill(evaluation, start, stop, out, download)
+                assert evaluation.all_finite is not None
+                self._session.downloads.fetch(evaluation.all_finite.clone().view(1), is_finite, download)
+                self._made = evaluation
         except RuntimeError as error:
             if self._session.device.is_out_of_memory(error):
                 return False
@@ -270,24 +293,23 @@ class DeviceEvaluation:
             chunk_elements=CHUNK_ELEMENTS if sources is None else None,
         )
 
-    def _fill(self, evaluation: Evaluation, start: int, stop: int, out: torch.Tensor) -> None:
+    def _fill(self, evaluation: Evaluation, start: int, stop: int, out: torch.Tensor, download: Download) -> None:
         """Chunk by chunk; each is on its way back while the next is computed."""
         session = self._session
         chunk = session.chunk_elements(self._expression, len(self._pieces))
         place = start
         while place < stop:
             end = min(place + chunk, stop)
-            if self._chunk(
-                evaluation, place, end, out[place - start : end - start], last_try=chunk <= MIN_CHUNK_ELEMENTS
-            ):
+            run, last_try = out[place - start : end - start], chunk <= MIN_CHUNK_ELEMENTS
+            if self._chunk(evaluation, place, end, run, download, last_try=last_try):
                 place = end
             else:
                 chunk //= 2
                 session.make_room()
-        assert evaluation.all_finite is not None
-        session.downloads.fetch(evaluation.all_finite.view(1), self._is_finite, self._download)
 
-    def _chunk(self, evaluation: Evaluation, start: int, stop: int, out: torch.Tensor, *, last_try: bool) -> bool:
+    def _chunk(
+        self, evaluation: Evaluation, start: int, stop: int, out: torch.Tensor, download: Download, *, last_try: bool
+    ) -> bool:
         """Whether there was memory enough, which is an error on the last try."""
         session = self._session
         try:
@@ -297,7 +319,7 @@ class DeviceEvaluation:
             if last_try or not session.device.is_out_of_memory(error):
                 raise
             return False
-        session.downloads.fetch(there, out, self._download)
+        session.downloads.fetch(there, out, download)
         return True
 
     def _too_large(self) -> MergeError:

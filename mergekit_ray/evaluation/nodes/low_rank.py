@@ -156,6 +156,7 @@ class LowRankNode:
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `Node.fill`."""
         scratch = self._pool.scratch
+        mark = scratch.mark()
         if self._magnitude is not None and not self._transposed:
             values = self._scaled_rows(start, stop)
         else:
@@ -166,6 +167,7 @@ class LowRankNode:
             round_into(values, out, scratch)  # for a caller that computes in 16 bits: still one rounding
         else:
             round_result(values, self.spec.dtype, out, scratch, self._guard)
+        scratch.release(mark)
 
     def _added(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` in float64, before any norm is applied."""

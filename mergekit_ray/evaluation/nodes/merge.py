@@ -82,10 +82,13 @@ class MergeNode:
         if self._whole is not None:
             round_result(self._whole[start:stop], self.spec.dtype, out, self._pool.scratch, self._guard)
             return
+        scratch = self._pool.scratch
+        mark = scratch.mark()
         method = cast(ElementwiseMethod, self._method)
         chunk = self._chunk(start, stop)
         merged = method.combine(chunk, self, self._statistics)
-        round_result(merged, self.spec.dtype, out, self._pool.scratch, self._guard)
+        round_result(merged, self.spec.dtype, out, scratch, self._guard)
+        scratch.release(mark)
 
     def map_blocks(self, function: Callable[[Chunk], R], block_elements: int | None = None) -> list[R]:
         """See `Operands.map_blocks`."""

@@ -16,6 +16,11 @@ ALIGNMENT = 8
 """Runs that are packed on their own start at multiples of so many elements."""
 
 
+def mask_bytes(num_elements: int) -> int:
+    """Bytes of a `PackedMask`."""
+    return -(-num_elements // ALIGNMENT)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMask:
     """Which elements of a tensor are kept.

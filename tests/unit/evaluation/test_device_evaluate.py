@@ -16,6 +16,7 @@ from mergekit_ray.evaluation.device.copies import SLOT_BYTES
 from mergekit_ray.evaluation.device.evaluate import MIN_CHUNK_ELEMENTS, DeviceEvaluation, DeviceSession, chunk_bytes
 from mergekit_ray.evaluation.pool import ComputePool
 from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS
+from mergekit_ray.methods.ties import Ties
 from support.device_cases import (
     FACTOR_CASES,
     KIND_CASES,
@@ -111,6 +112,21 @@ def ties(shape: tuple[int, ...] = SHAPE) -> tuple[Merge, Inputs, torch.Tensor]:
     return tree, inputs, evaluate(tree, inputs)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_parts_of_a_window_share_its_statistics(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, inputs, expected = ties()
+    asked, statistics = [], Ties.statistics
+
+    def counted(self: Ties, operands: Any) -> Any:
+        asked.append(operands)
+        return statistics(self, operands)
+
+    monkeypatch.setattr(Ties, "statistics", counted)
+    found = on_device(session_on(SimulatedDevice()), tree, inputs, part=12_345, streamed=streamed)
+    assert torch.equal(found, expected)
+    assert len(asked) == 1
+
+
 def test_memory_is_given_back() -> None:
     tree, inputs, expected = ties()
     device = SimulatedDevice()
@@ -199,8 +215,12 @@ def test_a_whole_tensor_that_does_not_fit_is_computed_on_the_cpu(told_bytes: int
     assert (staged is None) == (told_bytes is None)
     evaluation = DeviceEvaluation(session, tree, pieces, staged)
     out = torch.empty(60 * 41, dtype=torch.bfloat16)
-    evaluation.start(0, 60 * 41, out)
-    evaluation.finish()
+    finishes = [
+        evaluation.start(first, last, out[first:last], is_last=last == len(out))
+        for first, last in ((0, 1000), (1000, 60 * 41))
+    ]
+    for finish in finishes:
+        finish()
     assert evaluation.lacked_memory
     assert torch.equal(out.view(60, 41), evaluate(tree, inputs))
 

@@ -13,19 +13,24 @@ from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale
-from mergekit_ray.core.plan import OutputTensor, Plan, Shard
+from mergekit_ray.core.plan import InputModel, OutputTensor, Plan, Shard
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.methods.shared.protocol import WholeMethod
+from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS
+from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, WholeMethod
 from mergekit_ray.planning.windows import (
     BATCH_BYTES,
     FIXED_BYTES,
+    MAX_PART_BYTES,
     batches,
     check_memory,
     comfortable_memory,
+    is_mapped,
     largest_window,
+    mapped_models,
     memory_needed,
+    thread_bytes,
     windows,
 )
 
@@ -94,6 +99,53 @@ def test_memory_of_a_window() -> None:
     assert (merged.read_bytes, merged.write_bytes, merged.memory_bytes) == (6000, 2000, 8000)
 
 
+def test_what_is_mapped_is_held_by_nobody_and_results_leave_in_parts() -> None:
+    num_elements = 512 * MIB
+    large = tensor(merge("slerp", num_elements, 1, base=True))
+    result = 2 * MAX_PART_BYTES
+    [read] = windows(large)
+    assert read.memory_bytes == 2 * read.write_bytes + result
+    [mapped] = windows(large, mapped={"m0", "m9"})
+    assert mapped.memory_bytes == BATCH_BYTES + result
+    [one] = windows(large, mapped={"m9"})
+    assert one.memory_bytes == num_elements * 2 + BATCH_BYTES + result
+    # Small pieces are read all the same, and so are those that do not lie where the processor wants them.
+    assert not is_mapped(load(0, MIB // 2 - 1), (0, MIB // 2 - 1), {"m0"})
+    spec = TensorSpec("w", DType.BF16, (MIB,))
+    assert is_mapped(load(0, MIB), (0, MIB), {"m0"})
+    assert not is_mapped(Load("m0", spec, Location("f", 1, 1 + spec.num_bytes)), (0, MIB), {"m0"})
+
+
+@pytest.mark.parametrize(
+    ("method", "places", "mask_bits"),
+    [("ties", 3, 0), ("breadcrumbs", 6, 0), ("pcb", 3, 0), ("sce", 1, 1), ("della", 0, 6), ("arcee_fusion", 3, 0)],
+)
+def test_statistics_that_grow_with_the_tensor_are_counted(method: str, places: int, mask_bits: int) -> None:
+    num_elements = 64 * MIB
+    num_inputs = 1 if method == "arcee_fusion" else 3
+    held = (places + 2) * 4 * (MIB + num_elements // 20) if places else 0
+    found = merge(method, num_elements, num_inputs, base=True).scratch_bytes
+    assert found == held + mask_bits * num_elements // 8
+
+
+def test_scratch_of_threads_grows_with_the_number_of_inputs() -> None:
+    def plan_of(expression: Expression) -> Plan:
+        return Plan({}, (Shard("a", b"", (tensor(expression),)),), {}, (), {}, 0)
+
+    assert CHUNK_ELEMENTS == BLOCK_ELEMENTS  # of which scratch is made
+    for expression in (load(0, 1000), merge("linear", 1000, 3), merge("ties", 1000, 11, base=True)):
+        assert thread_bytes(plan_of(expression)) == 0
+    # The inputs, the base and eight more runs of a method, each 1 MiB; 20 MiB are in the fixed part.
+    many = plan_of(merge("ties", 1000, 40, base=True))
+    assert thread_bytes(many) == 8 * (41 + 8 - 20) * MIB
+    assert memory_needed(many) > FIXED_BYTES + thread_bytes(many)
+
+
+def test_files_are_mapped_where_they_are_local() -> None:
+    uris = {"a": "/models/a", "b": "s3://bucket/b", "c": "hf://c/d"}
+    assert mapped_models({key: InputModel(key, key, uri, {}) for key, uri in uris.items()}) == {"a"}
+
+
 EXPRESSIONS = st.integers(0, 5 * ALIGNMENT + 7).flatmap(
     lambda n: st.sampled_from(
         [
@@ -156,7 +208,8 @@ def sized() -> Sized:
         Shard("a", b"", (tensor(small, "streamed"), tensor(big, "whole"))),
         Shard("b", b"", (tensor(load(0, 10), "little"),)),
     )
-    return Sized(Plan({}, shards, {}, (), {}, 0), 3 * 2 * num_elements)
+    # Two tensors are read, and two parts of the result are held.
+    return Sized(Plan({}, shards, {}, (), {}, 0), 2 * 2 * num_elements + 2 * MAX_PART_BYTES)
 
 
 def test_the_largest_window(sized: Sized) -> None:

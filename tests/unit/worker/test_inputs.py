@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from mergekit_ray.core.errors import CheckpointError, MergeError
 from mergekit_ray.core.plan import InputModel, Shard
+from mergekit_ray.planning import windows as planned_windows
 from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.storage.protocols import MappedRange
-from mergekit_ray.worker import inputs as window_inputs
 from support.shards import BUDGETS, big_model, files_below, load_of, long_tensors, make_worker, merged, shard_of
 
 
@@ -77,7 +77,7 @@ def test_inputs_used_where_they_lie_give_the_same_bytes(
 ) -> None:
     inputs, shard = pair
     expected = make_worker(inputs, tmp_path / "expected").run(shard)
-    monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", smallest)
+    monkeypatch.setattr(planned_windows, "MIN_MAPPED_BYTES", smallest)
     assert make_worker(inputs, tmp_path / "out").run(shard).sha256 == expected.sha256
 
 
@@ -85,7 +85,7 @@ def test_an_input_that_changes_while_it_is_used_is_refused(
     pair: tuple[dict[str, InputModel], Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, _ = pair
-    monkeypatch.setattr(window_inputs, "MIN_MAPPED_BYTES", 0)
+    monkeypatch.setattr(planned_windows, "MIN_MAPPED_BYTES", 0)
 
     class Touched(LocalSource):
         """Files whose time changes once a part of them has been mapped."""

@@ -15,6 +15,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Load, Merge
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.windows import MAX_PART_BYTES
 from mergekit_ray.worker.buffers import BufferPool
 from mergekit_ray.worker.parts import PART_BYTES, Parts, cut
 from support.shards import big_model, files_below, load_of, long_tensors, make_worker, shard_of
@@ -36,7 +37,32 @@ def test_parts_cover_a_window_and_are_of_about_one_size(
     assert len(set(sizes[:-1])) <= 1
     assert min(sizes) > 0
     # As large as a thread's share times the threads, and what is rounded up.
-    assert max(sizes) * itemsize <= num_threads * PART_BYTES + itemsize * (1 << 16)
+    assert max(sizes) * itemsize <= min(num_threads * PART_BYTES, MAX_PART_BYTES) + itemsize * (1 << 16)
+
+
+def test_a_part_is_written_once_it_is_finished() -> None:
+    buffers, written = BufferPool(1 << 30), []
+    parts = Parts(buffers, threading.Event())
+    out = parts.take(10)
+
+    def finish() -> None:
+        out[:10] = 7
+
+    parts.put(out, 10, finish)
+    parts.end()
+    parts.write(lambda data: written.append(bytes(data)))
+    assert written == [bytes([7]) * 10]
+
+
+def test_idle_buffers_make_room_for_what_is_set_aside() -> None:
+    buffers = BufferPool(5 * 4096)
+    held = [buffers.take(4096) for _ in range(4)]
+    for buffer in held:
+        buffers.give(buffer)
+    buffers.set_aside(3 * 4096)
+    assert (len(buffers.idle), buffers.total_bytes) == (2, 5 * 4096)
+    buffers.set_aside(-3 * 4096)
+    assert (len(buffers.idle), buffers.total_bytes) == (2, 2 * 4096)
 
 
 def test_they_are_written_in_order_and_their_buffers_used_again() -> None:
