@@ -226,9 +226,9 @@ class Cluster:
         return 0
 
     @staticmethod
-    def start(actor: Any, *arguments: object, **options: Any) -> Any:
+    def start(actor: Any, **options: Any) -> Any:
         """A handle of a new actor; ``options`` are those of `ray.actor.ActorClass.options`."""
-        return actor.options(**options).remote(*arguments)
+        return actor.options(**options).remote()
 
     @staticmethod
     def kill(handle: Any) -> None:

@@ -43,6 +43,7 @@ class _Actor:
     """An actor as the driver sees it.
 
     Attributes:
+        job: a reference to what it works for.
         ready: pending while it starts, or reads the last shard that it was given.
         node: where it runs, None while it starts.
         shards: it has in work, by their pending results.
@@ -52,7 +53,8 @@ class _Actor:
 
     name: str
     handle: Any
-    ready: Any
+    job: Any
+    ready: Any = None
     node: str | None = None
     shards: dict[Any, Shard] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
@@ -281,14 +283,14 @@ class RayExecutor:
             its_job = self._job_on(job.options.device if on_gpu else CPU)
             handle = self._cluster.start(
                 self._worker,
-                self._version,
-                [its_job],
                 num_cpus=self.cpus_per_worker,
                 num_gpus=int(on_gpu),
                 memory=self._memory_bytes,
                 scheduling_strategy="SPREAD",
             )
-            self._actors.append(_Actor(f"worker-{self._num_started}", handle, handle.node.remote()))
+            actor = _Actor(f"worker-{self._num_started}", handle, its_job)
+            actor.ready = self._get_ready(actor)
+            self._actors.append(actor)
             self._num_started += 1
 
     def _job_on(self, device: str) -> Any:
@@ -299,13 +301,16 @@ class RayExecutor:
             self._jobs[device] = self._cluster.put(replace(job, options=replace(job.options, device=device)))
         return self._jobs[device]
 
+    def _get_ready(self, actor: _Actor) -> Any:
+        return actor.handle.node.remote(self._version, [actor.job])
+
     def _note_ready(self, actor: _Actor) -> None:
         try:
             found = self._cluster.get(actor.ready)
         except RayActorError as error:
             # Died: Ray restarts it. What it had in work says so for itself.
             self._waiting.died(actor.name, error, [each.name for each in self._actors], self.num_workers)
-            actor.ready = actor.handle.node.remote()
+            actor.ready = self._get_ready(actor)
             self._cluster.wait((), 0.1)
             return
         if isinstance(found, MergekitRayError):
@@ -336,7 +341,7 @@ class RayExecutor:
                 actor.shards.clear()
                 actor.base = Progress.total([actor.base, actor.progress.ended()])
                 actor.progress, actor.progress_call = Progress(), None
-                actor.ready, actor.node = actor.handle.node.remote(), None
+                actor.ready, actor.node = self._get_ready(actor), None
             return [
                 Outcome(shard.file, name, error=_loss(name, reason, shard), lost=True, place=place) for shard in lost
             ]

@@ -30,33 +30,24 @@ from mergekit_ray.worker.worker import SHARDS_IN_WORK, Worker
     concurrency_groups={"control": 2, "reading": SHARDS_IN_WORK},
 )
 class RayWorker:
-    """A `Worker` with an address. The driver calls ``run`` again once ``has_read`` has returned for the shard before.
+    """A `Worker` with an address, once `node` was called.
 
-    Args:
-        version: of mergekit-ray, where the driver runs.
-        jobs: a reference to a `Job`, in a list, so that another version's is not even looked at.
+    The driver calls ``run`` again once ``has_read`` has returned for the shard before.
     """
 
-    def __init__(self, version: str, jobs: list[Any]) -> None:
+    def __init__(self) -> None:
         self._stop = threading.Event()
         self._read = Arrivals()
+        self._worker: Worker | None = None
+        self._starting = threading.Lock()
         # Of one process, and of no other: the output's fence tells them apart.
         self._address = f"{ray.util.get_node_ip_address()} (process {os.getpid()}, {secrets.token_hex(4)})"
         self._threads = single_threaded_torch()
         self._threads.__enter__()
-        # Ray tells of an actor whose constructor raises that it died, and not of what: `node` says it instead.
-        self._failure: MergekitRayError | None = None
-        try:
-            check_version(version, self._address)
-            job: Job = ray.get(jobs[0])
-            resources = Resources(job.inputs, open_sources(job.inputs), job.options)
-            fence = None if job.fence is None else replace(job.fence, worker=self._address)
-            self._worker = Worker(resources, open_fenced(job.output, fence), job.record_folder)
-        except MergekitRayError as error:
-            self._failure = error
 
     def run(self, shard: dict[str, Any]) -> ShardRecord | MergekitRayError:
         """Write one shard. Errors come back as values, so that they arrive as they were raised."""
+        assert self._worker is not None
         try:
             return self._worker.run(Shard.from_json(shard), self._stop, lambda: self._read.add(shard["file"]))
         except MergekitRayError as error:
@@ -71,14 +62,34 @@ class RayWorker:
         return self._address
 
     @ray.method(concurrency_group="control")
-    def node(self) -> str | MergekitRayError:
-        """Where this worker runs, or why it cannot; answers once that is known."""
-        return self._failure or self._address
+    def node(self, version: str, jobs: list[Any]) -> str | MergekitRayError:
+        """Get ready for a job; where this worker runs, or why it cannot.
+
+        What a constructor is given Ray must keep for restarts, and warns of that; what it raises Ray does not tell.
+
+        Args:
+            version: of mergekit-ray, where the driver runs.
+            jobs: a reference to a `Job`, in a list, so that another version's is not even looked at.
+        """
+        with self._starting:
+            if self._worker is None:  # the driver may ask twice
+                try:
+                    self._worker = self._worker_for(version, jobs)
+                except MergekitRayError as error:
+                    return error
+        return self._address
+
+    def _worker_for(self, version: str, jobs: list[Any]) -> Worker:
+        check_version(version, self._address)
+        job: Job = ray.get(jobs[0])
+        resources = Resources(job.inputs, open_sources(job.inputs), job.options)
+        fence = None if job.fence is None else replace(job.fence, worker=self._address)
+        return Worker(resources, open_fenced(job.output, fence), job.record_folder)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
         """What has been done so far."""
-        return self._worker.progress
+        return Progress() if self._worker is None else self._worker.progress
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

@@ -68,7 +68,7 @@ class FakeCluster:
         self._ask()
         return self.num_restarts
 
-    def start(self, actor: object, *arguments: object, **options: Any) -> SimpleNamespace:
+    def start(self, actor: object, **options: Any) -> SimpleNamespace:
         """Something with the methods of `RayWorker`."""
         self._ask()
         name = next(self._names)
