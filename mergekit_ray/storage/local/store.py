@@ -329,7 +329,7 @@ def _is_absent(error: OSError) -> bool:
 
 def _unopened(error: OSError, path: Path) -> MergekitRayError:
     """Why a file could not be opened."""
-    if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - False also where it may not be read
+    if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114 - False also of what cannot be read
         return leads_nowhere(path)
     return missing(str(path)) if _is_absent(error) else local_fault(error, path)
 

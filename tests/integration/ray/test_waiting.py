@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -20,16 +21,25 @@ from support.waiting import DEADLINE_SECONDS, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def whole_classes() -> Iterator[None]:
+    """Workers get the classes below as they are: there they could not import what this module does."""
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
 class _Unusable:
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self) -> None:
         import not_on_this_node  # noqa: F401
 
-    def node(self) -> str:
+    def node(self, *arguments: object) -> str:
         return "here"
 
 
 class _Crashing(_Unusable):
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self) -> None:
         os._exit(3)
 
 

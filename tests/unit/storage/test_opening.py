@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, PlanError
+from mergekit_ray.core.errors import CheckpointError, ConfigError, MergekitRayError, ModelError, PlanError
 from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage.hub.cache import HubCache
 from mergekit_ray.storage.schemes import SCHEMES
@@ -150,9 +150,11 @@ def test_many_threads_may_open_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place", ["/tmp/a\ud800", "b\udcff", "/tmp/a\0b", "file:///tmp/%00", "file:///tmp/%ED%A0%80", "s3://b/\ud800"]
 )
-@pytest.mark.parametrize("opened", [open_source, open_sink])
-def test_names_that_no_manifest_could_tell_are_refused(opened: Callable[[str], object], place: str) -> None:
-    with pytest.raises(ModelError, match="not valid Unicode, or with a null character") as caught:
+@pytest.mark.parametrize(("opened", "kind"), [(open_source, ModelError), (open_sink, ConfigError)])
+def test_names_that_no_manifest_could_tell_are_refused(
+    opened: Callable[[str], object], kind: type[MergekitRayError], place: str
+) -> None:
+    with pytest.raises(kind, match="not valid Unicode, or with a null character") as caught:
         opened(place)
     str(caught.value).encode()
 
