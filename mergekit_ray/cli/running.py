@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 
 
 class _DiscreetErrors:
-    """Of a command: credentials are hidden in what is said of wrong arguments, before it is wrapped to the terminal."""
+    """Of a command: credentials are hidden in what is said of wrong arguments, before it is wrapped to the terminal.
+
+    To be mixed into click's classes, which have the methods that are called here.
+    """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _discreet():
-            return super().make_context(*args, **options)  # type: ignore[misc]
+            return super().make_context(*args, **options)  # type: ignore[misc]  # of click's class
 
     def invoke(self, ctx: Any) -> Any:
         with _discreet():
-            return super().invoke(ctx)  # type: ignore[misc]
+            return super().invoke(ctx)  # type: ignore[misc]  # of click's class
 
 
 class DiscreetCommand(_DiscreetErrors, TyperCommand):
@@ -50,7 +53,7 @@ def _discreet() -> Iterator[None]:
         yield
     except Exception as error:  # of click's, or of the copy of click that typer may bring
         if isinstance(message := getattr(error, "message", None), str):
-            error.message = redact(message)  # type: ignore[attr-defined]
+            error.message = redact(message)  # type: ignore[attr-defined]  # it has one, see above
         raise
 
 

@@ -161,8 +161,12 @@ class LocalExecutor:
         return [Standing("", seat.name, tuple(seat.files), 0.0, now - seat.moved) for seat in self._seats if seat.files]
 
     def give_up(self, worker: str) -> None:
-        """Never asked for."""
-        raise NotImplementedError(worker)
+        """A thread cannot be ended from outside; `standings` names none that could be given up.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"a thread cannot be given up: {worker!r}")
 
     def has_spare(self) -> bool:
         """Never: all share one machine."""

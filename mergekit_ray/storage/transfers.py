@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from mergekit_ray.core.errors import CheckpointError, MergekitRayError
-from mergekit_ray.storage.protocols import Source, WritableBuffer
+from mergekit_ray.storage.protocols import FileStat, Sink, Source, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch, plan_fetches
 
 T = TypeVar("T")
@@ -95,6 +95,20 @@ def read_whole(source: Source, name: str, max_bytes: int) -> bytes:
             f"{stat.num_bytes} bytes, more than the {max_bytes} such a file may have", where=f"{source.uri}/{name}"
         )
     return data
+
+
+def write_whole(sink: Sink, name: str, data: bytes) -> FileStat:
+    """Write a small file through an upload, which asks the store's guard.
+
+    Raises:
+        StorageError: see `Upload.commit`.
+    """
+    upload = sink.open(name, len(data))
+    try:
+        upload.write(data)
+        return upload.commit()
+    finally:
+        upload.abort()
 
 
 class RangeReader:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, MergekitRayError, ModelError
 from mergekit_ray.storage.faults import changed, missing
-from mergekit_ray.storage.fence import LEASE_FILE
+from mergekit_ray.storage.fence import LEASE_FILE, allow_all
 from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, lock, move_files
 from mergekit_ray.storage.local.fault_guard import Fault
 from mergekit_ray.storage.local.file_system import refresh
@@ -28,7 +28,7 @@ from mergekit_ray.storage.names import check_name, check_text
 from mergekit_ray.storage.protocols import FileStat, MappedRange, WritableBuffer
 from mergekit_ray.storage.ranges import sorted_ranges
 from mergekit_ray.storage.schemes import SCHEMES
-from mergekit_ray.storage.transfers import read_whole
+from mergekit_ray.storage.transfers import read_whole, write_whole
 
 MAX_OPEN_FILES = 128
 _MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
@@ -250,7 +250,7 @@ class LocalStore(LocalSource):
 
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)
-        self._guard: Callable[[], None] = _allow
+        self._guard: Callable[[], None] = allow_all
 
     def guarded(self, guard: Callable[[], None]) -> LocalStore:
         """See `GuardedSink.guarded`."""
@@ -272,12 +272,7 @@ class LocalStore(LocalSource):
 
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`."""
-        upload = self.open(name, len(data))
-        try:
-            upload.write(data)
-            return upload.commit()
-        finally:
-            upload.abort()
+        return write_whole(self, name, data)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`."""
@@ -316,10 +311,6 @@ class LocalStore(LocalSource):
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
         delete_files([self._path(name) for name in names], self._root, self._guard)
-
-
-def _allow() -> None:
-    """Guards nothing."""
 
 
 def _is_absent(error: OSError) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
 from mergekit_ray.storage.faults import ShortBodyError, changed, missing
-from mergekit_ray.storage.fence import LEASE_FILE
+from mergekit_ray.storage.fence import LEASE_FILE, allow_all
 from mergekit_ray.storage.names import check_name
 from mergekit_ray.storage.protocols import FileStat, WritableBuffer
 from mergekit_ray.storage.ranges import Fetch
@@ -22,7 +22,7 @@ from mergekit_ray.storage.s3.copy import Copy, abort_uploads, copy_all
 from mergekit_ray.storage.s3.faults import code_of, explained, retried, status_of, was_retried, with_retries
 from mergekit_ray.storage.s3.upload import S3Upload
 from mergekit_ray.storage.schemes import SCHEMES
-from mergekit_ray.storage.transfers import NUM_READERS, RangeReader, RetryPolicy, read_whole
+from mergekit_ray.storage.transfers import NUM_READERS, RangeReader, RetryPolicy, read_whole, write_whole
 
 _CHUNK_BYTES = 1 << 20
 _NUM_WRITERS = 8
@@ -157,12 +157,7 @@ class S3Store:
 
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`."""
-        upload = self.open(name, len(data))
-        try:
-            upload.write(data)
-            return upload.commit()
-        finally:
-            upload.abort()
+        return write_whole(self, name, data)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`. Racers must write different data: it tells a lost answer from a lost race."""
@@ -178,7 +173,7 @@ class S3Store:
         copies = [
             Copy(self._key(old), self._key(new), self._stat_of(old), self._where(old)) for old, new in names.items()
         ]
-        copy_all(copies, self._client, self._writers, self._bucket, self._guard or _allow)
+        copy_all(copies, self._client, self._writers, self._bucket, self._guard or allow_all)
         self.delete(sorted(names.keys() - set(names.values())))
 
     def guarded(self, guard: Callable[[], None]) -> S3Store:
@@ -311,10 +306,6 @@ class S3Store:
             where=self._where(name),
             remedy="the file is cut short: upload it again",
         )
-
-
-def _allow() -> None:
-    """Guards nothing."""
 
 
 def _is_in_root_or_dotted(name: str) -> bool:

@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import ray
@@ -56,11 +58,11 @@ def cluster(head: RayHead) -> Iterator[Cluster]:
     cluster.close()
 
 
-def failure(cluster: Cluster, worker: object = None, **options: object) -> MergekitRayError:
+def failure(cluster: Cluster, worker: object = None, **options: Any) -> MergekitRayError:
     """What ends a merge of one worker."""
-    given = {} if worker is None else {"worker": ray.remote(max_restarts=-1)(worker)}  # type: ignore[call-overload]
+    given = {} if worker is None else {"worker": ray.remote(max_restarts=-1)(worker)}  # type: ignore[call-overload]  # Ray's types lack it
     executor = RayExecutor(cluster, 1, 1, **given)
-    executor.start(Job({}, "out", "records", WorkerOptions(**{"memory_bytes": 1 << 20, **options})), 1)  # type: ignore[arg-type]
+    executor.start(Job({}, "out", "records", replace(WorkerOptions(memory_bytes=1 << 20), **options)), 1)
     found: list[MergekitRayError] = []
 
     def fails() -> bool:

@@ -25,7 +25,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cuda = SimpleNamespace(is_available=lambda: False, device_count=lambda: 0)
     monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setitem(sys.modules, "torch.cuda", cuda)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch.cuda", cuda)  # type: ignore[arg-type]  # no module, on purpose
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

@@ -25,7 +25,7 @@ def test_no_source_of_a_seed_takes_one_that_cannot_be_reproduced(seed: object) -
         mergekit_ray.load_recipe(RECIPE | {"seed": seed})
     for operation in (mergekit_ray.merge, mergekit_ray.plan):
         with pytest.raises(ConfigError, match="is not a whole number from 0 to 9223372036854775807"):
-            operation(RECIPE | {"output": "/no/such/output"}, seed=seed)  # type: ignore[arg-type]
+            operation(RECIPE | {"output": "/no/such/output"}, seed=seed)  # type: ignore[arg-type]  # what callers may not give
 
 
 @pytest.mark.parametrize("seed", [0, 7, LAST])

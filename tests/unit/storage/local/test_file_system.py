@@ -32,7 +32,9 @@ def test_a_descriptor_that_is_closed_is_not_in_memory() -> None:
     assert not is_in_memory(fd)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be asked to ask")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="statx(2), which makes a client ask its server, is Linux's"
+)
 def test_all_folders_on_the_way_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From outside in: another machine may have made any of them."""
     libc, asked = file_system.libc(), []
