@@ -20,6 +20,11 @@ def tensor_digest() -> xxhash.xxh3_128:
     return xxhash.xxh3_128()
 
 
+def record_file(folder: str, shard_file: str) -> str:
+    """Where the record of a shard is stored, in the output's folder for records."""
+    return f"{folder}/{shard_file}.json"
+
+
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
     """Digests of one output file, hashed while it was written.

@@ -11,16 +11,24 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 from mergekit_ray.core.errors import Interrupted, StorageError
-from mergekit_ray.core.plan import Plan, Shard
+from mergekit_ray.core.plan import Plan
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.output.destination import PLAN_FILE, RECORD_ROOT, Destination, clear, clear_notes, inspect
+from mergekit_ray.output.destination import (
+    PLAN_FILE,
+    RECORD_ROOT,
+    Destination,
+    clear,
+    clear_notes,
+    discard_attempts,
+    inspect,
+)
 from mergekit_ray.output.lease import Lease, discard_dead, hold
 from mergekit_ray.output.publish import check_records, publish
 from mergekit_ray.output.staging import is_swapping, staged, swap
@@ -29,7 +37,7 @@ from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.reporting.reporters import Reporter, SilentReporter
 from mergekit_ray.reporting.signals import RESUME
 from mergekit_ray.storage.opening import open_sink, open_sources
-from mergekit_ray.storage.protocols import PublishingSink, RemainsSink, Sink
+from mergekit_ray.storage.protocols import PublishingSink, Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +161,7 @@ def _replace(merge: _Merge, destination: Destination) -> None:
         if not inner.is_complete:
             _make(merge, inner, sink.uri)
     merge.confirm()
-    _discard_remains(sink, merge.plan.shards)
+    discard_attempts(destination, [shard.file for shard in merge.plan.shards])
     merge.tell.event("replacing", f"replacing what is at {sink.uri}", uri=sink.uri)
     swap(merge.plan, destination)
     _tidy(sink, merge.tell)
@@ -172,7 +180,8 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
     sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps({"plan_digest": plan.digest}).encode())
     merge.kept.write(destination)
     shards = [shard for shard in plan.shards if shard.file not in destination.done]
-    _discard_remains(sink, shards)
+    files = [shard.file for shard in shards]
+    discard_attempts(destination, files)
     records = dict(destination.done)
     if shards:
         # numpy, and the rest of the machinery, are only paid for once there is something to write.
@@ -182,7 +191,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
             shards, plan, destination, merge.options, merge.memory_bytes, tell, merge.stop, merge.lease
         )
         # Attempts that failed with their worker, or while the store was away, could not clean up behind themselves.
-        _discard_remains(sink, shards)
+        discard_attempts(destination, files)
     tell.event("checking", "checking what was written")
     check_records(plan, destination, records)
     merge.confirm()
@@ -203,9 +212,3 @@ def _tidy(sink: Sink, tell: Reporter) -> None:
             "warning",
             f"warning: the model is complete, but what it was made with stays in {sink.uri}/{RECORD_ROOT}: {error}",
         )
-
-
-def _discard_remains(sink: Sink, shards: Sequence[Shard]) -> None:
-    """Remove what is left of attempts at these shards; the lease says that nobody writes them now."""
-    if isinstance(sink, RemainsSink):
-        sink.discard_remains([shard.file for shard in shards])

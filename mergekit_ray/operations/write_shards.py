@@ -14,11 +14,10 @@ from mergekit_ray.executors.cluster import wants_ray
 from mergekit_ray.executors.driver import Executor, Job, run_shards
 from mergekit_ray.executors.local import LocalExecutor, local_threads, local_workers
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.output.destination import Destination
+from mergekit_ray.output.destination import Destination, discard_attempts
 from mergekit_ray.output.lease import Lease
 from mergekit_ray.planning.windows import thread_bytes
 from mergekit_ray.reporting.reporters import Reporter
-from mergekit_ray.storage.protocols import RemainsSink, Sink
 from mergekit_ray.worker.resources import WorkerOptions
 
 
@@ -55,25 +54,24 @@ def write_shards(
     )
     job = Job(plan.inputs, destination.sink.uri, destination.record_folder, worker_options, lease.fence)
     with single_threaded_torch():
-        return run_shards(shards, job, executor, tell, stop, _Referee(lease, destination.sink))
+        return run_shards(shards, job, executor, tell, stop, _Referee(lease, destination))
 
 
 class _Referee:
     """See `executors.driver.Referee`."""
 
-    def __init__(self, lease: Lease, sink: Sink) -> None:
+    def __init__(self, lease: Lease, destination: Destination) -> None:
         self.check = lease.check
-        self._lease, self._sink = lease, sink
+        self._lease, self._destination = lease, destination
 
     def give_up(self, worker: str, files: Sequence[str]) -> None:
         """See `Referee.give_up`. What the worker has prepared goes, as when a lease is taken over."""
         self._lease.give_up(worker)
-        if isinstance(self._sink, RemainsSink):
-            self._sink.discard_remains(files)
+        discard_attempts(self._destination, files)
 
     def settle(self, record: ShardRecord) -> ShardRecord:
         """See `Referee.settle`. A store may give the same bytes another version."""
-        stat = self._sink.stat(record.file)
+        stat = self._destination.sink.stat(record.file)
         return record if stat is None else replace(record, version=stat.version)
 
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import InputModel, Plan
-from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.record import ShardRecord, record_file
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
-from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, Sink
+from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, RemainsSink, Sink
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 MANIFEST_FILE: Final = "mergekit-ray.json"
@@ -134,6 +134,12 @@ def clear(sink: Sink, names: Collection[str]) -> None:
     sink.delete([name for name in names if name == MANIFEST_FILE])
 
 
+def discard_attempts(destination: Destination, files: Sequence[str]) -> None:
+    """Remove what is left of attempts at these shards, and at their records; the lease says that nobody writes them."""
+    if isinstance(destination.sink, RemainsSink):
+        destination.sink.discard_remains([*files, *(record_file(destination.record_folder, file) for file in files)])
+
+
 def clear_notes(sink: Sink) -> None:
     """Delete what a complete model was made with, but for the lease."""
     names = [stat.name for stat in sink.list()]
@@ -143,7 +149,7 @@ def clear_notes(sink: Sink) -> None:
 def _done(sink: Sink, plan: Plan, present: Mapping[str, FileStat], root: str = "") -> dict[str, ShardRecord]:
     """Shards of the plan that are whole below a folder of the store, by the records there."""
     folder = f"{root}{RECORD_ROOT}/{plan.digest}"
-    names = [name for shard in plan.shards if (name := f"{folder}/{shard.file}.json") in present]
+    names = [name for shard in plan.shards if (name := record_file(folder, shard.file)) in present]
     records = _parse_records(_read_json(sink, name) for name in names)
     here = {name.removeprefix(root): stat for name, stat in present.items() if name.startswith(root)}
     return {record.file: record for record in records if _is_whole(record, here)}

@@ -14,7 +14,7 @@ from typing import Final
 
 from mergekit_ray.checkpoint.writer import ShardWriter
 from mergekit_ray.core.plan import Shard
-from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.record import ShardRecord, record_file
 from mergekit_ray.evaluation.device.names import CPU
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.storage.protocols import Sink
@@ -92,7 +92,7 @@ class Worker:
             # Tensors without elements have no windows, and were written with the header.
             with self._lock:
                 self._ended.num_tensors += sum(tensor.spec.num_elements == 0 for tensor in shard.tensors)
-            self._sink.put(record_name(self._record_folder, shard), json.dumps(record.to_json()).encode())
+            self._sink.put(record_file(self._record_folder, shard.file), json.dumps(record.to_json()).encode())
             return record
         finally:
             has_been_read()
@@ -127,8 +127,3 @@ class _Once:
 
 def _nothing() -> None:
     pass
-
-
-def record_name(folder: str, shard: Shard) -> str:
-    """Where the record of a shard is stored."""
-    return f"{folder}/{shard.file}.json"

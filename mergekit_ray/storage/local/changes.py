@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mergekit_ray.core.errors import StorageError
@@ -129,8 +129,8 @@ def discard(root: Path, names: Collection[str] | None, kept: Path) -> int:
         names: of the files that it was to become; None for all in the root and in folders named with a dot.
         kept: what was prepared for this file stays.
     """
-    found = _prepared(root) if names is None else (path for name in names for path in _prepared_for(root, name))
-    spared = set(temporaries_of(kept))
+    found = _prepared(root) if names is None else _prepared_for(root, names)
+    spared = set(temporaries_of([kept]))
     count = 0
     for path in found:
         if path in spared:
@@ -143,10 +143,11 @@ def discard(root: Path, names: Collection[str] | None, kept: Path) -> int:
     return count
 
 
-def _prepared_for(root: Path, name: str) -> list[Path]:
-    path = root / name
-    refresh(root, path.parent)
-    return temporaries_of(path)
+def _prepared_for(root: Path, names: Iterable[str]) -> list[Path]:
+    paths = [root / name for name in names]
+    for folder in {path.parent for path in paths}:
+        refresh(root, folder)
+    return temporaries_of(paths)
 
 
 def _remove_folder(path: Path) -> None:

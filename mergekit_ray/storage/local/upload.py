@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mergekit_ray.core.errors import MergekitRayError, PlanError, StorageError
@@ -21,6 +21,7 @@ from mergekit_ray.storage.protocols import FileStat
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.nfs[0-9a-f]{16,}")
 """Also what an NFS client calls a file that is removed while a process there has it open."""
 
+_RANDOM_LENGTH = len("0123456789abcdef.tmp")
 _NO_FALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -38,14 +39,20 @@ def temporary_for(path: Path) -> Path:
     return path.parent / f"{_temporary_prefix(path)}{secrets.token_hex(8)}.tmp"
 
 
-def temporaries_of(path: Path) -> list[Path]:
-    """What is there under such names."""
-    prefix = _temporary_prefix(path)
-    try:
-        names = os.listdir(path.parent)  # noqa: PTH208 - of thousands of files, for each of them
-    except OSError:
-        return []
-    return [path.parent / name for name in names if name.startswith(prefix) and is_temporary(name)]
+def temporaries_of(paths: Iterable[Path]) -> list[Path]:
+    """What is there under such names; each folder is listed once."""
+    prefixes: dict[Path, set[str]] = {}
+    for path in paths:
+        prefixes.setdefault(path.parent, set()).add(_temporary_prefix(path))
+    found = []
+    for folder, wanted in prefixes.items():
+        with contextlib.suppress(OSError):
+            found += [
+                folder / name
+                for name in os.listdir(folder)  # noqa: PTH208 - of thousands of files
+                if is_temporary(name) and name[:-_RANDOM_LENGTH] in wanted
+            ]
+    return found
 
 
 def _temporary_prefix(path: Path) -> str:
@@ -198,7 +205,7 @@ class LocalUpload:
                 os.close(fd)
 
     def _remove_stale(self) -> None:
-        for entry in temporaries_of(self._path):
+        for entry in temporaries_of([self._path]):
             # Should it be so new that its writer has not locked it yet, the writer notices and takes another (`_hold`).
             with contextlib.suppress(OSError), entry.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,11 +23,13 @@ from mergekit_ray.output.destination import (
     SWAP_FILE,
     clear,
     clear_notes,
+    discard_attempts,
     inspect,
 )
 from mergekit_ray.output.publish import publish
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.storage.local.store import LocalStore
+from mergekit_ray.storage.local.upload import temporary_for
 from mergekit_ray.storage.opening import open_sources
 from mergekit_ray.worker.resources import Resources, WorkerOptions
 from mergekit_ray.worker.worker import Worker
@@ -87,6 +89,20 @@ def test_a_shard_without_its_file_or_with_another_is_done_again(plan: Plan, sink
     sink.put(third.file, bytes(len(data)))  # as long, but of another time
     assert inspect(sink, plan, overwrite=False).done == {}
     assert len(records) == 3
+
+
+def test_what_is_left_of_attempts_at_a_shard_and_its_record_goes(plan: Plan, sink: LocalStore) -> None:
+    """A worker that was killed in between leaves a file that it was writing; those of other shards are not touched."""
+    first, second, _ = plan.shards
+    write_shards(plan, sink, 1)
+    before = contents(Path(sink.uri))
+    found = inspect(sink, plan, overwrite=False)
+    for name in (first.file, f"{found.record_folder}/{first.file}.json", f"{found.record_folder}/{second.file}.json"):
+        temporary_for(Path(sink.uri) / name).write_bytes(b"half")
+    discard_attempts(found, [first.file])
+    [left] = contents(Path(sink.uri)).keys() - before.keys()
+    assert left.startswith(f"{found.record_folder}/.{second.file}.json.")
+    assert contents(Path(sink.uri)).items() > before.items()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"file": "x"}', b'{"file": 3, "num_bytes": []}', b"\xff"])

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import InputModel, Plan, Shard
-from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.record import ShardRecord, record_file
 from mergekit_ray.evaluation.threads import single_threaded_torch
 from mergekit_ray.planning import windows
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.storage.local.store import LocalSource
-from mergekit_ray.worker.worker import Worker, record_name
+from mergekit_ray.worker.worker import Worker
 from support.failures.hooked_store import HookedStore
 from support.memory_inputs import DTYPES, random_llama
 from support.shards import BUDGETS, files_below, long_tensors, make_worker
@@ -60,7 +60,7 @@ def test_a_plan_carried_out_is_the_weighted_mean(plan: Plan, tmp_path: Path) -> 
         assert record.tensors == {
             t.spec.name: xxhash.xxh3_128(body[t.start : t.end]).hexdigest() for t in shard.tensors
         }
-        stored = json.loads((tmp_path / "out" / record_name("records", shard)).read_text())
+        stored = json.loads((tmp_path / "out" / record_file("records", shard.file)).read_text())
         assert ShardRecord.from_json(stored) == record
 
 
