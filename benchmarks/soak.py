@@ -11,23 +11,28 @@ schedule that breaks this is named and ends the run with exit code 1.
 With ``--duels``, two drivers with unlike recipes, workers, memory and ``ATEN_CPU_CAPABILITY`` want one output as well,
 by turns a folder and on the S3 server. Each may be stopped (SIGSTOP) for longer than its lease lasts, go on (SIGCONT),
 and be killed. Afterwards a reader must find one of their models, the old one, or none; and merging again must give the
-right bytes and leave nothing else.
+right bytes and leave nothing else; every tenth time that is done on a Ray cluster.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
+
+import ray
 
 from benchmarks.machine import describe_machine
 from support.failures.duel import Duels, duel_of
 from support.failures.soak import Soak, recipe_of_five_shards, schedule_of
 from support.models import ModelLibrary
+from support.servers.ray_cluster import RayCluster
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
 
@@ -51,7 +56,8 @@ def main() -> int:
             if seeds:
                 _run_schedules(Soak(server, bucket.uri, recipe_of_five_shards(bucket, library)), seeds)
             if duels:
-                _run_duels(Path(folder), library, bucket, server, duels)
+                with mock.patch.dict(os.environ, server.environment), RayCluster(num_nodes=2):
+                    _run_duels(Path(folder), library, bucket, server, duels)
         except AssertionError as problem:
             print(problem, flush=True)
             return 1
@@ -73,7 +79,9 @@ def _run_duels(folder: Path, library: ModelLibrary, bucket: Bucket, server: S3Se
     places = []
     for name in ("disk", "s3"):
         (folder / name).mkdir()
-        places.append(Duels(folder / name, library, bucket if name == "s3" else None, server.environment))
+        here = bucket if name == "s3" else None
+        address = ray.get_runtime_context().gcs_address
+        places.append(Duels(folder / name, library, here, server.environment, address))
     ends: Counter[str] = Counter()
     for number in _counted("duels", seeds):
         ends[places[number % 2].run(duel_of(number))] += 1

@@ -56,6 +56,7 @@ class DuelSchedule:
         goes_on: seconds after its stop each goes on.
         kills: seconds after whose start each is killed; None for never.
         has_old: another model is there before.
+        on_ray: who merges last does so on a Ray cluster, if there is one.
     """
 
     seed: int
@@ -66,6 +67,7 @@ class DuelSchedule:
     goes_on: tuple[float, float]
     kills: tuple[float | None, float | None]
     has_old: bool
+    on_ray: bool
 
 
 def duel_of(seed: int) -> DuelSchedule:
@@ -88,6 +90,7 @@ def duel_of(seed: int) -> DuelSchedule:
         (draw.uniform(0.5, 2.5), draw.uniform(0.0, 1.5)),
         (perhaps(0.15, 1.5), perhaps(0.15, 1.5)),
         draw.random() < 0.5,
+        draw.random() < 0.1,
     )
 
 
@@ -99,10 +102,16 @@ class Duels:
         library: where the models come from.
         bucket: the output is there; None for a folder.
         environment: by which the bucket's server is found.
+        ray_address: of a Ray cluster, on which some of what is left undone is finished.
     """
 
     def __init__(
-        self, folder: Path, library: ModelLibrary, bucket: Bucket | None, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        library: ModelLibrary,
+        bucket: Bucket | None,
+        environment: Mapping[str, str] | None = None,
+        ray_address: str | None = None,
     ) -> None:
         base, *tuned = (library.get("llama", variant) for variant in range(3))
         self._recipes = {
@@ -112,7 +121,7 @@ class Duels:
         }
         self._folder, self._bucket, self._environment = folder, bucket, dict(environment or {})
         self._models = {name: undisturbed(recipe, folder / name) for name, recipe in self._recipes.items()}
-        self._number = 0
+        self._number, self._ray_address = 0, ray_address
 
     def run(self, schedule: DuelSchedule) -> str:
         """Have the two merge, and see that all is as it must be; how they ended, in words.
@@ -169,8 +178,11 @@ class Duels:
 
     def _finish(self, schedule: DuelSchedule, out: str) -> None:
         time.sleep(TERM.seconds)  # the lease of one that was killed expires
+        options = schedule.options[2]
+        if schedule.on_ray and self._ray_address is not None:
+            options = replace(options, executor="ray", address=self._ray_address)
         with _short_leases():
-            mergekit_ray.merge(self._recipes["second"], out, options=schedule.options[2])
+            mergekit_ray.merge(self._recipes["second"], out, options=options)
 
     def _prepared(self, name: str, schedule: DuelSchedule) -> str:
         folder = self._folder / name
