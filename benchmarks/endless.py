@@ -27,6 +27,7 @@ from mergekit_ray.storage.schemes import SCHEMES
 
 MAX_FILE_BYTES = 5_000_000_000
 _PERIOD_BYTES = 32 << 20
+_NOISE_ELEMENTS = 1 << 16
 _WEIGHT_STD = 0.02
 
 NOISE_BYTES = 2 * _PERIOD_BYTES
@@ -99,10 +100,16 @@ SHAPES = {
 
 @functools.lru_cache(maxsize=8)
 def _noise(seed: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """A period of normal numbers in bfloat16, twice, so that any run of up to a period is a slice of it."""
-    values = np.random.default_rng(seed).standard_normal(_PERIOD_BYTES // 2, dtype=np.float32) * np.float32(_WEIGHT_STD)
-    codes = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    return np.concatenate([codes, codes])
+    """A period of normal numbers in bfloat16, twice, so that any run of up to a period is a slice of it.
+
+    It is made in place, a little at a time: what is held besides would be taken for the worker's.
+    """
+    generator = np.random.default_rng(seed)
+    codes = np.empty((2, _PERIOD_BYTES // 2), np.uint16)
+    for start in range(0, codes.shape[1], _NOISE_ELEMENTS):
+        values = generator.standard_normal(_NOISE_ELEMENTS, dtype=np.float32) * np.float32(_WEIGHT_STD)
+        codes[:, start : start + _NOISE_ELEMENTS] = values.view(np.uint32) >> 16
+    return codes.reshape(-1).view(np.uint8)
 
 
 class NoiseSource:
