@@ -12,6 +12,9 @@ hold a ``tokenizer.json`` that is a link to ``/etc/shadow``. So only these are f
 The last is for those who build folders of links on purpose, as DVC does. It is a variable of the environment, and
 neither an option nor part of a recipe, because it is the machine's owner who can say where links may lead: not whoever
 wrote the model or the recipe. Workers read their own.
+
+Nothing is written through a link below an output: a link in the place of a file is replaced, one in the place of a
+folder is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Final
 
-from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.core.errors import CheckpointError, PlanError, StorageError
 
 LINKS_VARIABLE: Final = "MERGEKIT_RAY_LINKS_INTO"
 _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, SHA-256
@@ -53,6 +56,28 @@ def check_link(root: Path, path: Path) -> None:
         remedy="copy the file here, or name the folder that it is in as the model; if the link is meant, name the "
         f"folder that it leads into in {LINKS_VARIABLE}, on every machine that reads it",
     )
+
+
+def check_written(root: Path, path: Path, *, itself: bool = False) -> None:
+    """See that a file which is to be written or removed lies in the output itself.
+
+    Args:
+        root: the output's folder, which may be a link.
+        path: of the file, there or not.
+        itself: the file must not be a link either.
+
+    Raises:
+        PlanError: a folder between the two is a link; names it and its target.
+    """
+    for each in (path, *path.parents)[not itself :]:
+        if each == root:
+            return
+        if os.path.islink(each):  # noqa: PTH114 - False, not an error, where it may not be looked at
+            raise PlanError(
+                f"a link to {os.readlink(each)}: nothing is written through a link in the output",  # noqa: PTH115
+                where=str(each),
+                remedy="remove the link, or choose another output; the output's folder itself may be a link",
+            )
 
 
 def dangling_link(path: Path) -> Path | None:

@@ -17,12 +17,20 @@ from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import CheckpointError, MergekitRayError, ModelError
 from mergekit_ray.storage.faults import changed, missing
-from mergekit_ray.storage.fence import LEASE_FILE, allow_all
+from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER, allow_all
 from mergekit_ray.storage.local.changes import NOT_THERE, delete_files, discard, lock, move_files
 from mergekit_ray.storage.local.fault_guard import Fault
 from mergekit_ray.storage.local.file_system import refresh
-from mergekit_ray.storage.local.links import check_folder, check_link, check_links, file_status, leads_nowhere
+from mergekit_ray.storage.local.links import (
+    check_folder,
+    check_link,
+    check_links,
+    check_written,
+    file_status,
+    leads_nowhere,
+)
 from mergekit_ray.storage.local.mapped import map_file
+from mergekit_ray.storage.local.ranges import read_sorted
 from mergekit_ray.storage.local.upload import LocalUpload, is_temporary, local_fault
 from mergekit_ray.storage.names import check_name, check_text
 from mergekit_ray.storage.protocols import FileStat, MappedRange, WritableBuffer
@@ -31,7 +39,6 @@ from mergekit_ray.storage.schemes import SCHEMES
 from mergekit_ray.storage.transfers import read_whole, write_whole
 
 MAX_OPEN_FILES = 128
-_MAX_VECTORS = 1024  # IOV_MAX on Linux and macOS
 
 
 class _OpenFile:
@@ -126,7 +133,7 @@ class LocalSource:
             if end > before.st_size:
                 raise self._cut_short(name, before, end)
         try:
-            _read_sorted(file.fd, wanted)
+            read_sorted(file.fd, wanted)
             after = os.fstat(file.fd)
         except EOFError:
             raise changed(str(self._path(name))) from None
@@ -213,7 +220,7 @@ class LocalSource:
     def _read_prefix(self, name: str, file: _OpenFile, num_bytes: int) -> bytes:
         data = bytearray(num_bytes)
         try:
-            _read_sorted(file.fd, [(0, num_bytes, memoryview(data))] if num_bytes else [])
+            read_sorted(file.fd, [(0, num_bytes, memoryview(data))] if num_bytes else [])
         except EOFError:
             raise changed(str(self._path(name))) from None
         except OSError as error:
@@ -244,6 +251,9 @@ class LocalStore(LocalSource):
     instead, where a reader may see the file before it is complete. ``replace`` locks the file (flock); on a file system
     without locks, two racers that look at the same moment may both succeed.
 
+    A link in the place of a file is replaced. All changes raise PlanError where a folder below the root is a link, and
+    below the output's root, should this be a folder for work in it.
+
     As a `GuardedSink` it keeps the whole promise, on every file system that has hard links: what is prepared is a
     temporary file, a link or a folder, and each commit is a rename that needs it to be there.
     """
@@ -251,6 +261,8 @@ class LocalStore(LocalSource):
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)
         self._guard: Callable[[], None] = allow_all
+        parts = self._root.parts
+        self._output = Path(*parts[: parts.index(WORK_FOLDER)]) if WORK_FOLDER in parts else self._root
 
     def guarded(self, guard: Callable[[], None]) -> LocalStore:
         """See `GuardedSink.guarded`."""
@@ -260,6 +272,8 @@ class LocalStore(LocalSource):
 
     def discard_remains(self, names: Collection[str] | None = None) -> int:
         """See `RemainsSink.discard_remains`."""
+        for name in names or ():
+            self._target(name)
         return discard(self._root, names, self._path(LEASE_FILE))
 
     def open(self, name: str, num_bytes: int) -> LocalUpload:
@@ -268,7 +282,7 @@ class LocalStore(LocalSource):
         Raises:
             StorageError: the disk is full or read-only; names needed and free bytes.
         """
-        return LocalUpload(self._root, self._path(name), name, num_bytes, self._version, self._guard)
+        return LocalUpload(self._root, self._target(name), name, num_bytes, self._version, self._guard)
 
     def put(self, name: str, data: bytes) -> FileStat:
         """See `Sink.put`."""
@@ -276,6 +290,7 @@ class LocalStore(LocalSource):
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Sink.put_if_absent`."""
+        self._target(name, itself=True)
         while True:
             upload = self.open(name, len(data))
             try:
@@ -288,7 +303,7 @@ class LocalStore(LocalSource):
 
     def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
         """See `ConditionalSink.replace`."""
-        path = self._path(name)
+        path = self._target(name, itself=True)
         refresh(self._root, path.parent)
         try:
             with path.open("rb+") as file:
@@ -306,11 +321,17 @@ class LocalStore(LocalSource):
 
     def move(self, names: Mapping[str, str]) -> None:
         """See `MovingSink.move`: a rename each."""
-        move_files({self._path(old): self._path(new) for old, new in names.items()}, self._root, self._guard)
+        move_files({self._target(old): self._target(new) for old, new in names.items()}, self._root, self._guard)
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Sink.delete`."""
-        delete_files([self._path(name) for name in names], self._root, self._guard)
+        delete_files([self._target(name) for name in names], self._root, self._guard)
+
+    def _target(self, name: str, *, itself: bool = False) -> Path:
+        """The path of a file that is to be changed; see `check_written`."""
+        path = self._path(name)
+        check_written(self._output, path, itself=itself)
+        return path
 
 
 def _is_absent(error: OSError) -> bool:
@@ -327,34 +348,6 @@ def _unopened(error: OSError, path: Path) -> MergekitRayError:
 
 def _is_file(status: os.stat_result) -> bool:
     return S_ISREG(status.st_mode)
-
-
-def _read_sorted(fd: int, wanted: Sequence[tuple[int, int, WritableBuffer]]) -> None:
-    """Fill the buffers of ascending ranges, adjacent ones together.
-
-    Raises:
-        EOFError: the file ends before a range does.
-    """
-    index = 0
-    while index < len(wanted):
-        start, end, _ = wanted[index]
-        views: list[WritableBuffer] = []
-        while index < len(wanted) and (not views or wanted[index][0] == end):
-            views.append(wanted[index][2])
-            end = wanted[index][1]
-            index += 1
-        if index < len(wanted) and hasattr(os, "posix_fadvise"):
-            # The disk fetches the next run while this one is copied.
-            os.posix_fadvise(fd, wanted[index][0], wanted[index][1] - wanted[index][0], os.POSIX_FADV_WILLNEED)
-        while views:
-            count = os.preadv(fd, views[:_MAX_VECTORS], start)
-            if count == 0:
-                raise EOFError
-            start += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
 
 
 @SCHEMES.register("file")

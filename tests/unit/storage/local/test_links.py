@@ -12,10 +12,10 @@ import pytest
 
 import mergekit_ray
 from mergekit_ray.checkpoint.opening import open_checkpoint
-from mergekit_ray.core.errors import CheckpointError, StorageError
+from mergekit_ray.core.errors import CheckpointError, PlanError, StorageError
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.storage.local.links import LINKS_VARIABLE
-from mergekit_ray.storage.local.store import LocalSource
+from mergekit_ray.storage.local.store import LocalSource, LocalStore
 from mergekit_ray.storage.opening import open_sink, open_source
 from support.memory_inputs import random_llama, write_model
 
@@ -253,6 +253,76 @@ def test_adapters_too(tmp_path: Path, secret: Path) -> None:
         (folder / "x").write_text("x")
         with pytest.raises(CheckpointError, match="a link to"):
             open_adapter(LocalSource(folder), "a")
+
+
+def writes(store: LocalStore, name: str) -> dict[str, Callable[[], Any]]:
+    """Every way to change a file."""
+    return {
+        "open": lambda: store.open(name, 1),
+        "put": lambda: store.put(name, b"x"),
+        "put_if_absent": lambda: store.put_if_absent(name, b"x"),
+        "replace": lambda: store.replace(name, b"x", version=""),
+        "move to it": lambda: store.move({"there": name}),
+        "move away": lambda: store.move({name: "there"}),
+        "delete": lambda: store.delete([name]),
+        "discard": lambda: store.discard_remains([name]),
+    }
+
+
+class TestOutputs:
+    """Links below an output: nothing is written through them."""
+
+    @pytest.mark.parametrize("way", sorted(writes(LocalStore("/"), "")))
+    @pytest.mark.parametrize("root", ["", ".mergekit-ray/digest/staged"])
+    def test_a_link_in_the_place_of_a_folder(self, tmp_path: Path, secret: Path, root: str, way: str) -> None:
+        out = tmp_path / "out"
+        made = link(out / root if root else out / "sub", secret.parent)
+        (secret.parent / "there").write_text("x")
+        temporary = secret.parent / f".shadow.{16 * '0'}.tmp"
+        temporary.write_text("")
+        with pytest.raises(PlanError, match="nothing is written through a link") as caught:
+            writes(LocalStore(out / root), "shadow" if root else "sub/shadow")[way]()
+        assert caught.value.where == str(made)
+        assert str(secret.parent) in caught.value.what
+        assert "remove the link" in str(caught.value.remedy)
+        assert {file.name for file in secret.parent.iterdir()} == {"shadow", "there", temporary.name}
+        assert secret.read_text() == "root:sesame"
+
+    @pytest.mark.parametrize("target", ["elsewhere", "gone"])
+    @pytest.mark.parametrize("name", [".mergekit-ray", ".mergekit-ray/lease.json"])
+    def test_a_merge_ends_before_it_begins(self, model: Path, tmp_path: Path, name: str, target: str) -> None:
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "lease.json").write_text("{}")
+        (elsewhere / "records").write_text("{}")
+        out = tmp_path / "out"
+        made = link(out / name, tmp_path / target / ("records" if name.endswith(".json") else ""))
+        recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+        with pytest.raises(PlanError, match="nothing is written through a link") as caught:
+            mergekit_ray.merge(recipe, out, options=MergeOptions(executor="local"))
+        assert caught.value.where == str(made)
+        assert [file.read_text() for file in elsewhere.iterdir()] == ["{}", "{}"]
+        assert not (tmp_path / "gone").exists()
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_links_in_the_place_of_files_are_replaced(self, model: Path, tmp_path: Path, overwrite: bool) -> None:
+        recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+        options = MergeOptions(executor="local", overwrite=overwrite)
+        mergekit_ray.merge(recipe, tmp_path / "wanted", options=options)
+        names = [file.name for file in (tmp_path / "wanted").iterdir()]
+        targets = {name: tmp_path / "elsewhere" / name for name in names}
+        (tmp_path / "elsewhere").mkdir()
+        for name, target in targets.items():
+            link(tmp_path / "out" / name, target)
+            if overwrite:
+                target.write_text("mine")
+        mergekit_ray.merge(recipe, tmp_path / "out", options=options)
+        assert {name: target.read_text() for name, target in targets.items() if target.exists()} == (
+            dict.fromkeys(names, "mine") if overwrite else {}
+        )
+        for name in names:
+            assert not (tmp_path / "out" / name).is_symlink()
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "wanted" / name).read_bytes()
 
 
 class TestFolders:
