@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from mergekit_ray.checkpoint.strict_json import parse_object
 from mergekit_ray.core.errors import CheckpointError, ModelError
@@ -16,6 +19,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 _DEFAULT_RANK = 8
 _MAX_RANK = 1 << 31
+_MAX_SHOWN = 100
 _DEFAULT_ALPHA = 8
 
 _MERGE_WITH_PEFT = "merge the adapter into its base with PEFT (merge_and_unload) and name the result"
@@ -56,6 +60,9 @@ _USED = frozenset(
         *("modules_to_save", "ensure_weight_tying"),
     }
 )
+
+_READ_OTHERWISE = re.compile(r"\[\[|--|&&|~~|[*+?}]\+|\\[<>]")
+"""What Rust reads otherwise than Python: operations on sets, possessive repeats, borders of words."""
 
 T = TypeVar("T")
 
@@ -105,11 +112,30 @@ class AdapterConfig:
 
 
 def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """As PEFT looks patterns up: they match whole components at the end of the name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if _matcher(pattern).isinstance_python(module)), default)
+
+
+@functools.lru_cache(maxsize=4096)
+def _matcher(pattern: str) -> SchemaValidator:
+    """Of names that a pattern matches, as PEFT looks it up: by whole components at the end of the name.
+
+    It is matched by Rust's regular expressions, in time that grows with the length of the name. With Python's, one
+    that somebody else has written may take for ever.
+
+    Raises:
+        ValueError: it is no regular expression, or of a kind that cannot be matched in such time.
+    """
+    if _READ_OTHERWISE.search(pattern):
+        raise ValueError("with operations on sets, possessive repeats or \\< and \\>")
+    whole = rf"^(.*\.)?({pattern})$"
+    try:
+        re.compile(whole)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"which is no regular expression: {error}") from None
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=whole, regex_engine="rust-regex"))
+    except SchemaError as error:
+        raise ValueError(f"which cannot be matched in bounded time: {str(error).splitlines()[-1].strip()}") from None
 
 
 def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
@@ -177,9 +203,12 @@ def _patterns(content: Mapping[str, Any], key: str, where: str, *, whole: bool =
         raise _fault(f"{key} does not map names to {'positive whole ' if whole else ''}numbers", where)
     for pattern in value:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise _fault(f"{key} holds {pattern!r}, which is no regular expression: {error}", where) from None
+            _matcher(pattern)
+        except ValueError as error:
+            shown = pattern if len(pattern) <= _MAX_SHOWN else f"{pattern[:_MAX_SHOWN]}…"
+            raise CheckpointError(
+                f"{key} holds {shown!r}, {error}", where=where, remedy="name the modules instead, one entry each"
+            ) from None
     return value
 
 

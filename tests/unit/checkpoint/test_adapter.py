@@ -83,6 +83,11 @@ def test_patterns_match_the_end_of_a_name(pattern: str, matches: bool) -> None:
     assert (found.rank_of(MODULE), found.scale_of(MODULE)) == ((16, 0.5) if matches else (4, 2.0))
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a*)*b", ".*.*.*.*.*.*.*b", "(.*a){20}b"])
+def test_no_pattern_takes_for_ever(pattern: str) -> None:
+    assert config(r=4, rank_pattern={pattern: 16}).rank_of("a" * 5000) == 4
+
+
 def test_of_several_patterns_the_first_counts() -> None:
     assert config(rank_pattern={"q_proj": 1, "self_attn.q_proj": 2}).rank_of(MODULE) == 1
 
@@ -143,6 +148,14 @@ def test_initialisations_that_leave_the_base_alone_are_fine(value: object) -> No
         ({"rank_pattern": {"q": 1.5}}, "rank_pattern does not map"),
         ({"alpha_pattern": {"q": "x"}}, "alpha_pattern does not map"),
         ({"rank_pattern": {"(": 1}}, r"rank_pattern holds '\(', which is no regular expression"),
+        ({"rank_pattern": {"x" * 200 + "(": 1}}, "rank_pattern holds 'x{100}…', which is no regular expression"),
+        ({"rank_pattern": {"(?i)q": 1}}, "which is no regular expression: global flags"),
+        ({"alpha_pattern": {"(?!k)._proj": 1}}, "cannot be matched in bounded time: error: look-around"),
+        ({"alpha_pattern": {r"(q|k)_\1": 1}}, "cannot be matched in bounded time: error: backreferences"),
+        ({"alpha_pattern": {"((a{1000}){1000}){1000}": 1}}, "in bounded time: .*exceeds size limit"),
+        ({"alpha_pattern": {"(" * 9999 + ")" * 9999: 1}}, "alpha_pattern holds"),
+        ({"alpha_pattern": {"[a-z--q]_proj": 1}}, "with operations on sets, possessive repeats"),
+        ({"alpha_pattern": {".*+_proj": 1}}, "with operations on sets, possessive repeats"),
         ({"use_rslora": 1}, "use_rslora is 1, neither true nor false"),
         ({"modules_to_save": "head"}, "modules_to_save is not a list of names"),
     ],
