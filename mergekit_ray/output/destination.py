@@ -22,6 +22,7 @@ from mergekit_ray.core.plan import InputModel, Plan
 from mergekit_ray.core.record import ShardRecord, record_file
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
+from mergekit_ray.storage.names import is_confined
 from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, RemainsSink, Sink
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -125,6 +126,18 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     return Destination(sink, folder, done, clear_first=tuple(first), clear_last=tuple(last))
 
 
+def may_go(name: str, plan: Plan) -> bool:
+    """Whether a model that the plan replaces may have a file of this name, or another plan's notes.
+
+    Lists of files in a place that others may write to are held to this before any of them is deleted.
+    """
+    if not is_confined(name):
+        return False
+    if name.startswith(f"{RECORD_ROOT}/"):
+        return name != LEASE_FILE and not name.startswith(f"{RECORD_ROOT}/{plan.digest}/")
+    return _CHECKPOINT_FILE.fullmatch(name) is not None or is_side_file(name) or name in _written(plan)
+
+
 def clear(sink: Sink, names: Collection[str]) -> None:
     """Delete files of a model: indexes first, so that no reader sees half of it; the manifest, which knows what else
     there is, last.
@@ -185,10 +198,10 @@ def _written(plan: Plan) -> frozenset[str]:
 
 
 def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:
-    """What a published model's manifest says was copied beside its weights, and not in a folder of another model."""
+    """What a published model's manifest says was copied beside its weights, as far as a merge copies such files."""
     listed = (manifest or {}).get("side_files")
-    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    return frozenset(name for name in names if "/" not in name or is_side_file(name))
+    names = listed if isinstance(listed, list) else ()
+    return frozenset(name for name in names if isinstance(name, str) and is_side_file(name))
 
 
 def _foreign(

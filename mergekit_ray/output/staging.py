@@ -34,6 +34,7 @@ from mergekit_ray.output.destination import (
     Destination,
     clear,
     inspect,
+    may_go,
 )
 from mergekit_ray.storage.fence import Fence, open_fenced
 from mergekit_ray.storage.protocols import MovingSink, Sink
@@ -59,6 +60,7 @@ def swap(plan: Plan, destination: Destination) -> None:
 
     Raises:
         StorageError: the store failed, or the staged model is not whole. Running the merge again goes on.
+        CheckpointError: the note of what is to go is not one that a merge has written.
     """
     sink, staging = destination.sink, destination.staging
     assert staging is not None
@@ -70,7 +72,7 @@ def swap(plan: Plan, destination: Destination) -> None:
         comes = [name for name in comes if not name.startswith(f"{RECORD_ROOT}/")]
         old = {*destination.clear_last, *(name for name in comes if name in names)}
         sink.put(note, json.dumps({"format": 1, "goes": sorted(old), "comes": sorted(comes)}).encode())
-    goes, coming = _read(sink, note)
+    goes, coming = _read(plan, sink, note)
     comes = [name for name in coming if f"{staging}/{name}" in names]
     # What has come already is not to go any more.
     clear(sink, goes - (coming - set(comes)))
@@ -97,13 +99,22 @@ def _check(plan: Plan, sink: Sink) -> None:
             )
 
 
-def _read(sink: Sink, note: str) -> tuple[frozenset[str], frozenset[str]]:
+def _read(plan: Plan, sink: Sink, note: str) -> tuple[frozenset[str], frozenset[str]]:
     """Names of what goes and of what comes."""
+
+    def fault(what: str) -> CheckpointError:
+        remedy = "somebody else wrote it; delete it, and merge again"
+        return CheckpointError(what, where=f"{sink.uri}/{note}", remedy=remedy)
+
     try:
         data = json.loads(sink.read(note, max_bytes=_MAX_SWAP_BYTES))
-        found = frozenset(data["goes"]), frozenset(data["comes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            "not what was written", where=f"{sink.uri}/{note}", remedy="delete it, and merge again"
-        ) from error
-    return found
+        lists = data["goes"], data["comes"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        lists = None, None
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists):
+        raise fault("not what was written")
+    goes, comes = map(frozenset, lists)
+    strange = next((name for name in sorted(goes) if not may_go(name, plan)), None)
+    if strange is not None:
+        raise fault(f"it has {strange!r} deleted, which is no file of a model")
+    return goes, comes

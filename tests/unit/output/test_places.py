@@ -209,16 +209,17 @@ class TestMerges:
             mergekit_ray.merge(recipe, models[1] / "merged", options=options)
         assert [contents(model) for model in models] == before
 
-    def test_a_manifest_at_the_output_gives_away_no_file_below(
+    def test_a_manifest_at_the_output_gives_away_no_file_of_others(
         self, models: list[Path], plan: Plan, tmp_path: Path
     ) -> None:
         sink = LocalStore(tmp_path)
-        names = [f"{models[0].name}/config.json", "notes.txt", "additional_chat_templates/x.jinja"]
+        ours = ["tool.py", "additional_chat_templates/x.jinja"]
+        names = [f"{models[0].name}/config.json", "thesis.docx", *ours]
         sink.put(MANIFEST_FILE, f'{{"side_files": {names}}}'.replace("'", '"').encode())
         for name in names[1:]:
             sink.put(name, b"x")
         found = inspect(sink, plan, overwrite=True)
-        assert set(found.clear_last) == {MANIFEST_FILE, *names[1:]}
+        assert set(found.clear_last) == {MANIFEST_FILE, *ours}
 
     def test_an_adapter_is_not_extracted_into_a_model(self, models: list[Path]) -> None:
         from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import mergekit_ray.output.staging
-from mergekit_ray.core.errors import Interrupted, PlanError, StorageError
+from mergekit_ray.core.errors import CheckpointError, Interrupted, PlanError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import run_plan
@@ -219,13 +220,41 @@ def test_a_shard_that_does_not_come_is_noticed_before_the_index(
     assert INDEX_FILE not in model(out)
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"goes": 3, "comes": []}', b'{"goes": [[]], "comes": []}'])
+@pytest.mark.parametrize(
+    "damage",
+    [b"{", b"[]", b"[" * 99999, b"\xff"]
+    + [b'{"goes": %s, "comes": []}' % goes for goes in (b"3", b'"notes.txt"', b"[[]]", b'{"a": 1}')],
+)
 def test_a_damaged_note_is_told(out: Path, plan: Plan, damage: bytes) -> None:
     place = out / RECORD_ROOT / plan.digest
     place.mkdir(parents=True)
     (place / "swap.json").write_bytes(damage)
-    with pytest.raises(mergekit_ray.core.errors.CheckpointError, match="not what was written"):
+    with pytest.raises(CheckpointError, match="not what was written"):
         merge(plan, out)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("notes.txt", "thesis.docx", "deep/model.safetensors", "other/config.json", "/etc/passwd", "../x.safetensors"),
+        *(".mergekit-ray/lease.json", ".mergekit-ray/../notes.txt", ".mergekit-ray/{digest}/plan.json", "", "a\0.json"),
+    ],
+)
+def test_a_note_of_somebody_elses_deletes_nothing(out: Path, plan: Plan, name: str) -> None:
+    before = contents(out)
+    name = name.format(digest=plan.digest)
+    note = out / RECORD_ROOT / plan.digest / "swap.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"format": 1, "goes": ["config.json", name], "comes": []}))
+    with pytest.raises(CheckpointError, match="is no file of a model") as caught:
+        merge(plan, out)
+    assert repr(name) in caught.value.what
+    assert caught.value.where == str(note)
+    assert "delete it, and merge again" in str(caught.value.remedy)
+    note.unlink()
+    note.parent.rmdir()
+    note.parent.parent.rmdir()
+    assert contents(out) == before
 
 
 def test_another_plans_unfinished_work_makes_room_at_once(plan: Plan, wanted: dict[str, bytes], tmp_path: Path) -> None:
