@@ -246,10 +246,11 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that was asked for: everything but the warnings and the values of literals.
+        """SHA-256 (hex) of all that was asked for: everything but the warnings and what `without_values` leaves out.
 
-        A literal is a router made from prompts, which are in the recipe, by a model, which is among the inputs. A merge
-        that is resumed on another kind of processor finds its own work again.
+        A literal is a router made from prompts, which are in the recipe, by a model, which is among the inputs, and so
+        is the length of rows that are drawn for a router that is there. A merge finds its own work before it has made
+        them, and on another kind of processor.
         """
         data = self.to_json()
         del data["warnings"]

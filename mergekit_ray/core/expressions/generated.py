@@ -6,7 +6,7 @@ import base64
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mergekit_ray.core.declaration import Access
@@ -226,10 +226,16 @@ class Concat(Expression):
 
 
 def without_values(x: Expression) -> Expression:
-    """An expression with zeros in place of literals, which stand alone or are parts of a `Concat`."""
+    """An expression without what is only known once an input was read, alone or as parts of a `Concat`.
+
+    That is the values of literals, and how large numbers are that are drawn around a constant: rows for a router that
+    is there already are to be as long as those beside them.
+    """
     match x:
         case Literal():
             return Constant(x.spec, 0.0)
-        case Concat() if any(isinstance(part, Literal) for part in x.parts):
+        case Noise(x=Constant()):
+            return replace(x, scale=1.0)
+        case Concat():
             return Concat(tuple(map(without_values, x.parts)), x.spec)
     return x

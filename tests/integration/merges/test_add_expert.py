@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 import mergekit_ray
-from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
+from mergekit_ray.core.errors import ConfigError, Interrupted, ModelError, PlanError
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.reproduce import reproduce
 from mergekit_ray.output.manifest import read_manifest
+from mergekit_ray.routing import growth
 from support.custom_moe import code_kept_in, load_custom, reference
-from support.merging import run_command
+from support.merging import run_command, stop_at
 from support.models import ModelLibrary, config_of, contents, load, logits, tensors_of
 from support.references.moe import assemble
 
@@ -136,6 +138,22 @@ class TestMixtral:
         options = MergeOptions(executor="local", device="cpu")
         found = reproduce(manifest, str(tmp_path / "again"), options)
         assert found.problems == ()
+
+    @pytest.mark.parametrize("mode", ["hidden", "cheap_embed", "random", "uniform_random"])
+    def test_what_is_there_is_known_before_routers_are_read(
+        self, mode: str, llamas: list[Path], mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompted = expert(llamas[3], positive_prompts=["the capital of France"])
+        recipe = addition(mixtral, prompted, gate_mode=mode, output={"max_shard_size": 50_000})
+        mergekit_ray.merge(recipe, tmp_path / "expected")
+        stop = threading.Event()
+        with pytest.raises(Interrupted):
+            mergekit_ray.merge(recipe, tmp_path / "out", reporter=stop_at(stop, "shard_done"), stop=stop)
+        again = mergekit_ray.merge(recipe, tmp_path / "out")
+        assert again.num_resumed > 0
+        assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+        monkeypatch.setattr(growth, "grown_routers", None)
+        assert mergekit_ray.merge(recipe, tmp_path / "out").was_there
 
     def test_a_row_like_one_that_is_there_is_told(self, llamas: list[Path], mixtral: Path, tmp_path: Path) -> None:
         prompted = expert(llamas[3], positive_prompts=["the capital of France"])

@@ -13,7 +13,7 @@ import pytest
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Load
+from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Load, Noise
 from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.tensors import Location, TensorSpec
@@ -165,6 +165,19 @@ def test_values_of_literals_do_not_change_the_digest(plan: Plan) -> None:
     assert having(one) == having(other) == having(nothing)
     assert having(load, one) == having(load, other) == having(load, nothing)
     assert len({having(one), having(load, one), having(one, load), having(one, one), having(Constant(spec, 1.0))}) == 5
+
+
+def test_lengths_of_drawn_rows_do_not_change_the_digest(plan: Plan) -> None:
+    """They are those of the base model's own, which is in it, and known only once it has been read."""
+    spec = TensorSpec("router", DType.F32, (1, 2))
+
+    def having(x: Expression, scale: float, key: str = "key") -> str:
+        noise = Noise(x, "normal", scale, key, DType.F32)
+        return replaced(plan, Concat((x, noise), TensorSpec("router", DType.F32, (2, 2)))).digest
+
+    zero, load = Constant(spec, 0.0), Load("m0", spec, Location("model.safetensors", 0, 8))
+    assert having(zero, 0.25) == having(zero, 0.5)
+    assert len({having(zero, 0.25), having(zero, 0.25, "another"), having(load, 0.25), having(load, 0.5)}) == 4
 
 
 def replaced(plan: Plan, expression: Expression) -> Plan:
