@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,14 @@ from mergekit_ray.operations.kept_routers import ROUTERS_FILE
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.routing import layers
 from mergekit_ray.routing.layers import prompt_states
+from support.failures.boundaries import Boundary, Fault
 from support.merging import Events, run_command
 from support.models import ModelLibrary, contents, load, rewrite, tensors_of
 from support.moe_cases import CASES, MIXTRAL, SHARED_GATE, Case, expert, merge
 from support.servers.ray_cluster import RayCluster
+from support.waiting import DEADLINE_SECONDS
+
+LOCAL = MergeOptions(executor="local", num_workers=2)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +131,7 @@ NUM_PROMPTS = 300
 """More tokens than go through a layer at once: two batches."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prompted(models: ModelLibrary) -> dict[str, Any]:
     base, other = models.get("llama", 1, with_tokenizer=True), models.get("llama", 2)
     words = ["the capital of France", "is Paris", "of the France", "is the capital"]
@@ -168,6 +175,38 @@ class TestPromptsOnRay:
 def elsewhere(*args: Any, **options: Any) -> np.ndarray:
     """Hidden states as a processor of another kind computes them."""
     return np.roll(prompt_states(*args, **options), 1, axis=-1)
+
+
+CRASHES: Mapping[str, Boundary] = {
+    "made": Boundary("planned"),
+    "about to be kept": Boundary("put", name=f"/{ROUTERS_FILE}"),
+    "kept": Boundary("put", after=True, name=f"/{ROUTERS_FILE}"),
+    "first shard committed": Boundary("commit", after=True, number=3),  # after the plan's and the routers' notes
+    "second shard recorded": Boundary("put", after=True, name=".safetensors.json", number=2, done=2),
+    "manifest": Boundary("put", after=True, name="mergekit-ray.json", done=2),
+}
+
+
+@pytest.fixture(scope="module")
+def here_and_there(
+    prompted: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What this machine makes, and one with another processor."""
+    folder, recipe = tmp_path_factory.mktemp("routed"), {**prompted, "output": {"max_shard_size": 50_000}}
+    mergekit_ray.merge(recipe, folder / "here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "prompt_states", elsewhere)
+        mergekit_ray.merge(recipe, folder / "there")
+    here, there = contents(folder / "here"), contents(folder / "there")
+    assert here != there
+    return here, there
+
+
+def merge_and_die(recipe: dict[str, Any], out: Path, name: str) -> None:
+    """What a child does."""
+    fault = Fault(CRASHES[name], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    fault.arm("local")
+    mergekit_ray.merge(recipe, out, options=LOCAL, reporter=fault.reporter)
 
 
 def stopped_after_one(recipe: dict[str, Any], out: Path, options: MergeOptions) -> None:
@@ -224,6 +263,31 @@ class TestRoutersAreMadeOnce:
         load(tmp_path / "out")
         mergekit_ray.merge(recipe, tmp_path / "elsewhere")
         assert contents(tmp_path / "elsewhere") != contents(tmp_path / "expected")
+
+    @pytest.mark.parametrize("name", CRASHES)
+    def test_a_merge_that_was_killed_goes_on_elsewhere(
+        self,
+        name: str,
+        prompted: dict[str, Any],
+        here_and_there: tuple[dict[str, bytes], dict[str, bytes]],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """With the routers of the first run if these had been kept, and of the second if not: never with both's."""
+        recipe, boundary = {**prompted, "output": {"max_shard_size": 50_000}}, CRASHES[name]
+        child = multiprocessing.get_context("spawn").Process(
+            target=merge_and_die, args=(recipe, tmp_path / "out", name)
+        )
+        child.start()
+        child.join(DEADLINE_SECONDS)
+        assert child.exitcode == -signal.SIGKILL
+        monkeypatch.setattr(layers, "prompt_states", elsewhere)
+        events = Events()
+        result = mergekit_ray.merge(recipe, tmp_path / "out", options=LOCAL, reporter=events)
+        assert result.num_resumed >= boundary.done
+        is_kept = name not in ("made", "about to be kept")
+        assert contents(tmp_path / "out") == here_and_there[not is_kept]
+        assert len(events.of("routing")) == (not is_kept)
 
     @pytest.mark.parametrize("damage", ["cut", "lost"])
     def test_without_usable_ones_it_goes_on_too(
