@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import TensorSpec
@@ -112,6 +112,31 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
             if isinstance(inner, Mapping):
                 return language_config(inner)
     return config
+
+
+def language_levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All parts of a config that speak of the language model, the outermost first.
+
+    Some files say the same twice: at the top, and in a ``text_config``. A part that counts other layers than
+    `language_config` is not one of them: it describes another stack.
+    """
+    count = configured_layers(config)
+    return [level for level in _nested(config) if configured_layers(level) in (None, count)]
+
+
+def _nested(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    inner = (config.get(key) for key in TEXT_CONFIG_KEYS)
+    return [config, *(level for part in inner if isinstance(part, Mapping) for level in _nested(part))]
+
+
+def stated(config: Mapping[str, Any], key: str) -> Any:
+    """What a config says of its language model under a key, on whatever level; None if nothing."""
+    return next((level[key] for level in (language_config(config), *language_levels(config)) if key in level), None)
+
+
+def stating(config: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The parts of a config that speak of the language model and have a key: where to change it, everywhere."""
+    return [level for level in cast(list[dict[str, Any]], language_levels(config)) if key in level]
 
 
 def configured_layers(config: Mapping[str, Any]) -> int | None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from mergekit_ray.architectures.anatomy import Anatomy, anatomy, language_config
+from mergekit_ray.architectures.anatomy import Anatomy, anatomy, language_config, stating
 from mergekit_ray.checkpoint.adapter import Adapter, Change
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.dtypes import DType
@@ -234,10 +234,8 @@ class _Application:
         spec = self._base_specs[embedding]
         self.specs[head] = TensorSpec(head, spec.dtype, spec.shape)
         changed = copy.deepcopy(dict(self._base_config))
-        inner = cast(dict[str, Any], language_config(changed))
-        if "tie_word_embeddings" in inner:
-            inner["tie_word_embeddings"] = False
-        changed["tie_word_embeddings"] = False
+        for part in [changed, *stating(changed, "tie_word_embeddings")]:
+            part["tie_word_embeddings"] = False
         self.config = changed
 
     def _adapted_head(self) -> str | None:
@@ -275,7 +273,8 @@ class _Application:
                 "save the adapter with PEFT's save_embedding_layers=True",
             )
         changed = copy.deepcopy(dict(self.config))
-        cast(dict[str, Any], language_config(changed))["vocab_size"] = next(iter(rows.values()))
+        for part in stating(changed, "vocab_size") or [cast(dict[str, Any], language_config(changed))]:
+            part["vocab_size"] = next(iter(rows.values()))
         self.config = changed
 
     # -- products -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from mergekit_ray.architectures.anatomy import LAYER_COUNT_KEYS, language_config
+from mergekit_ray.architectures.anatomy import LAYER_COUNT_KEYS, language_config, language_levels, stated, stating
 from mergekit_ray.architectures.quantisation import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
@@ -51,22 +51,20 @@ def output_config(
         PlanError: layers of two kinds are so mixed that the config cannot say it.
     """
     config = without_quantisation(copy.deepcopy(dict(donor)))  # what is stored is never codes
-    inner = cast(dict[str, Any], language_config(config))  # a part of our own copy
+    levels = cast(list[dict[str, Any]], language_levels(config))  # parts of our own copy
     if layers is not None:
-        _set_layers(inner, layers)
+        for level in levels:
+            _set_layers(level, layers)
     if dtype is not None:
-        parts = [config] if inner is config else [config, inner]
-        if not any(key in part for part in parts for key in _DTYPE_KEYS):
-            config["torch_dtype"] = dtype.config_name
-        for part in parts:
-            for key in _DTYPE_KEYS:
-                if key in part:
-                    part[key] = dtype.config_name
+        parts = [(part, key) for key in _DTYPE_KEYS for part in stating(config, key)] or [(config, "torch_dtype")]
+        for part, key in parts:
+            part[key] = dtype.config_name
     if tied is not None:
-        part = inner if "tie_word_embeddings" in inner and "tie_word_embeddings" not in config else config
-        part["tie_word_embeddings"] = tied
+        for part in stating(config, "tie_word_embeddings") or [config]:
+            part["tie_word_embeddings"] = tied
     if vocab_size is not None:
-        inner["vocab_size"] = vocab_size
+        for part in stating(config, "vocab_size") or [cast(dict[str, Any], language_config(config))]:
+            part["vocab_size"] = vocab_size
     return config
 
 
@@ -101,7 +99,7 @@ def _recut(key: str, value: Sequence[Any], layers: Sequence[tuple[Mapping[str, A
 
 
 def _listed(config: Mapping[str, Any], key: str) -> Sequence[Any]:
-    found = language_config(config).get(key)
+    found = stated(config, key)
     return found if isinstance(found, list) else ()
 
 
@@ -117,7 +115,7 @@ def _prefix(key: str, layers: Sequence[tuple[Mapping[str, Any], int]], *, told_e
     Raises:
         PlanError: they are not all in front, which no such number can say.
     """
-    counts = [language_config(config).get(key) for config, _ in layers]
+    counts = [stated(config, key) for config, _ in layers]
     leads = [isinstance(count, int) and index < count for count, (_, index) in zip(counts, layers, strict=True)]
     number = leads.index(False) if False in leads else len(leads)
     if any(leads[number:]) and not told_elsewhere:

@@ -83,6 +83,31 @@ def test_the_language_model_of_a_multimodal_config() -> None:
     }
 
 
+def test_what_is_said_on_two_levels_is_changed_on_both() -> None:
+    text = {"num_hidden_layers": 2, "layer_types": ["a", "b"], "vocab_size": 9, "dtype": "float32"}
+    text["tie_word_embeddings"] = False
+    vision = {"num_hidden_layers": 2, "layer_types": ["c", "d"], "vocab_size": 9, "dtype": "float32"}
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+        donor = {**text, key: text, "vision_config": vision}
+        result = adapted(donor, layers=cut(donor, [1, 0, 1]), dtype=DType.BF16, tied=True, vocab_size=7)
+        expected = {"num_hidden_layers": 3, "layer_types": ["b", "a", "b"], "vocab_size": 7, "dtype": "bfloat16"}
+        expected["tie_word_embeddings"] = True
+        assert result == {**expected, key: expected, "vision_config": vision}
+
+
+def test_a_level_that_counts_other_layers_is_of_another_stack() -> None:
+    donor = {"num_hidden_layers": 2, "text_config": {"num_hidden_layers": 5, "vocab_size": 9}}
+    result = adapted(donor, layers=cut(donor, [1, 0, 1]))
+    assert result == {"num_hidden_layers": 3, "text_config": {"num_hidden_layers": 5, "vocab_size": 9}}
+
+
+def test_what_only_the_inner_level_lists_is_cut_too() -> None:
+    inner = {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
+    donor = {"num_hidden_layers": 2, "vocab_size": 9, "text_config": inner}
+    result = adapted(donor, layers=cut(donor, [1, 1, 0]))
+    assert result["text_config"] == {"num_hidden_layers": 3, "layer_types": ["b", "b", "a"]}
+
+
 @pytest.mark.parametrize(
     ("donor", "expected"),
     [
