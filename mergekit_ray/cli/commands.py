@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mergekit_ray.cli.options import (
+    AllowConfigConflicts,
     AllowNonFinite,
     AsJson,
     Debug,
@@ -105,6 +106,7 @@ def plan_command(
     ] = None,
     device: Device | None = None,
     allow_non_finite: AllowNonFinite = False,
+    allow_config_conflicts: AllowConfigConflicts = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -122,7 +124,8 @@ def plan_command(
         from mergekit_ray.planning.figures import figures
 
         shape = None if cluster is None else Cluster.parse(cluster)
-        planned = plan(load(recipe, lenient=lenient), seed=seed, routing=False)
+        loaded = load(recipe, lenient=lenient)
+        planned = plan(loaded, seed=seed, routing=False, allow_config_conflicts=allow_config_conflicts)
         if explain is not None:
             found = explained(planned, explain, device=device or "auto", allow_non_finite=allow_non_finite)
             if as_json:
@@ -152,19 +155,22 @@ def validate(
     models: Annotated[
         bool, typer.Option("--models", help="Also open the models' headers and see that they fit together.")
     ] = False,
+    allow_config_conflicts: AllowConfigConflicts = False,
     debug: Debug = False,
 ) -> None:
     """Check RECIPE and report everything that is wrong with it."""
     with told_errors(debug):
         from mergekit_ray.config.moe_recipe import MoeRecipe
 
+        if not models:
+            needs("--models", {"--allow-config-conflicts": allow_config_conflicts})
         loaded = load(recipe, lenient=lenient)
         kind = "a Mixture-of-Experts recipe" if isinstance(loaded, MoeRecipe) else "a dense recipe"
         if models:
             from mergekit_ray.operations.plan import plan
             from mergekit_ray.planning.figures import summary
 
-            planned = plan(loaded, routing=False)
+            planned = plan(loaded, routing=False, allow_config_conflicts=allow_config_conflicts)
             for warning in planned.warnings:
                 typer.echo(f"warning: {warning}", err=True)
             typer.echo(f"{recipe}: {kind}, valid, and its models fit together: {summary(planned)}")

@@ -55,6 +55,9 @@ Device = Annotated[
 AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
 ]
+AllowConfigConflicts = Annotated[
+    bool, typer.Option("--allow-config-conflicts", help="Merge models whose configs contradict each other.")
+]
 
 
 def _parse_memory(text: str) -> int:
@@ -99,6 +102,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "device": (Device, "auto"),
     "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")], False),
     "allow_non_finite": (AllowNonFinite, False),
+    "allow_config_conflicts": (AllowConfigConflicts, False),
 }
 """Annotation and default of each option that becomes an attribute of `MergeOptions`."""
 

@@ -51,6 +51,7 @@ from mergekit_ray.operations.extraction_report import (
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.places import check_apart
+from mergekit_ray.planning.agreement import check_pair
 from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapter_config, extraction
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.make import inputs_of, models_of
@@ -165,7 +166,10 @@ class _Extraction:
         opened = models_of(open_models(references))
         if len(opened) < 2:
             raise ModelError("the fine-tuned model and its base are the same", where=tuned)
-        found = extraction(opened[references[0]], opened[references[1]], self._wanted.coverage)
+        finetuned, original = (opened[reference] for reference in references)
+        for warning in check_pair(original, finetuned, allow_conflicts=self._options.allow_config_conflicts):
+            self._tell.event("warning", f"warning: {warning}")
+        found = extraction(finetuned, original, self._wanted.coverage)
         models = {model.reference: model for model in (found.tuned, found.base)}
         digest = self._digest(self._plan("request", [*self._spectra(found), *self._norms(found)], models))
         known = self._look(digest, models)

@@ -54,7 +54,7 @@ def merge(
         chosen = replace(chosen, device=device)
     chosen.check()
     target = _target_of(loaded, output)
-    prepared = prepare(loaded, seed=seed)
+    prepared = prepare(loaded, seed=seed, allow_config_conflicts=chosen.allow_config_conflicts)
 
     def route(tell: Reporter, kept: KeptRouters) -> Plan:
         return prepared.routed(chosen, kept, tell)

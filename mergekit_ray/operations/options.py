@@ -22,6 +22,7 @@ class MergeOptions:
         memory_bytes: budget of each worker; None for what the plan needs to overlap its work.
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.
+        allow_config_conflicts: merge models whose configs contradict each other, with warnings.
         chunk_elements: elements computed at a time on the CPU; None for the default.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or one GPU by its number, ``cuda:1``.
 
@@ -35,17 +36,18 @@ class MergeOptions:
     memory_bytes: int | None = None
     overwrite: bool = False
     allow_non_finite: bool = False
+    allow_config_conflicts: bool = False
     chunk_elements: int | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         counts = ("num_workers", "memory_bytes", "chunk_elements")
+        flags = ("overwrite", "allow_non_finite", "allow_config_conflicts")
         checks: dict[str, tuple[bool, str]] = {
             **{name: (_is_count(getattr(self, name)), "None or a positive integer") for name in counts},
             "executor": (self.executor in (None, "local", "ray"), "None, 'local' or 'ray'"),
             "address": (self.address is None or isinstance(self.address, str), "None or a string"),
-            "overwrite": (isinstance(self.overwrite, bool), "True or False"),
-            "allow_non_finite": (isinstance(self.allow_non_finite, bool), "True or False"),
+            **{name: (isinstance(getattr(self, name), bool), "True or False") for name in flags},
             "device": (isinstance(self.device, str), "a string"),
         }
         for name, (is_good, accepted) in checks.items():

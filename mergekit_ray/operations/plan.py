@@ -16,7 +16,9 @@ from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.prepare import RecipeLike, prepare
 
 
-def plan(recipe: RecipeLike, *, seed: int | None = None, routing: bool = True) -> Plan:
+def plan(
+    recipe: RecipeLike, *, seed: int | None = None, routing: bool = True, allow_config_conflicts: bool = False
+) -> Plan:
     """Plan a merge: everything that would be written, from headers alone.
 
     Args:
@@ -24,11 +26,12 @@ def plan(recipe: RecipeLike, *, seed: int | None = None, routing: bool = True) -
         seed: overrides the recipe's.
         routing: make the routers of a Mixture of Experts from its prompts, which reads the base model. Without it they
             are zero in the plan: enough to see what would be written, not to write it.
+        allow_config_conflicts: as in `MergeOptions`.
 
     Raises:
         MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
     """
-    prepared = prepare(recipe, seed=seed)
+    prepared = prepare(recipe, seed=seed, allow_config_conflicts=allow_config_conflicts)
     return prepared.routed(MergeOptions(executor="local", device=CPU)) if routing else prepared.plan
 
 

@@ -37,11 +37,13 @@ class Prepared:
         recipe: with the seed that holds.
         checkpoints: the opened headers of its models.
         plan: everything that would be written, from headers alone. Routers that are made from prompts are zero in it.
+        allow_config_conflicts: as in `MergeOptions`.
     """
 
     recipe: DenseRecipe | MoeRecipe
     checkpoints: Mapping[ModelReference, Checkpoint]
     plan: Plan
+    allow_config_conflicts: bool = False
 
     @property
     def needs_routing(self) -> bool:
@@ -65,16 +67,17 @@ class Prepared:
                 tell.event("routing", f"making the routers, through the layers of {recipe.donor}")
             return make_routers(recipe, self.checkpoints, options)
 
-        plan = partial(make_plan, recipe, self.checkpoints)
+        plan = partial(make_plan, recipe, self.checkpoints, allow_config_conflicts=self.allow_config_conflicts)
         return plan(make) if kept is None else kept.plan_with(plan, make)
 
 
-def prepare(recipe: RecipeLike, *, seed: int | None = None) -> Prepared:
+def prepare(recipe: RecipeLike, *, seed: int | None = None, allow_config_conflicts: bool = False) -> Prepared:
     """Open the models of a merge and plan it, from headers alone.
 
     Args:
         recipe: see `RecipeLike`.
         seed: overrides the recipe's.
+        allow_config_conflicts: as in `MergeOptions`.
 
     Raises:
         MergekitRayError: the recipe or the seed is wrong, or the models are not there or do not fit together.
@@ -84,7 +87,8 @@ def prepare(recipe: RecipeLike, *, seed: int | None = None) -> Prepared:
     if seed is not None:
         checked = _seeded(checked, parse_seed(seed))
     checkpoints = open_models(referenced_models(checked))
-    return Prepared(checked, checkpoints, make_plan(checked, checkpoints))
+    plan = make_plan(checked, checkpoints, allow_config_conflicts=allow_config_conflicts)
+    return Prepared(checked, checkpoints, plan, allow_config_conflicts)
 
 
 def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeRecipe:

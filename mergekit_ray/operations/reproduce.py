@@ -105,10 +105,8 @@ def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: Merg
     recipe = recipe.model_copy(update={"seed": manifest["seed"]})
     notes = _check_inputs(manifest["inputs"])
     checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"])
-    if isinstance(recipe, MoeRecipe):
-        plan = make_plan(recipe, checkpoints, partial(make_routers, recipe, checkpoints, options))
-    else:
-        plan = make_plan(recipe, checkpoints)
+    routing = partial(make_routers, recipe, checkpoints, options) if isinstance(recipe, MoeRecipe) else None
+    plan = make_plan(recipe, checkpoints, routing, allow_config_conflicts=options.allow_config_conflicts)
     _check_read(plan, manifest["inputs"])
     return _laid_out_as(plan, records), notes
 

@@ -22,6 +22,7 @@ from mergekit_ray.core.expressions import Expression, loads
 from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.agreement import check_agreement
 from mergekit_ray.planning.dense import lower
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
@@ -71,13 +72,20 @@ def referenced_models(recipe: Recipe) -> list[ModelReference]:
     return list(found)
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], routing: Routing | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    routing: Routing | None = None,
+    *,
+    allow_config_conflicts: bool = False,
+) -> Plan:
     """Plan a merge.
 
     Args:
         recipe: validated.
         checkpoints: the opened headers of every model of `referenced_models`.
         routing: makes routers from prompts, where the recipe has them; without it they are zero.
+        allow_config_conflicts: merge models whose configs contradict each other, with warnings.
 
     Raises:
         ModelError, PlanError, CheckpointError: the models do not fit together, or the recipe does not fit them.
@@ -85,6 +93,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], 
     recipe = check_plannable(recipe)
     models = models_of(checkpoints, wide=recipe.compute_dtype is ComputeDType.FLOAT64)
     donor = models[recipe.donor]
+    warnings = check_agreement(recipe, models, allow_conflicts=allow_config_conflicts)
     donor_config = donor.checkpoint.config
     if isinstance(recipe, MoeRecipe):
         stored = recipe.dtype
@@ -101,7 +110,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], 
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")
     shards = partition(lowering.groups, lowering.expressions, recipe.output.max_shard_size)
-    warnings = [*lowering.warnings]
+    warnings += lowering.warnings
     for model in models.values():
         warnings += model.checkpoint.warnings
         for name in model.checkpoint.unindexed:

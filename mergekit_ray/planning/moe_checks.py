@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.architectures.moe.family import OUTSIDE, MoeFamily
+from mergekit_ray.architectures.settings import ACTIVATION, MODEL_TYPE
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.agreement import differences
 from mergekit_ray.planning.lowering import Model
 
 _MAX_LISTED = 12
-_SAME_CONFIG = ("model_type", "hidden_act", "hidden_activation", "activation_function")
-"""What must be alike for one model's feed-forward layers to stand in another. Silence is no difference."""
 
 
 def check_sources(
@@ -64,7 +64,7 @@ def check_additions(
                 f"{source.reference}"
             )
             continue
-        problems += _differing_config(base, source, _SAME_CONFIG[1:])
+        problems += differences([base, source], (ACTIVATION,))
         problems += _depths(base, source)
         problems += _wrong_shapes(base, source, shapes)
         problems += [problem for name in sorted(_rests(shapes)) for problem in _not_floating(source, name)]
@@ -142,7 +142,7 @@ def check_backbone(base: Model, expected: Sequence[str], made: Mapping[str, Tens
 
 
 def _mismatches(base: Model, source: Model, feed_forward: Collection[str]) -> list[str]:
-    problems = _differing_config(base, source, _SAME_CONFIG) + _depths(base, source)
+    problems = differences([base, source], (MODEL_TYPE, ACTIVATION)) + _depths(base, source)
     stack = str(base.anatomy.main)
     folders = {name.split(".")[0] for name in feed_forward}
     extra = {rest for rests in source.anatomy.layers.get(stack, ()) for rest in rests if rest.split(".")[0] in folders}
@@ -152,15 +152,6 @@ def _mismatches(base: Model, source: Model, feed_forward: Collection[str]) -> li
     for name in sorted(feed_forward):
         problems += _shapes(base, source, name)
     return problems
-
-
-def _differing_config(base: Model, source: Model, keys: Sequence[str]) -> list[str]:
-    theirs, ours = source.checkpoint.config, base.checkpoint.config
-    return [
-        f"{key}: {ours[key]!r} in {base.reference}, {theirs[key]!r} in {source.reference}"
-        for key in keys
-        if key in ours and key in theirs and ours[key] != theirs[key]
-    ]
 
 
 def _depths(base: Model, source: Model) -> list[str]:

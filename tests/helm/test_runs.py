@@ -54,6 +54,7 @@ def test_every_option() -> None:
         "device": "cpu",
         "overwrite": True,
         "allow_non_finite": True,
+        "allow_config_conflicts": True,
         "seed": 12345678901,
         "lenient": True,
         "quiet": False,

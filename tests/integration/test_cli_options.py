@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from mergekit_ray.cli import app, tables
 from mergekit_ray.core.version import __version__
 from support.merging import recipe_of, run_command
-from support.models import ModelLibrary
+from support.models import Family, ModelLibrary, config_of
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def invoke(*args: str) -> Any:
             ("plan", "{}", "--explain", "*", "--cluster", "nodes=1,link=1Gbit"),
             "--cluster has no effect beside --explain",
         ),
+        (("validate", "{}", "--allow-config-conflicts"), "--allow-config-conflicts has no effect without --models"),
         (("methods", "--json", "--markdown"), "--json has no effect beside --markdown"),
         (("methods", "ties", "--markdown"), "NAME has no effect beside --markdown"),
         (("verify", "{}", "--seed", "0"), "--seed has no effect without --sample"),
@@ -47,6 +49,28 @@ def test_options_without_effect_are_refused(arguments: tuple[str, ...], said: st
     done = invoke(*(argument.format(recipe) for argument in arguments))
     assert (done.exit_code, done.stdout) == (2, "")
     assert f"error: {said}\n" in done.stderr
+
+
+def test_conflicts_of_configs_are_refused_unless_allowed(models: ModelLibrary, tmp_path: Path) -> None:
+    """Four heads of 8 and two of 16 have tensors of equal shapes; their average means nothing."""
+    ours = models.get("llama")
+    theirs = models.get(Family("Llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}))
+    recipe, out = tmp_path / "linear.yml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(recipe_of("linear", ours, [theirs])))
+    said = f"num_attention_heads: 4 in {ours}, 2 in {theirs}"
+    for command in (("merge", "{}", str(out), "--executor", "local"), ("plan", "{}"), ("validate", "{}", "--models")):
+        arguments = [argument.format(recipe) for argument in command]
+        refused = invoke(*arguments)
+        assert refused.exit_code == 3
+        assert said in refused.stderr
+        assert not out.exists()
+        allowed = invoke(*arguments, "--allow-config-conflicts")
+        assert allowed.exit_code == 0
+        if command[0] != "plan":  # which wraps it
+            assert f"warning: the models' configs differ: {said}" in allowed.stderr
+        if command[0] == "merge":
+            assert config_of(out)["num_attention_heads"] == 4
+            shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("arguments", [("plan", "{}"), ("methods",), ("methods", "della")])

@@ -14,6 +14,7 @@ would take up.
 {{- if ne $merge.device "auto" }}{{ $words = concat $words (list "--device" $merge.device) }}{{ end }}
 {{- if $merge.overwrite }}{{ $words = append $words "--overwrite" }}{{ end }}
 {{- if $merge.allowNonFinite }}{{ $words = append $words "--allow-non-finite" }}{{ end }}
+{{- if $merge.allowConfigConflicts }}{{ $words = append $words "--allow-config-conflicts" }}{{ end }}
 {{- if $merge.lenient }}{{ $words = append $words "--lenient" }}{{ end }}
 {{- concat $words $merge.extraArgs | toYaml }}
 {{- end }}

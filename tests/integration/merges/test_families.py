@@ -12,6 +12,7 @@ import torch
 
 import mergekit_ray
 from mergekit_ray.core.errors import ModelError
+from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import MergeResult
 from support.models import (
     FAMILIES,
@@ -239,8 +240,12 @@ class TestVocabulary:
 
     def test_other_shapes_are_refused_with_tensor_models_and_shapes(self, models: ModelLibrary, tmp_path: Path) -> None:
         narrow, wide = models.get("llama"), models.get("llama", hidden_size=48)
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError, match=f"hidden_size: 32 in {narrow}, 48 in {wide}"):
             mergekit_ray.merge(average(narrow, wide), tmp_path / "out")
+        with pytest.raises(ModelError) as caught:
+            mergekit_ray.merge(
+                average(narrow, wide), tmp_path / "out", options=MergeOptions(allow_config_conflicts=True)
+            )
         message = str(caught.value)
         for part in (EMBEDDING, str(narrow), str(wide), "[128, 32]", "[128, 48]"):
             assert part in message

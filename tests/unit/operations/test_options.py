@@ -69,6 +69,7 @@ def test_sound_options_come_to_the_models(options: dict[str, Any]) -> None:
         ("device", None),
         ("overwrite", "no"),
         ("allow_non_finite", None),
+        ("allow_config_conflicts", "yes"),
     ],
 )
 def test_what_none_can_be_is_refused_by_name(name: str, value: Any) -> None:

@@ -1,0 +1,229 @@
+"""Whether what the models' configs say fits together: one config must describe all that is merged or stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mergekit_ray.architectures.anatomy import is_buffer, language_config
+from mergekit_ray.architectures.settings import MODEL_TYPE, NUANCES, SIZES, STRUCTURE, UNSTATED, Setting, parts
+from mergekit_ray.config.moe_recipe import MoeRecipe
+from mergekit_ray.config.normal import NormalModule, NormalSlice, normalise
+from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.errors import ModelError
+from mergekit_ray.planning.lowering import Model
+
+_MAX_LISTED: Final = 12
+_MAX_TENSORS: Final = 3
+_MAX_VALUE: Final = 120
+
+_LANGUAGE_MODULES: Final = ("default", "text_decoder", "decoder", "language_model")
+"""Names of modules that mean the language model whatever its tensors are called."""
+
+
+@dataclass
+class Findings:
+    """How models differ.
+
+    Attributes:
+        conflicts: one config cannot describe them all.
+        remarks: one config can, and it may be meant.
+    """
+
+    conflicts: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def check_agreement(
+    recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference, Model], *, allow_conflicts: bool = False
+) -> list[str]:
+    """Compare the configs of a recipe's models, and the layers that slices put into one stack.
+
+    Args:
+        recipe: validated.
+        models: every model it names.
+        allow_conflicts: conflicts are warnings, too.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ModelError: naming the models, the keys or tensors, and both values of each conflict.
+    """
+    found = Findings()
+    donor = models[recipe.donor]
+    if isinstance(recipe, MoeRecipe):
+        sources = [expert.source_model for expert in (*recipe.experts, *(recipe.shared_experts or ()))]
+        # Attention is not taken from them; what is must fit (`planning.moe_checks`).
+        found.remarks += differences([models[each] for each in dict.fromkeys((recipe.donor, *sources))], SIZES)
+    dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
+    for module in normalise(dense) if dense is not None else ():
+        if _is_language(module, donor):
+            _compare(module, models, donor, found)
+    return _settled(found, f"the result has the config.json of {donor.reference}", allow_conflicts=allow_conflicts)
+
+
+def check_pair(base: Model, tuned: Model, *, allow_conflicts: bool = False) -> list[str]:
+    """Compare the configs of two models whose difference is to be an adapter; as `check_agreement`."""
+    both = [base, tuned]
+    found = Findings(differences(both, STRUCTURE), differences(both, (MODEL_TYPE, *NUANCES)))
+    return _settled(found, "an adapter changes no config.json", allow_conflicts=allow_conflicts)
+
+
+def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
+    if found.conflicts and not allow_conflicts:
+        rest = len(found.conflicts) - _MAX_LISTED
+        listed = [*found.conflicts[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
+        raise ModelError(
+            "no config.json can describe these models together:\n  " + "\n  ".join(listed),
+            remedy="take models of one architecture and size; --allow-config-conflicts goes on all the same",
+        )
+    return [f"the models' configs differ: {line}; {told}" for line in (*found.conflicts, *found.remarks)]
+
+
+def differences(models: Sequence[Model], settings: Sequence[Setting], *, per_layer: bool = True) -> list[str]:
+    """The settings that configs state differently: ``key: value in model, value in model``.
+
+    Args:
+        models: the donor first.
+        settings: to compare.
+        per_layer: also compare what is listed layer by layer.
+    """
+    lines = []
+    of_models = [(model, parts(model.checkpoint.config)) for model in models]
+    for part in of_models[0][1]:
+        there = [(model, found[part]) for model, found in of_models if part in found]
+        for setting in settings:
+            values = _grouped([(model, setting.value(config)) for model, config in there], per_layer=per_layer)
+            if len(values) > 1:
+                key = setting.spelling([config for _, config in there])
+                said = ", ".join(f"{repr(value)[:_MAX_VALUE]} in {' and '.join(names)}" for value, names in values)
+                lines.append(f"{part}{'.' if part else ''}{key}: {said}")
+    return lines
+
+
+def _grouped(values: Sequence[tuple[Model, Any]], *, per_layer: bool) -> list[tuple[Any, list[str]]]:
+    """Each value with the models that state it, as the first one comes."""
+    groups: list[tuple[Any, list[str]]] = []
+    for model, value in values:
+        if value is UNSTATED or (isinstance(value, list) and not per_layer):
+            continue
+        names = next((names for known, names in groups if known == value), None)
+        if names is None:
+            groups.append((value, names := []))
+        names.append(str(model.reference))
+    return groups
+
+
+# -- one module of a dense recipe -------------------------------------------------------------------------------------
+
+
+def _is_language(module: NormalModule, donor: Model) -> bool:
+    """Whether a module holds the layers that ``num_hidden_layers`` counts, which is what the settings are about."""
+    if module.name is None or module.name in _LANGUAGE_MODULES:
+        return True
+    return f".{module.name}." in f".{donor.anatomy.main}."
+
+
+def _compare(module: NormalModule, models: Mapping[ModelReference, Model], donor: Model, found: Findings) -> None:
+    named = {donor.reference: donor}
+    for piece in module.slices:
+        for reference in (piece.base, *(source.model for source in piece.inputs)):
+            if reference is not None:
+                named[reference] = models[reference]
+    listed = list(named.values())
+    is_cut = len(module.slices) > 1 or any(source.layer_range for source in module.slices[0].inputs)
+    of_type = differences(listed, (MODEL_TYPE,)) or _architectures(listed)
+    (found.conflicts if is_cut else found.remarks).extend(of_type)
+    found.conflicts += differences(listed, STRUCTURE, per_layer=not is_cut)
+    found.remarks += differences(listed, NUANCES, per_layer=not is_cut)
+    if is_cut:
+        found.conflicts += _unlike_layers(module, models, donor)
+
+
+def _architectures(models: Sequence[Model]) -> list[str]:
+    """How the classes differ, where a config does not state its model_type."""
+    configs = [model.checkpoint.config for model in models]
+    if all("model_type" in language_config(config) for config in configs):
+        return []
+    stated = [
+        (model, names[0].partition("For")[0])
+        for model, config in zip(models, configs, strict=True)
+        if (names := config.get("architectures")) and isinstance(names, list) and isinstance(names[0], str)
+    ]
+    groups = _grouped(stated, per_layer=True)
+    said = ", ".join(f"{value} in {' and '.join(names)}" for value, names in groups)
+    return [f"architectures: {said}"] if len(groups) > 1 else []
+
+
+def _unlike_layers(module: NormalModule, models: Mapping[ModelReference, Model], donor: Model) -> list[str]:
+    """Tensors of layers that are not in any layer of the donor, or of another shape there, or that all its layers have.
+
+    Where the donor's own layers differ, its config says how, and says it of the result's (OpenELM, hybrids).
+    """
+    known: dict[str, set[tuple[int, ...]]] = {}
+    count: dict[str, int] = {}
+    for layer in range(donor.anatomy.num_layers):
+        for rest, shape in _shapes(donor, layer):
+            known.setdefault(rest, set()).add(shape)
+            count[rest] = count.get(rest, 0) + 1
+    everywhere = [rest for rest, number in count.items() if number == donor.anatomy.num_layers]
+    problems: dict[ModelReference, dict[str, list[str]]] = {}
+    seen: set[tuple[ModelReference, int]] = {(donor.reference, n) for n in range(donor.anatomy.num_layers)}
+    for model, layer in _stacked(module, models):
+        if (model.reference, layer) in seen:
+            continue
+        seen.add((model.reference, layer))
+        theirs = dict(_shapes(model, layer))
+        at = f"{model.anatomy.main}.{layer}"
+        for rest, shape in theirs.items():
+            shapes = known.get(rest, set())
+            if not shapes:
+                line = f"{at}.{rest} of {model.reference}: no layer of {donor.reference} has its like"
+            elif len(shapes) == 1 and shape not in shapes:
+                line = f"{at}.{rest}: {list(shape)} in {model.reference}, {list(*shapes)} in {donor.reference}"
+            else:
+                continue
+            problems.setdefault(model.reference, {}).setdefault(rest, []).append(line)
+        for rest in everywhere:
+            if rest not in theirs:
+                line = f"{at}.{rest}: absent in {model.reference}, there in each layer of {donor.reference}"
+                problems.setdefault(model.reference, {}).setdefault(rest, []).append(line)
+    return [line for reference, of_model in problems.items() for line in _shortened(reference, of_model)]
+
+
+def _shortened(reference: ModelReference, problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """The first layer of the first few tensors, and how many there are."""
+    shown = [
+        lines[0] + (f" (and so in {len(lines) - 1} more layers)" if len(lines) > 1 else "")
+        for lines in list(problems.values())[:_MAX_TENSORS]
+    ]
+    rest = len(problems) - len(shown)
+    return [*shown, f"{rest} more tensors of the layers of {reference} differ so"] if rest else shown
+
+
+def _shapes(model: Model, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name below the layer and shape of its weights."""
+    stack = str(model.anatomy.main)
+    for rest in model.anatomy.layers[stack][layer]:
+        if not is_buffer(name := f"{stack}.{layer}.{rest}"):
+            yield rest, model.weights.specs[name].shape
+
+
+def _stacked(module: NormalModule, models: Mapping[ModelReference, Model]) -> Iterator[tuple[Model, int]]:
+    """The layers that the output's stack is made of: model and number; of those merged into one, the first model's."""
+    for piece in module.slices:
+        model, bounds = _lead(piece, models)
+        for layer in range(bounds[0], min(bounds[1], model.anatomy.num_layers)):  # ranges beyond it are told later
+            yield model, layer
+
+
+def _lead(piece: NormalSlice, models: Mapping[ModelReference, Model]) -> tuple[Model, tuple[int, int]]:
+    first = piece.inputs[0]
+    reference, bounds = (first.model, first.layer_range)
+    if piece.base is not None:
+        reference, bounds = piece.base, piece.base_layer_range
+    model = models[reference]
+    return model, bounds or (0, model.anatomy.num_layers)
