@@ -144,6 +144,11 @@ def _parse_text(value: object) -> object:
     return value
 
 
+def parse_patterns(value: object) -> object:
+    """One pattern is short for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 ParameterSettings = Annotated[Level, PlainValidator(_parse_settings), PlainSerializer(_dump_settings)]
 """``parameters`` at one place: names to parsed settings; null is none."""
 

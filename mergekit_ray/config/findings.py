@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mergekit_ray.config.yaml_source import Document, YamlPath, format_path
@@ -177,7 +178,7 @@ def accepted_keys(root: type[BaseModel], path: YamlPath) -> list[str]:
     for part in path[:-1]:
         current = _plain_type(current)
         if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(str(part))
+            field = _fields(current).get(str(part))
             if field is None:
                 return []
             current = field.annotation
@@ -187,7 +188,12 @@ def accepted_keys(root: type[BaseModel], path: YamlPath) -> list[str]:
                 return []
             current = arguments[-1]
     current = _plain_type(current)
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+    return list(_fields(current)) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields by the names that recipes write them by."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _plain_type(annotation: Any) -> Any:

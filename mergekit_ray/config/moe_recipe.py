@@ -176,7 +176,9 @@ class MoeRecipe(RecipeModel):
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
-        return {"merge_method": MOE_METHOD} | self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return {"merge_method": MOE_METHOD} | self.model_dump(
+            mode="json", by_alias=True, exclude_none=True, exclude_defaults=True
+        )
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """Every model named, once each: ``base_model`` first, then experts, shared experts, and the backbone's."""

@@ -8,9 +8,9 @@ knowing the merge methods is checked here, whether a recipe comes from a file or
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from mergekit_ray.config.fields import (
@@ -24,9 +24,10 @@ from mergekit_ray.config.fields import (
     ParameterSettings,
     RecipeModel,
     Seed,
+    parse_patterns,
     raise_findings,
 )
-from mergekit_ray.config.findings import Finding
+from mergekit_ray.config.findings import Finding, did_you_mean
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Level
 from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource
@@ -35,6 +36,12 @@ from mergekit_ray.config.yaml_source import YamlPath
 MOE_METHOD = "moe"
 BODIES = ("models", "slices", "modules")
 """The three ways to say what is merged; a recipe uses one of them."""
+
+Missing: TypeAlias = Literal["error", "base", "first", "drop"]
+"""What becomes of a tensor that only some models have."""
+
+Patterns: TypeAlias = Annotated[tuple[Name, ...], BeforeValidator(parse_patterns), Field(min_length=1)]
+"""Names of tensors, with ``*`` for any run of characters."""
 
 
 class InputModel(RecipeModel):
@@ -104,6 +111,12 @@ class DenseRecipe(RecipeModel):
         output: where the result goes.
         seed: of all randomness.
         compute_dtype: what arithmetic is done in.
+        missing: what becomes of tensors that only some models have: an error, the base's (without a base, the first
+            model's), those of the first model that has them, or nothing. None for an error, but for what
+            ``config.json`` does not count as the model's layers: that is the base's.
+        include, exclude: which tensors are merged: those that match one of ``include`` (None for all) and none of
+            ``exclude``. All else is copied.
+        from_model: written ``from``: whose tensors those are that are not merged; None for the base or first model.
     """
 
     merge_method: Name
@@ -121,6 +134,10 @@ class DenseRecipe(RecipeModel):
     output: Output = Field(default_factory=OutputOptions)
     seed: Seed = 0
     compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
+    missing: Missing | None = None
+    include: Patterns | None = None
+    exclude: Patterns | None = None
+    from_model: ModelReference | None = Field(default=None, alias="from")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,7 +158,7 @@ class DenseRecipe(RecipeModel):
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
-        return self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """Every model that is merged or a base, once each: the recipe's ``base_model`` first, then as listed."""
@@ -193,7 +210,23 @@ def structure_findings(recipe: DenseRecipe) -> list[Finding]:
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         hint = "keep `tokenizer: {source: ...}`, which says more"
         findings.append(Finding(("tokenizer_source",), "`tokenizer_source` beside `tokenizer`", hint))
-    return findings
+    return findings + _source_findings(recipe)
+
+
+def _source_findings(recipe: DenseRecipe) -> list[Finding]:
+    """What is wrong with ``from``."""
+    if recipe.from_model is None:
+        return []
+    if recipe.include is None and recipe.exclude is None:
+        what = "`from` has no effect: all tensors are merged"
+        return [Finding(("from",), what, "say with `include` or `exclude` which are not", is_warning=True)]
+    known = recipe.model_references()
+    if recipe.from_model in known:
+        return []
+    names = [str(reference) for reference in known]
+    what = f"`from` names {str(recipe.from_model)!r}, which the recipe does not merge; accepted: {', '.join(names)}"
+    hint = did_you_mean(str(recipe.from_model), names)
+    return [Finding(("from",), what, hint, depends=(("from",), *((body,) for body in BODIES), ("base_model",)))]
 
 
 def _body_findings(body: DenseRecipe | ModuleRecipe) -> list[Finding]:

@@ -5,20 +5,31 @@ Works on the normal form of a recipe (modules of slices of sources) and the head
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mergekit_ray.architectures.anatomy import is_buffer, place_of
+from mergekit_ray.architectures.anatomy import is_buffer
 from mergekit_ray.config.normal import NormalModule, NormalSlice
+from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Resolver, gradient_position
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand
+from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
+from mergekit_ray.planning.modules import below, module_prefix
+from mergekit_ray.planning.partial import PREDICTION, beyond_part, is_beyond
 from mergekit_ray.planning.tensors import TensorLowering
 
-_MAX_LISTED = 12
+_NO_RULES = Rules()
+
+
+def rules_of(recipe: DenseRecipe, models: Mapping[ModelReference, Model]) -> Rules:
+    """What a recipe says of tensors that are not merged."""
+    source = None if recipe.from_model is None else models.get(recipe.from_model)
+    return Rules(recipe.missing, recipe.include, recipe.exclude or (), source)
 
 
 def lower(
@@ -27,6 +38,7 @@ def lower(
     models: Mapping[ModelReference, Model],
     donor: Model,
     arithmetic: Arithmetic,
+    rules: Rules = _NO_RULES,
 ) -> Lowering:
     """Lower a recipe.
 
@@ -36,12 +48,13 @@ def lower(
         models: every model the recipe names.
         donor: whose config the output gets.
         arithmetic: dtypes and seed.
+        rules: which tensors are not merged, and where they come from.
 
     Raises:
         ModelError: models that do not fit together; all mismatches are listed.
         PlanError: layer ranges beyond a model, modules that match nothing, parameters with which nothing can be merged.
     """
-    return _DenseLowering(method, models, donor, arithmetic).run(modules)
+    return _DenseLowering(method, models, donor, arithmetic, rules).run(modules)
 
 
 class _DenseLowering:
@@ -51,33 +64,35 @@ class _DenseLowering:
         models: Mapping[ModelReference, Model],
         donor: Model,
         arithmetic: Arithmetic,
+        rules: Rules,
     ) -> None:
         self._method = method
         self._models = models
         self._donor = donor
+        self._rules = rules
         self._result = Lowering()
-        self._tensors = TensorLowering(method, arithmetic, self._result)
+        self._tensors = TensorLowering(method, arithmetic, rules, donor, self._result)
         self._prefixes: list[str | None] = []
 
     def run(self, modules: Sequence[NormalModule]) -> Lowering:
         named = [module for module in modules if module.name is not None]
-        self._prefixes = [None if module.name is None else self._module_prefix(module.name) for module in modules]
+        self._prefixes = [
+            None if module.name is None else module_prefix(module.name, self._donor) for module in modules
+        ]
         for module, prefix in zip(modules, self._prefixes, strict=True):
-            self._module([self._cut(s) for s in module.slices], prefix)
+            cuts = [self._cut(s) for s in module.slices]
+            self._module(cuts, prefix)
+            if not named:
+                self._extras_of_donor(cuts)
         if named:
             self._check_all_covered()
-        if self._tensors.problems:
-            shown = self._tensors.problems[:_MAX_LISTED]
-            rest = len(self._tensors.problems) - len(shown)
-            listed = "\n  ".join([*shown, *([f"... and {rest} more"] if rest else [])])
-            raise ModelError(
-                f"the models do not fit together:\n  {listed}",
-                remedy="merge models of one architecture and shape, or leave out the layers that differ with slices",
-            )
+        self._tensors.mismatches.raise_if_any()
         for (models, what, remedy), names in self._tensors.refused.items():
             more = "" if len(names) == 1 else f" and {len(names) - 1} more"
             raise PlanError(what, where=f"tensor {names[0]!r}{more} of {models}", remedy=remedy)
+        self._check_patterns()
         self._name_unused()
+        self._result.warnings += self._tensors.partial.warnings()
         for name, rows in sorted(self._tensors.cut_rows.items()):
             few, many = min(rows), max(rows)
             self._result.warnings.append(
@@ -149,30 +164,14 @@ class _DenseLowering:
 
     # -- modules --------------------------------------------------------------------------------------------------
 
-    def _module_prefix(self, name: str) -> str | None:
-        """The tensors a module name means: all, or those whose names have it as a leading component."""
-        if name == "default":
-            return None
-        anatomy = self._donor.anatomy
-        if name in ("text_decoder", "decoder", "language_model") and len(anatomy.stacks) == 1:
-            return None
-        prefixes = sorted({".".join(n.split(".")[:i]) for n in self._donor.weights.specs for i in (1, 2)})
-        for prefix in prefixes:
-            if prefix == name or prefix.split(".")[-1] == name:
-                return prefix
-        raise PlanError(
-            f"no tensors belong to a module {name!r}",
-            where=f"model {self._donor.reference}",
-            remedy=f"use 'default' for the whole model, or one of: {', '.join(prefixes[:_MAX_LISTED])}",
-        )
-
     def _module(self, cuts: list[Cut], prefix: str | None) -> None:
         first, last = cuts[0], cuts[-1]
         anatomy = first.donor.anatomy
         stack = anatomy.main
-        if prefix is not None and (stack is None or not _below(stack, prefix)):
-            stack = max((s for s in anatomy.stacks if _below(s, prefix)), key=lambda s: anatomy.stacks[s], default=None)
-        self._outside(first, self._names(first, "before", prefix))
+        if prefix is not None and (stack is None or not below(stack, prefix)):
+            stack = max((s for s in anatomy.stacks if below(s, prefix)), key=lambda s: anatomy.stacks[s], default=None)
+        is_whole = self._is_whole(cuts)
+        self._outside(first, self._names(first, "before", prefix, is_whole=is_whole))
         layers: list[tuple[Model, int]] = []
         for cut in cuts:
             if stack is None:
@@ -183,13 +182,60 @@ class _DenseLowering:
                 self._layer(cut, stack, i, num_layers, len(layers))
                 layers.append((cut.donor, donor_first + i))
         for other, count in _deepest(first.models).items():
-            if other != stack and (prefix is None or _below(other, prefix)):
+            if other != stack and (prefix is None or below(other, prefix)):
+                if not is_whole and PREDICTION.search(other):
+                    self._leave_out_beyond(first, [n for m in first.models for n in m.weights.specs if below(n, other)])
+                    continue
                 whole = self._uncut(first)
                 for i in range(count):
                     self._layer(whole, other, i, count, i)
-        self._outside(last, self._with_head(first, last, self._names(last, "after", prefix), prefix))
-        if stack == self._donor.anatomy.main and not (len(cuts) == 1 and cuts[0].is_all):
+        after = self._names(last, "after", prefix, is_whole=is_whole)
+        self._outside(last, self._with_head(first, last, after, prefix))
+        if stack == self._donor.anatomy.main and not is_whole:
             self._result.layers = layers
+
+    def _is_whole(self, cuts: Sequence[Cut]) -> bool:
+        """Whether the main stack is the donor's, layer by layer."""
+        if len(cuts) == 1 and cuts[0].is_all:
+            return True
+        firsts = [(cut, cut.base_first_layer if cut.base is not None else cut.first_layers[0]) for cut in cuts]
+        layers = [(cut.donor.key, first + i) for cut, first in firsts for i in range(cut.num_layers)]
+        return layers == [(self._donor.key, i) for i in range(self._donor.anatomy.num_layers)]
+
+    def _extras_of_donor(self, cuts: Sequence[Cut]) -> None:
+        """What the donor has beside its layers and no slice brings in: of a donor that is not merged, or cut away."""
+        merged = [model for model in cuts[-1].models if model is not self._donor]
+        anatomy, extras = self._donor.anatomy, []
+        stacks = [
+            f"{stack}.{i}.{rest}"
+            for stack, layers in anatomy.layers.items()
+            for i, rests in enumerate(layers)
+            for rest in rests
+            if stack != anatomy.main
+        ]
+        is_whole = self._is_whole(cuts)
+        for name in sorted([*anatomy.before, *anatomy.after, *stacks]) if merged else ():
+            operand = Operand(self._donor, name)
+            is_made = name in self._result.expressions or (self._donor.key, name) in self._tensors.used
+            if is_made or name in anatomy.redundant or is_buffer(name):
+                continue
+            if not is_whole and is_beyond(self._donor, name):
+                self._leave_out_beyond(cuts[0], [name])
+            elif self._tensors.partial.is_extra(name, operand, merged):
+                everyone = [operand, *(Operand(model, name) for model in merged)]
+                extras += self._tensors.add(name, everyone, operand, cuts[-1], 0.0)
+        self._add_group(extras)
+
+    def _leave_out_beyond(self, cut: Cut, names: Sequence[str]) -> None:
+        """Layers beyond the stack proper, and modules that predict more tokens, fit no stack that is cut anew."""
+        models = [*cut.models, *([] if self._donor in cut.models else [self._donor])]
+        for name in dict.fromkeys(names):
+            having = [operand for operand in (Operand(model, name) for model in models) if operand.exists]
+            for operand in having:
+                self._tensors.used.add((operand.model.key, name))
+            where = "in " + ", ".join(dict.fromkeys(str(operand.model.reference) for operand in having))
+            reason = "left out, as the layers are cut anew"
+            self._tensors.partial.leave_out(name, having, beyond_part(name), where, reason)
 
     @staticmethod
     def _uncut(cut: Cut) -> Cut:
@@ -198,17 +244,35 @@ class _DenseLowering:
             cut, first_layers=tuple(0 for _ in cut.first_layers), base_first_layer=0, num_layers=0, is_all=True
         )
 
-    def _names(self, cut: Cut, side: str, prefix: str | None) -> list[str]:
+    def _names(self, cut: Cut, side: str, prefix: str | None, *, is_whole: bool) -> list[str]:
         names: dict[str, None] = {}
+        beyond: list[str] = []
         for model in cut.models:
             for name in getattr(model.anatomy, side):
-                if name in model.anatomy.redundant:
+                if name in model.anatomy.redundant or not (prefix is None or below(name, prefix)):
                     continue
-                if not cut.is_all and place_of(name) is not None:
-                    continue  # layers beyond the stack proper have no place when it is cut anew
-                if prefix is None or _below(name, prefix):
+                if not is_whole and is_beyond(model, name):
+                    beyond.append(name)
+                else:
                     names[name] = None
+        self._leave_out_beyond(cut, beyond)
         return sorted(names)
+
+    def _check_patterns(self) -> None:
+        """Every pattern of `include` and `exclude` names a tensor.
+
+        Raises:
+            PlanError: one names none.
+        """
+        names = [*self._result.expressions, *self._result.aliased]
+        for key, patterns in (("include", self._rules.include or ()), ("exclude", self._rules.exclude)):
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    raise PlanError(
+                        f"no tensor of the output matches {pattern!r}{nearest(pattern, names)}",
+                        where=key,
+                        remedy="patterns are names with `*` for any run of characters, such as 'model.layers.0.*'",
+                    )
 
     def _check_all_covered(self) -> None:
         missing = [
@@ -217,7 +281,7 @@ class _DenseLowering:
             if name not in self._result.expressions
             and name not in self._donor.anatomy.redundant
             and not is_buffer(name)
-            and (self._donor.anatomy.main is None or not _below(name, self._donor.anatomy.main))
+            and (self._donor.anatomy.main is None or not below(name, self._donor.anatomy.main))
         ]
         if missing:
             raise PlanError(
@@ -257,7 +321,7 @@ class _DenseLowering:
         """
         embedding = last.donor.anatomy.embedding
         heads = self._head_names(first, last)
-        if embedding is None or not heads or not (prefix is None or _below(embedding, prefix)):
+        if embedding is None or not heads or not (prefix is None or below(embedding, prefix)):
             return names
         self._result.tied = self._is_tied(first, last)
         if self._result.tied:
@@ -266,7 +330,7 @@ class _DenseLowering:
                     self._result.aliased[name] = embedding
                     self._tensors.used.add((model.key, name))
             return names
-        elsewhere = any(p is not None and p != prefix and _below(heads[0], p) for p in self._prefixes)
+        elsewhere = any(p is not None and p != prefix and below(heads[0], p) for p in self._prefixes)
         return names if heads[0] in names or elsewhere else sorted([*names, heads[0]])
 
     @staticmethod
@@ -323,7 +387,3 @@ def _deepest(models: Sequence[Model]) -> dict[str, int]:
         for stack, count in model.anatomy.stacks.items():
             deepest[stack] = max(count, deepest.get(stack, 0))
     return deepest
-
-
-def _below(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")

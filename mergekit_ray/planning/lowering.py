@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
 
 from mergekit_ray.architectures.anatomy import Anatomy
 from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.config.recipe import Missing
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.dtypes import DType
@@ -23,6 +26,33 @@ class Model:
     checkpoint: Checkpoint
     weights: Weights
     anatomy: Anatomy
+
+    @cached_property
+    def prefixes(self) -> frozenset[str]:
+        """Every leading part of the names of its tensors, and the names."""
+        parts = (name.split(".") for name in self.weights.specs)
+        return frozenset(".".join(own[:length]) for own in parts for length in range(1, len(own) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the recipe says of tensors that are not merged.
+
+    Attributes:
+        missing: what becomes of tensors that only some models have; None if it says nothing.
+        include, exclude: patterns of names; what matches none of the former, or one of the latter, is not merged.
+        source: the model that such tensors are copied from; None for the base.
+    """
+
+    missing: Missing | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    source: Model | None = None
+
+    def merges(self, name: str) -> bool:
+        """Whether an output tensor is merged, rather than copied from one model."""
+        is_included = self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return is_included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +82,7 @@ class Lowering:
         layers: source of each output layer of the main stack: the model and its layer; None where they are the donor's.
         tied: whether the output's head is its embedding; None if there is no embedding.
         vocab_size: rows of the output's embedding where inputs had to be cut, else None.
+        keeps_beyond: whether the donor's layers beyond those that its config counts are in the output.
         files: text that is written beside the weights, by file name.
         dropped, aliased, warnings: as in `core.plan.Plan`.
     """
@@ -61,6 +92,7 @@ class Lowering:
     layers: list[tuple[Model, int]] | None = None
     tied: bool | None = None
     vocab_size: int | None = None
+    keeps_beyond: bool = True
     files: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     aliased: dict[str, str] = field(default_factory=dict)
@@ -73,6 +105,11 @@ class Operand:
 
     model: Model
     name: str
+
+    @property
+    def exists(self) -> bool:
+        """Whether the model has such a tensor."""
+        return self.name in self.model.weights.specs
 
 
 @dataclass(frozen=True)

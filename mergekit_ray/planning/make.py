@@ -23,12 +23,12 @@ from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import check_agreement
-from mergekit_ray.planning.dense import lower
+from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.moe import lower_moe
 from mergekit_ray.planning.moe_experts import COMPUTE_DTYPES, Routing
-from mergekit_ray.planning.output_config import output_config
+from mergekit_ray.planning.output_config import output_config, without_beyond
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import dropped_scales, weights_of
 from mergekit_ray.planning.weights import Weights
@@ -106,7 +106,8 @@ def make_plan(
             compute=COMPUTE_DTYPES[recipe.compute_dtype],
             seed=recipe.seed,
         )
-        lowering = lower(normalise(recipe), METHODS.get(recipe.merge_method), models, donor, arithmetic)
+        rules = rules_of(recipe, models)
+        lowering = lower(normalise(recipe), METHODS.get(recipe.merge_method), models, donor, arithmetic, rules)
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")
     shards = partition(lowering.groups, lowering.expressions, recipe.output.max_shard_size)
@@ -124,6 +125,8 @@ def make_plan(
         tied=lowering.tied,
         vocab_size=lowering.vocab_size,
     )
+    if not lowering.keeps_beyond:
+        config = without_beyond(config)
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(recipe, MoeRecipe) and recipe.gate_mode.needs_prompts:
         # What its routers are made of, whether or not a tensor is made of it too.

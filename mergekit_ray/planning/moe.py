@@ -17,7 +17,7 @@ from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.expressions import Concat, Constant, Expression
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.dense import lower
+from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.moe_checks import check_backbone, check_sources, vocabulary_warnings
 from mergekit_ray.planning.moe_experts import COMPUTE_DTYPES, ExpertLowering, RouterVectors, Routing
@@ -130,7 +130,8 @@ class _MoeLowering:
         stored = self._recipe.dtype or backbone.out_dtype or backbone.dtype
         arithmetic = Arithmetic(stored, backbone.dtype, COMPUTE_DTYPES[backbone.compute_dtype], self._backbone_seed)
         method = METHODS.get(backbone.merge_method)
-        lowering = lower(normalise(backbone), method, self._models, self._models[backbone.donor], arithmetic)
+        donor, rules = self._models[backbone.donor], rules_of(backbone, self._models)
+        lowering = lower(normalise(backbone), method, self._models, donor, arithmetic, rules)
         specs = {spec.name: spec for group in lowering.groups for spec in group if not self._is_feed_forward(spec.name)}
         specs = {name: spec for name, spec in specs.items() if not is_buffer(name)}
         check_backbone(self._base, self._frame_names(), specs)

@@ -13,7 +13,7 @@ from mergekit_ray.core.errors import PlanError
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
-_BEYOND_KEYS = ("num_nextn_predict_layers",)
+_BEYOND_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 """Numbers of layers beyond the stack proper (multi-token prediction), which a stack that is cut anew does not keep."""
 
 _INDEX_KEYS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
@@ -66,6 +66,14 @@ def output_config(
         for part in stating(config, "vocab_size") or [cast(dict[str, Any], language_config(config))]:
             part["vocab_size"] = vocab_size
     return config
+
+
+def without_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that counts no layers beyond the stack proper."""
+    changed = copy.deepcopy(dict(config))
+    for part in (changed, cast(dict[str, Any], language_config(changed))):
+        part |= {key: 0 for key in _BEYOND_KEYS if key in part}
+    return changed
 
 
 def _set_layers(inner: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any], int]]) -> None:

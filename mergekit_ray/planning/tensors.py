@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 
-from mergekit_ray.architectures.anatomy import is_buffer
+from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
 from mergekit_ray.core.dtypes import DType, promote
 from mergekit_ray.core.errors import MergeError, PlanError
 from mergekit_ray.core.expressions import Cast, Expression, Merge, Scale
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Operand
+from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
+from mergekit_ray.planning.mismatches import Mismatches
+from mergekit_ray.planning.partial import PartialTensors
 
 
 class TensorLowering:
     """Adds output tensors to a `Lowering`, one by one.
 
     Attributes:
-        problems: tensors that do not fit together, in words; collected so that all can be told at once.
+        mismatches: tensors that do not fit together; collected so that all can be told at once.
+        partial: decides on tensors that only some models have.
         used: (model key, tensor name) of every input tensor that was asked for.
         refused: tensors that the method cannot merge with their parameters, whatever is in them: names by models and
             error (what, remedy).
         cut_rows: numbers of rows found, by name, of vocabulary tensors that are cut to their common rows.
     """
 
-    def __init__(self, method: type[MethodDeclaration], arithmetic: Arithmetic, result: Lowering) -> None:
+    def __init__(
+        self, method: type[MethodDeclaration], arithmetic: Arithmetic, rules: Rules, donor: Model, result: Lowering
+    ) -> None:
         self._method = method
         self._arithmetic = arithmetic
+        self._rules = rules
+        self._donor = donor
         self._result = result
-        self.problems: list[str] = []
+        self.mismatches = Mismatches()
+        self.partial = PartialTensors(rules.missing, donor, result, self.mismatches)
         self.refused: dict[tuple[str, str, str | None], list[str]] = {}
         self.used: set[tuple[str, str]] = set()
         self.cut_rows: dict[str, set[int]] = {}
@@ -38,18 +46,16 @@ class TensorLowering:
         if name in self._result.expressions:
             raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
         everyone = [*operands, *([base] if base is not None else [])]
-        absent = [o for o in everyone if o.name not in o.model.weights.specs]
+        absent = [o for o in everyone if not o.exists]
         for operand in everyone:
             self.used.add((operand.model.key, operand.name))
         if is_buffer(name):
             return self._buffer(name, everyone, absent, base or operands[0])
+        if not self._rules.merges(name):
+            return self._unmerged(name, everyone, base, cut)
         if absent:
-            having = [o for o in everyone if o not in absent]
-            self.problems.append(
-                f"{name}: in {', '.join(sorted({str(o.model.reference) for o in having}))}, "
-                f"not in {', '.join(sorted({str(o.model.reference) for o in absent}))}"
-            )
-            return []
+            source = self.partial.source_of(name, everyone, base)
+            return [] if source is None else self.copy(name, source)
         specs = [o.model.weights.specs[o.name] for o in everyone]
         if not all(spec.dtype.is_floating for spec in specs):
             return self._not_floating(name, everyone, specs, base or operands[0])
@@ -116,12 +122,56 @@ class TensorLowering:
         for operand in everyone:
             if operand not in absent and (absent or operand.model is not donor.model):
                 self._result.dropped[f"{operand.model.reference}: {operand.name}"] = reason
-        return [] if absent else self._copy(name, donor)
+        return [] if absent else self._as_stored(name, donor)
 
-    def _copy(self, name: str, operand: Operand) -> list[TensorSpec]:
+    def _as_stored(self, name: str, operand: Operand) -> list[TensorSpec]:
         spec = operand.model.weights.specs[operand.name]
         self._result.expressions[name] = operand.model.weights.expression(operand.name)
         return [TensorSpec(name, spec.dtype, spec.shape)]
+
+    def copy(self, name: str, operand: Operand, shape: tuple[int, ...] | None = None) -> list[TensorSpec]:
+        """Add one model's tensor, in the dtype of the output; with a ``shape``, its leading rows."""
+        spec = operand.model.weights.specs[operand.name]
+        self.used.add((operand.model.key, operand.name))
+        if is_buffer(name) or not spec.dtype.is_floating:
+            return self._as_stored(name, operand)
+        dtype = self._arithmetic.stored or self._arithmetic.inputs or spec.dtype
+        x = operand.model.weights.expression(operand.name, shape)
+        self._result.expressions[name] = x if x.spec.dtype is dtype else Cast(x, dtype)
+        return [TensorSpec(name, dtype, x.spec.shape)]
+
+    def _unmerged(self, name: str, everyone: list[Operand], base: Operand | None, cut: Cut) -> list[TensorSpec]:
+        """A tensor that the recipe keeps out of the merge comes from one model."""
+        wanted = self._rules.source or (base.model if base is not None else self._donor)
+        source = next((operand for operand in everyone if operand.model is wanted), None)
+        if source is None:
+            place = place_of(name)
+            is_recut = place is not None and place.stack == self._donor.anatomy.main and not cut.is_all
+            if is_recut and self._rules.source is not None:
+                raise PlanError(
+                    f"{name!r} is to come from {wanted.reference}, which is not in the slice that makes it",
+                    where="from",
+                    remedy="list that model among the slice's sources, or remove `from`",
+                )
+            source = everyone[0] if is_recut else Operand(wanted, name)
+        having = [operand for operand in everyone if operand.exists]
+        if not source.exists:
+            lacking = [*(o for o in everyone if not o.exists), source]
+            found = self.partial.source_of(name, [*having, *lacking], source)
+            return [] if found is None else self.copy(name, found)
+        for operand in having:
+            if operand.model is not source.model:
+                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
+                    f"kept out of the merge: that of {source.model.reference} is copied"
+                )
+        return self.copy(name, source, self._kept_rows(name, having))
+
+    def _kept_rows(self, name: str, having: list[Operand]) -> tuple[int, ...] | None:
+        """Rows of an unmerged tensor of the vocabulary: as many as the merged ones have."""
+        vocabulary = self._donor.anatomy.vocabulary
+        if name not in vocabulary or not any(self._rules.merges(other) for other in vocabulary):
+            return None
+        return self._common_shape(name, having, [o.model.weights.specs[o.name] for o in having])
 
     def _not_floating(
         self, name: str, everyone: list[Operand], specs: list[TensorSpec], donor: Operand
@@ -131,14 +181,14 @@ class TensorLowering:
             found = ", ".join(
                 f"{o.model.reference}: {s.dtype.value} {list(s.shape)}" for o, s in zip(everyone, specs, strict=True)
             )
-            self.problems.append(f"{name}: not a weight (not floating point), and not alike: {found}")
+            self.mismatches.add(name, f"not a weight (not floating point), and not alike: {found}")
             return []
         for operand in everyone:
             if operand.model is not donor.model:
                 self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
                     f"not floating point: that of {donor.model.reference} is copied"
                 )
-        return self._copy(name, donor)
+        return self._as_stored(name, donor)
 
     def _common_shape(self, name: str, everyone: list[Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
         """The shape all share; for the vocabulary's tensors, the common leading rows."""
@@ -152,5 +202,5 @@ class TensorLowering:
             self._result.vocab_size = min(rows)
             return (min(rows), *specs[0].shape[1:])
         found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))
-        self.problems.append(f"{name}: different shapes ({found})")
+        self.mismatches.add(name, f"different shapes ({found})")
         return None

@@ -43,6 +43,16 @@ def test_one_recipe_five_ways(tmp_path: Path, methods: Methods) -> None:
     assert all(recipe == recipes[0] for recipe in recipes)
 
 
+@pytest.mark.parametrize("missing", ["error", "base", "first", "drop"])
+def test_tensors_that_are_not_merged(missing: str, methods: Methods) -> None:
+    recipe = load(f"missing: {missing}\nexclude: lm_head.*\ninclude: [a, 'b*']\nfrom: a\n{HEAD}", methods)
+    assert (recipe.missing, recipe.exclude, recipe.include) == (missing, ("lm_head.*",), ("a", "b*"))
+    assert recipe.from_model == ModelReference("a")
+    assert recipe.to_data()["from"] == "a"
+    assert load(recipe.to_data(), methods) == recipe
+    assert not {"missing", "exclude", "include", "from"} & load(HEAD, methods).to_data().keys()
+
+
 def test_every_key(methods: Methods) -> None:
     text = """\
 name: 7

@@ -74,6 +74,22 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
 @pytest.mark.parametrize(
     ("text", "line", "path", "what", "hint"),
     [
+        (HEAD + "form: a\n", 4, "form", "unknown key 'form'; accepted: base_model, ", "did you mean 'from'?"),
+        (
+            HEAD + "missing: frist\n",
+            4,
+            "missing",
+            "accepted: error, base, first, drop; found 'frist'",
+            "did you mean 'first'?",
+        ),
+        (HEAD + "exclude: []\n", 4, "exclude", "an empty list", "list at least one, or remove it"),
+        (
+            HEAD + "exclude: x\nfrom: aa\n",
+            5,
+            "from",
+            "`from` names 'aa', which the recipe does not merge; accepted: a",
+            "did you mean 'a'?",
+        ),
         (HEAD + "dtpye: float16\n", 4, "dtpye", "unknown key 'dtpye'; accepted: base_model, ", "did you mean 'dtype'?"),
         (HEAD + "merge_method: ties\n", 4, "merge_method", "appears twice; first at line 1", "keep one"),
         (HEAD + "out_dtype: int8\n", 4, "out_dtype", "unknown dtype 'int8'", ""),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
+from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
@@ -284,7 +283,7 @@ def test_models_of_different_depth_need_slices() -> None:
         plan_of(LINEAR, llama("/a", 2), llama("/b", 3))
 
 
-def mtp(path: str) -> Any:
+def mtp(path: str) -> Checkpoint:
     shapes = llama_shapes(2) | {"model.layers.2.eh_proj.weight": (4, 8), "model.layers.2.mlp.up_proj.weight": (6, 4)}
     return checkpoint(
         path, shapes, {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "tie_word_embeddings": False}
@@ -308,7 +307,8 @@ slices:
     found = {name: sources(x) for name, x in expressions_of(plan).items()}
     assert found["model.layers.2.mlp.up_proj.weight"] == ["m0: model.layers.0.mlp.up_proj.weight"]
     assert "model.layers.2.eh_proj.weight" not in found
-    assert plan.dropped["/a: model.layers.2.eh_proj.weight"] == "no slice takes it"
+    assert plan.dropped["/a: model.layers.2.eh_proj.weight"] == "left out, as the layers are cut anew"
+    assert plan.warnings == ("model.layers.2.* (2 tensors) are in /a: left out, as the layers are cut anew",)
     assert plan.config["num_nextn_predict_layers"] == 0
 
 

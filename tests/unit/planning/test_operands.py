@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Load
@@ -71,14 +72,24 @@ def test_other_shapes_must_match_and_all_mismatches_are_listed() -> None:
     with pytest.raises(ModelError) as caught:
         plan_of(LINEAR, llama("/a", inner=6), llama("/b", inner=8))
     lines = caught.value.what.splitlines()[1:]
-    assert lines == [
-        f"  model.layers.{i}.mlp.up_proj.weight: different shapes (/a: [6, 4], /b: [8, 4])" for i in (0, 1)
+    assert lines == ["  model.layers.*.mlp.up_proj.weight (2 tensors): different shapes (/a: [6, 4], /b: [8, 4])"]
+    other = llama_shapes(2)
+    other |= {"model.layers.1.mlp.up_proj.weight": (9, 4), "model.norm.weight": (5,)}
+    with pytest.raises(ModelError) as caught:
+        plan_of(LINEAR, llama("/a"), checkpoint("/b", other, llama("/b").config))
+    assert caught.value.what.splitlines()[1:] == [
+        "  model.layers.1.mlp.up_proj.weight: different shapes (/a: [6, 4], /b: [9, 4])",
+        "  model.norm.weight: different shapes (/a: [4], /b: [5])",
     ]
 
 
 def test_a_long_list_of_mismatches_is_counted() -> None:
+    def one(path: str, inner: int) -> Checkpoint:
+        shapes = llama_shapes(1) | {f"model.layers.0.{letter}.weight": (inner, 4) for letter in "abcdefghijklmnopqrst"}
+        return checkpoint(path, shapes, {"num_hidden_layers": 1, "tie_word_embeddings": False})
+
     with pytest.raises(ModelError, match=r"\.\.\. and 8 more"):
-        plan_of(LINEAR, llama("/a", 20, inner=6), llama("/b", 20, inner=8))
+        plan_of(LINEAR, one("/a", 6), one("/b", 8))
 
 
 def test_tensors_that_one_model_lacks_are_named_both_ways() -> None:
@@ -98,8 +109,8 @@ def test_a_tower_that_one_model_lacks_is_named() -> None:
     tower = llama_shapes(1) | {"visual.blocks.0.qkv.weight": (4, 4)}
     with pytest.raises(ModelError, match=r"visual\.blocks\.1\.qkv\.weight: in /b, not in /a"):
         plan_of(LINEAR, checkpoint("/a", tower, config), checkpoint("/b", deeper, config))
-    with pytest.raises(ModelError, match=r"visual\.blocks\.0\.qkv\.weight: in /b, not in /a"):
-        plan_of(LINEAR, llama("/a", 1), checkpoint("/b", deeper, config))
+    with pytest.raises(ModelError, match=r"visual\.\* \(2 tensors\): in /b, not in /a"):
+        plan_of("missing: error\n" + LINEAR, llama("/a", 1), checkpoint("/b", deeper, config))
 
 
 def test_a_vision_tower_is_merged_beside_slices_of_the_language_model() -> None:
