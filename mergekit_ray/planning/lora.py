@@ -28,10 +28,13 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression, LowRank, Merge
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.names import Names
 from mergekit_ray.planning.weights import StoredWeights, Weights
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Endings of the name of a head; a tied model may not store it."""
+
+_MERGE_WITH_PEFT = "merge the adapter with PEFT (merge_and_unload) and name the result"
 
 _CONV1D = {
     **dict.fromkeys(("gpt2", "imagegpt", "decision_transformer"), ("c_attn", "c_proj", "c_fc", "q_attn")),
@@ -156,6 +159,7 @@ class _Application:
     def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], adapter: Adapter) -> None:
         self._adapter = adapter
         self._base_specs = specs
+        self._names = Names(specs)
         self._base_config = config
         self._anatomy: Anatomy = anatomy(specs, config, f"base of {adapter.where}")
         self._is_tied = self._anatomy.tied
@@ -171,18 +175,11 @@ class _Application:
     # -- names ----------------------------------------------------------------------------------------------------
 
     def _find(self, name: str) -> str | None:
-        """The base's name of a tensor: the same, or one that differs by the first component only.
-
-        The class a model was loaded with decides whether its names begin with ``model.`` or ``transformer.``; its files
-        and the adapter may be of different minds.
-        """
+        """The base's name of a tensor, if it has one that can be meant."""
         if name in self.specs or self._is_head(name):
             return name
-        shorter = name.partition(".")[2]
-        if shorter in self.specs:
-            return shorter
-        longer = {f"{known.partition('.')[0]}.{name}" for known in self._base_specs} & self.specs.keys()
-        return longer.pop() if len(longer) == 1 else None
+        found = self._names.find(name)
+        return found[0] if len(found) == 1 else None
 
     def _is_head(self, name: str) -> bool:
         """Whether it is the head of a tied model, which is its embedding."""
@@ -191,6 +188,9 @@ class _Application:
 
     def _require(self, name: str, stored: str) -> str:
         found = self._find(name)
+        if found is None and (several := self._names.find(name)):
+            meant = " or ".join(map(repr, several))
+            raise self._fault(f"tensor {stored!r} belongs to {name!r}, which in the base is {meant}", _MERGE_WITH_PEFT)
         if found is None:
             raise self._fault(
                 f"tensor {stored!r} belongs to {name!r}, which the base does not have{nearest(name, self._base_specs)}",
@@ -304,7 +304,7 @@ class _Application:
         if not spec.dtype.is_floating or len(spec.shape) != 2:
             raise self._fault(
                 f"{change.a!r} adapts {target!r}, which is no matrix of weights: {spec.dtype.value} {list(spec.shape)}",
-                "merge the adapter with PEFT (merge_and_unload) and name the result",
+                _MERGE_WITH_PEFT,
             )
         for stored in (change.a, change.b, change.magnitude, change.bias):
             if stored is not None and not self._adapter.spec(stored).dtype.is_floating:

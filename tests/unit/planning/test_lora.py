@@ -171,6 +171,16 @@ def test_names_may_differ_by_their_first_component(stored: str, named: str) -> N
     assert isinstance(found.expression(f"{stored}.weight"), LowRank)
 
 
+def test_a_name_that_may_mean_two_tensors_is_refused() -> None:
+    base = checkpoint("/base", {f"{wrapper}.layers.0.a.weight": (4, 6) for wrapper in ("model", "language_model")})
+    with pytest.raises(ModelError) as caught:
+        view(base, adapter_of(pair("transformer.layers.0.a", 4, 6)))
+    assert "which in the base is 'language_model.layers.0.a.weight' or 'model.layers.0.a.weight'" in caught.value.what
+    assert isinstance(
+        view(base, adapter_of(pair("model.layers.0.a", 4, 6))).expression("model.layers.0.a.weight"), LowRank
+    )
+
+
 # -- tied embeddings ---------------------------------------------------------------------------------------------------
 
 
