@@ -5,7 +5,6 @@ Works on the normal form of a recipe (modules of slices of sources) and the head
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,20 +15,19 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Resolver, gradient_position
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ModelError, PlanError
-from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
 from mergekit_ray.planning.modules import below, module_prefix
 from mergekit_ray.planning.partial import PREDICTION, beyond_part, is_beyond
+from mergekit_ray.planning.renaming import notes, renamed
 from mergekit_ray.planning.tensors import TensorLowering
 
 _NO_RULES = Rules()
 
 
-def rules_of(recipe: DenseRecipe, models: Mapping[ModelReference, Model]) -> Rules:
+def rules_of(recipe: DenseRecipe) -> Rules:
     """What a recipe says of tensors that are not merged."""
-    source = None if recipe.from_model is None else models.get(recipe.from_model)
-    return Rules(recipe.missing, recipe.include, recipe.exclude or (), source)
+    return Rules(recipe.missing, recipe.include, recipe.exclude or (), recipe.from_model)
 
 
 def lower(
@@ -54,7 +52,15 @@ def lower(
         ModelError: models that do not fit together; all mismatches are listed.
         PlanError: layer ranges beyond a model, modules that match nothing, parameters with which nothing can be merged.
     """
-    return _DenseLowering(method, models, donor, arithmetic, rules).run(modules)
+    slices = [part for module in modules for part in module.slices]
+    named = {source.model for part in slices for source in part.inputs} | {
+        rules.source,
+        *(part.base for part in slices),
+    }
+    seen = {reference: renamed(model, donor, rules) for reference, model in models.items() if reference in named}
+    lowering = _DenseLowering(method, {donor.reference: donor} | seen, donor, arithmetic, rules).run(modules)
+    lowering.warnings[:0] = [note for reference, model in seen.items() for note in notes(models[reference], model)]
+    return lowering
 
 
 class _DenseLowering:
@@ -67,11 +73,11 @@ class _DenseLowering:
         rules: Rules,
     ) -> None:
         self._method = method
-        self._models = models
         self._donor = donor
+        self._models = models
         self._rules = rules
         self._result = Lowering()
-        self._tensors = TensorLowering(method, arithmetic, rules, donor, self._result)
+        self._tensors = TensorLowering(method, arithmetic, rules, self._models, donor, self._result)
         self._prefixes: list[str | None] = []
 
     def run(self, modules: Sequence[NormalModule]) -> Lowering:
@@ -90,7 +96,7 @@ class _DenseLowering:
         for (models, what, remedy), names in self._tensors.refused.items():
             more = "" if len(names) == 1 else f" and {len(names) - 1} more"
             raise PlanError(what, where=f"tensor {names[0]!r}{more} of {models}", remedy=remedy)
-        self._check_patterns()
+        self._rules.check([*self._result.expressions, *self._result.aliased])
         self._name_unused()
         self._result.warnings += self._tensors.partial.warnings()
         for name, rows in sorted(self._tensors.cut_rows.items()):
@@ -205,26 +211,16 @@ class _DenseLowering:
     def _extras_of_donor(self, cuts: Sequence[Cut]) -> None:
         """What the donor has beside its layers and no slice brings in: of a donor that is not merged, or cut away."""
         merged = [model for model in cuts[-1].models if model is not self._donor]
-        anatomy, extras = self._donor.anatomy, []
-        stacks = [
-            f"{stack}.{i}.{rest}"
-            for stack, layers in anatomy.layers.items()
-            for i, rests in enumerate(layers)
-            for rest in rests
-            if stack != anatomy.main
-        ]
-        is_whole = self._is_whole(cuts)
-        for name in sorted([*anatomy.before, *anatomy.after, *stacks]) if merged else ():
-            operand = Operand(self._donor, name)
-            is_made = name in self._result.expressions or (self._donor.key, name) in self._tensors.used
-            if is_made or name in anatomy.redundant or is_buffer(name):
+        is_whole, group = self._is_whole(cuts), []
+        for name in sorted(self._donor.weights.specs) if merged else ():
+            if (self._donor.key, name) in self._tensors.used or name in self._result.expressions or is_buffer(name):
                 continue
             if not is_whole and is_beyond(self._donor, name):
                 self._leave_out_beyond(cuts[0], [name])
-            elif self._tensors.partial.is_extra(name, operand, merged):
-                everyone = [operand, *(Operand(model, name) for model in merged)]
-                extras += self._tensors.add(name, everyone, operand, cuts[-1], 0.0)
-        self._add_group(extras)
+            elif self._tensors.partial.is_extra(name, merged):
+                everyone = [Operand(model, name) for model in (self._donor, *merged)]
+                group += self._tensors.add(name, everyone, everyone[0], cuts[-1], 0.0)
+        self._add_group(group)
 
     def _leave_out_beyond(self, cut: Cut, names: Sequence[str]) -> None:
         """Layers beyond the stack proper, and modules that predict more tokens, fit no stack that is cut anew."""
@@ -257,22 +253,6 @@ class _DenseLowering:
                     names[name] = None
         self._leave_out_beyond(cut, beyond)
         return sorted(names)
-
-    def _check_patterns(self) -> None:
-        """Every pattern of `include` and `exclude` names a tensor.
-
-        Raises:
-            PlanError: one names none.
-        """
-        names = [*self._result.expressions, *self._result.aliased]
-        for key, patterns in (("include", self._rules.include or ()), ("exclude", self._rules.exclude)):
-            for pattern in patterns:
-                if not fnmatch.filter(names, pattern):
-                    raise PlanError(
-                        f"no tensor of the output matches {pattern!r}{nearest(pattern, names)}",
-                        where=key,
-                        remedy="patterns are names with `*` for any run of characters, such as 'model.layers.0.*'",
-                    )
 
     def _check_all_covered(self) -> None:
         missing = [
@@ -377,7 +357,7 @@ class _DenseLowering:
                     reason = (
                         "a stored copy of the embedding" if name in model.anatomy.redundant else "no slice takes it"
                     )
-                    self._result.dropped.setdefault(f"{model.reference}: {name}", reason)
+                    self._result.dropped.setdefault(model.label(name), reason)
 
 
 def _deepest(models: Sequence[Model]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -12,20 +13,31 @@ from mergekit_ray.config.recipe import Missing
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Expression
+from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.weights import Weights
 
 
 @dataclass(frozen=True)
 class Model:
-    """An input as planning sees it: its tensors, config and side files, and what its names mean."""
+    """An input as planning sees it: its tensors, config and side files, and what its names mean.
+
+    Attributes:
+        stored_names: what its files call the tensors that are seen under other names.
+    """
 
     key: str
     reference: ModelReference
     checkpoint: Checkpoint
     weights: Weights
     anatomy: Anatomy
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+
+    def label(self, name: str) -> str:
+        """A tensor for lists and messages: the model, and what its files call the tensor."""
+        return f"{self.reference}: {self.stored_names.get(name, name)}"
 
     @cached_property
     def prefixes(self) -> frozenset[str]:
@@ -47,12 +59,27 @@ class Rules:
     missing: Missing | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
-    source: Model | None = None
+    source: ModelReference | None = None
 
     def merges(self, name: str) -> bool:
         """Whether an output tensor is merged, rather than copied from one model."""
         is_included = self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include)
         return is_included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Check that every pattern matches one of the output's tensors.
+
+        Raises:
+            PlanError: one matches none.
+        """
+        for key, patterns in (("include", self.include or ()), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise PlanError(
+                        f"no tensor of the output matches {pattern!r}{nearest(pattern, names)}",
+                        where=key,
+                        remedy="patterns are names with `*` for any run of characters, such as 'model.layers.0.*'",
+                    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +137,11 @@ class Operand:
     def exists(self) -> bool:
         """Whether the model has such a tensor."""
         return self.name in self.model.weights.specs
+
+    @property
+    def label(self) -> str:
+        """See `Model.label`."""
+        return self.model.label(self.name)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def make_plan(
             compute=COMPUTE_DTYPES[recipe.compute_dtype],
             seed=recipe.seed,
         )
-        rules = rules_of(recipe, models)
+        rules = rules_of(recipe)
         lowering = lower(normalise(recipe), METHODS.get(recipe.merge_method), models, donor, arithmetic, rules)
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")

@@ -130,7 +130,7 @@ class _MoeLowering:
         stored = self._recipe.dtype or backbone.out_dtype or backbone.dtype
         arithmetic = Arithmetic(stored, backbone.dtype, COMPUTE_DTYPES[backbone.compute_dtype], self._backbone_seed)
         method = METHODS.get(backbone.merge_method)
-        donor, rules = self._models[backbone.donor], rules_of(backbone, self._models)
+        donor, rules = self._models[backbone.donor], rules_of(backbone)
         lowering = lower(normalise(backbone), method, self._models, donor, arithmetic, rules)
         specs = {spec.name: spec for group in lowering.groups for spec in group if not self._is_feed_forward(spec.name)}
         specs = {name: spec for name, spec in specs.items() if not is_buffer(name)}

@@ -67,14 +67,20 @@ class PartialTensors:
         self._settled.add(name, f"{where}: copied from {source.model.reference}", prefix)
         for operand in having:
             if operand.model is not source.model:
-                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
+                self._result.dropped[operand.label] = (
                     f"not all models have it: that of {source.model.reference} is copied"
                 )
         return source
 
-    def is_extra(self, name: str, having: Operand, lacking: Sequence[Model]) -> bool:
-        """Whether a tensor that some models lack, by the same name, is no part of what all models need."""
-        return self._is_extra(name, _absent_part(name, [Operand(model, name) for model in lacking]), [having])
+    def is_extra(self, name: str, lacking: Sequence[Model]) -> bool:
+        """Whether a tensor of the donor is no part of what every model needs.
+
+        Args:
+            name: of the tensor.
+            lacking: models that have none by that name.
+        """
+        prefix = _absent_part(name, [Operand(model, name) for model in lacking])
+        return self._is_extra(name, prefix, [Operand(self._donor, name)])
 
     def leave_out(self, name: str, having: Sequence[Operand], prefix: str, where: str, reason: str) -> None:
         """Note a tensor that the output does without.
@@ -88,7 +94,7 @@ class PartialTensors:
         """
         self._settled.add(name, f"{where}: {reason}", prefix)
         for operand in having:
-            self._result.dropped[f"{operand.model.reference}: {operand.name}"] = reason
+            self._result.dropped[operand.label] = reason
             if operand.model is self._donor and is_beyond(operand.model, operand.name):
                 self._result.keeps_beyond = False
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
+from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration
 from mergekit_ray.core.dtypes import DType, promote
 from mergekit_ray.core.errors import MergeError, PlanError
@@ -28,12 +30,19 @@ class TensorLowering:
     """
 
     def __init__(
-        self, method: type[MethodDeclaration], arithmetic: Arithmetic, rules: Rules, donor: Model, result: Lowering
+        self,
+        method: type[MethodDeclaration],
+        arithmetic: Arithmetic,
+        rules: Rules,
+        models: Mapping[ModelReference, Model],
+        donor: Model,
+        result: Lowering,
     ) -> None:
         self._method = method
         self._arithmetic = arithmetic
         self._rules = rules
         self._donor = donor
+        self._source = None if rules.source is None else models[rules.source]
         self._result = result
         self.mismatches = Mismatches()
         self.partial = PartialTensors(rules.missing, donor, result, self.mismatches)
@@ -121,7 +130,7 @@ class TensorLowering:
             reason = "a constant that the model computes itself, and not all models store it"
         for operand in everyone:
             if operand not in absent and (absent or operand.model is not donor.model):
-                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = reason
+                self._result.dropped[operand.label] = reason
         return [] if absent else self._as_stored(name, donor)
 
     def _as_stored(self, name: str, operand: Operand) -> list[TensorSpec]:
@@ -142,12 +151,12 @@ class TensorLowering:
 
     def _unmerged(self, name: str, everyone: list[Operand], base: Operand | None, cut: Cut) -> list[TensorSpec]:
         """A tensor that the recipe keeps out of the merge comes from one model."""
-        wanted = self._rules.source or (base.model if base is not None else self._donor)
+        wanted = self._source or (base.model if base is not None else self._donor)
         source = next((operand for operand in everyone if operand.model is wanted), None)
         if source is None:
             place = place_of(name)
             is_recut = place is not None and place.stack == self._donor.anatomy.main and not cut.is_all
-            if is_recut and self._rules.source is not None:
+            if is_recut and self._source is not None:
                 raise PlanError(
                     f"{name!r} is to come from {wanted.reference}, which is not in the slice that makes it",
                     where="from",
@@ -161,7 +170,7 @@ class TensorLowering:
             return [] if found is None else self.copy(name, found)
         for operand in having:
             if operand.model is not source.model:
-                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
+                self._result.dropped[operand.label] = (
                     f"kept out of the merge: that of {source.model.reference} is copied"
                 )
         return self.copy(name, source, self._kept_rows(name, having))
@@ -185,9 +194,7 @@ class TensorLowering:
             return []
         for operand in everyone:
             if operand.model is not donor.model:
-                self._result.dropped[f"{operand.model.reference}: {operand.name}"] = (
-                    f"not floating point: that of {donor.model.reference} is copied"
-                )
+                self._result.dropped[operand.label] = f"not floating point: that of {donor.model.reference} is copied"
         return self._as_stored(name, donor)
 
     def _common_shape(self, name: str, everyone: list[Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:

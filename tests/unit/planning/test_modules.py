@@ -80,3 +80,53 @@ def test_default_is_the_whole_model() -> None:
 def test_modules_must_cover_the_model_once(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         plan_of(f"merge_method: passthrough\n{text}", with_tower("/a", tied=False))
+
+
+def parts_of(names: str) -> tuple[Any, dict[str, set[str]]]:
+    """A multimodal model, and the tensors of each of its parts."""
+    text, head, tower, projector = names.split()
+    shapes = {name.replace("model.", f"{text}.", 1): shape for name, shape in llama_shapes(2, head=False).items()}
+    shapes[f"{head}weight"] = (10, 4)
+    own = {
+        "text_decoder": set(shapes),
+        "vision_encoder": {f"{tower}.layers.0.fc.weight", f"{tower}.norm.weight"},
+        "projector": {f"{projector}.0.weight", f"{projector}.1.weight"},
+    }
+    shapes |= dict.fromkeys(own["vision_encoder"] | own["projector"], (4, 4))
+    config = {"text_config": {"num_hidden_layers": 2}, "tie_word_embeddings": False}
+    return checkpoint("/a", shapes, config), own
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "language_model.model language_model.lm_head. vision_tower multi_modal_projector",
+        "model.language_model lm_head. model.vision_tower model.multi_modal_projector",
+        "model lm_head. visual merger",
+        "thinker.model thinker.lm_head. thinker.visual thinker.connector",
+        "language_model.model language_model.lm_head. vision_model mm_projector",
+    ],
+)
+def test_parts_by_what_they_are_commonly_called(names: str) -> None:
+    a, own = parts_of(names)
+    b = checkpoint("/b", {n: spec.shape for n, (spec, _) in a.tensors.items()}, a.config)
+    for module, tensors in own.items():
+        listed = "".join(f"  {part}: {{models: [{{model: /{'b' if part == module else 'a'}}}]}}\n" for part in own)
+        found = stack(f"merge_method: passthrough\nbase_model: /a\nmodules:\n{listed}", a, b)
+        assert {name for name, made_of in found.items() if made_of == [f"m1: {name}"]} == tensors
+        assert set(found) == set(a.tensors)
+
+
+def test_a_text_decoder_of_a_model_without_towers_is_all_of_it() -> None:
+    shapes = llama_shapes(2) | {"mtp.layers.0.fc.weight": (4, 4)}
+    a = checkpoint("/a", shapes, {"num_hidden_layers": 2, "tie_word_embeddings": False})
+    text = "merge_method: passthrough\nmodules: {text_decoder: {models: [{model: /a}]}}"
+    assert set(stack(text, a)) == set(shapes)
+
+
+def test_a_name_that_may_be_several_parts_is_refused() -> None:
+    shapes = llama_shapes(2) | {f"{name}.layers.0.fc.weight": (4, 4) for name in ("vision_low", "vision_high")}
+    a = checkpoint("/a", shapes, {"num_hidden_layers": 2, "tie_word_embeddings": False})
+    with pytest.raises(PlanError, match="a module 'vision_encoder' may be any of several parts") as caught:
+        plan_of("merge_method: passthrough\nmodules: {vision_encoder: {models: [{model: /a}]}}", a)
+    assert "one of: vision_high, vision_low" in str(caught.value.remedy)
