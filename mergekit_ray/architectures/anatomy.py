@@ -24,7 +24,11 @@ TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_con
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|token_embedding|embeddings?|shared)\.weight$"
 )
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.(weight|bias)$")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|output_layer|(lm_head\.|predictions\.|head\.|^)decoder|lm_head\.out_proj"
+    r"|generator_lm_head|vocab_projector|output_projection|proj_out|lm_loss)\.(weight|bias)$"
+)
+_ALWAYS_HEAD = ("lm_head", "embed_out")
 _BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|project_in|rotary_emb)(\.|$)")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,8}")
 """The number of a layer, as everyone writes it; what is longer is a name."""
@@ -258,9 +262,9 @@ def _is_head(name: str, specs: Mapping[str, TensorSpec], embedding: str | None) 
     found = _HEAD.search(name)
     if found is None or place_of(name) is not None:
         return False
-    # "output" is also what projectors of other modalities call their last layer.
-    is_plain = found[2].startswith("output")
-    return not is_plain or embedding is None or specs[name].shape[:1] == specs[embedding].shape[:1]
+    # "output", "decoder" and the like are also what projectors of other modalities call their last layer.
+    is_as_long = embedding is not None and specs[name].shape[:1] == specs[embedding].shape[:1]
+    return found[2] in _ALWAYS_HEAD or is_as_long
 
 
 def _is_before(name: str, heads: frozenset[str]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mergekit_ray.architectures.anatomy import is_buffer
+from mergekit_ray.architectures.heads import may_have_head, unstored_head
 from mergekit_ray.config.normal import NormalModule, NormalSlice
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
@@ -79,6 +80,7 @@ class _DenseLowering:
         self._result = Lowering()
         self._tensors = TensorLowering(method, arithmetic, rules, self._models, donor, self._result)
         self._prefixes: list[str | None] = []
+        self._heads = {head for model in models.values() for head in _heads_of(model)}
 
     def run(self, modules: Sequence[NormalModule]) -> Lowering:
         named = [module for module in modules if module.name is not None]
@@ -301,7 +303,10 @@ class _DenseLowering:
         """
         embedding = last.donor.anatomy.embedding
         heads = self._head_names(first, last)
-        if embedding is None or not heads or not (prefix is None or below(embedding, prefix)):
+        if embedding is None or not (prefix is None or below(embedding, prefix)):
+            return names
+        if not heads:
+            self._keep_unnamed_tie(first, last)
             return names
         self._result.tied = self._is_tied(first, last)
         if self._result.tied:
@@ -315,11 +320,21 @@ class _DenseLowering:
 
     @staticmethod
     def _head_names(first: Cut, last: Cut) -> list[str]:
-        """Name of the output projection, if any model has one or is tied."""
+        """Name of the output projection, if any model stores one or is tied and of a class that tells the name."""
         models = (*last.models, *first.models)
-        named = [m.anatomy.head for m in models if m.anatomy.head is not None]
-        named += [name for m in models for name in m.anatomy.redundant]
-        return named or (["lm_head.weight"] if any(m.anatomy.tied for m in models) else [])
+        named = [name for m in models for name in _heads_of(m)]
+        return [name for name in named if any(name in m.weights.specs for m in models)] or named
+
+    def _keep_unnamed_tie(self, first: Cut, last: Cut) -> None:
+        """Say which head is lost where the models are tied and nothing tells under which name to store another."""
+        has_head = any(m.anatomy.tied and may_have_head(m.checkpoint.config) for m in last.models)
+        if has_head and (first.sources != last.sources or first.base != last.base):
+            lost = ", ".join(str(m.reference) for m in last.models)
+            self._result.warnings.append(
+                f"the output stays tied: its head is its embedding, made from "
+                f"{', '.join(str(m.reference) for m in first.models)}, and not that of {lost}, "
+                "since nothing tells what the class calls a head of its own"
+            )
 
     def _is_tied(self, first: Cut, last: Cut) -> bool:
         """The output is tied if every input is and head and embedding are made from the same models."""
@@ -327,18 +342,11 @@ class _DenseLowering:
             return False
         return first.sources == last.sources and first.base == last.base
 
-    @staticmethod
-    def _outside_operand(model: Model, name: str) -> Operand:
+    def _outside_operand(self, model: Model, name: str) -> Operand:
         """A tied model's head is its embedding."""
         anatomy = model.anatomy
-        stored = model.weights.specs
-        is_head = name == anatomy.head or (name not in stored or name in anatomy.redundant)
-        if (
-            is_head
-            and anatomy.tied
-            and anatomy.embedding is not None
-            and name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
-        ):
+        is_head = name in self._heads and (name == anatomy.head or name not in model.weights.specs)
+        if anatomy.embedding is not None and anatomy.tied and (is_head or name in anatomy.redundant):
             return Operand(model, anatomy.embedding)
         return Operand(model, name)
 
@@ -358,6 +366,15 @@ class _DenseLowering:
                         "a stored copy of the embedding" if name in model.anatomy.redundant else "no slice takes it"
                     )
                     self._result.dropped.setdefault(model.label(name), reason)
+
+
+def _heads_of(model: Model) -> list[str]:
+    """What a model's head is called: as it is stored, as a copy that it ignores, or as its class would call it."""
+    stored = [model.anatomy.head] if model.anatomy.head is not None else sorted(model.anatomy.redundant)
+    if stored or not model.anatomy.tied:
+        return stored
+    name = unstored_head(model.anatomy.embedding, model.checkpoint.config)
+    return [] if name is None else [name]
 
 
 def _deepest(models: Sequence[Model]) -> dict[str, int]:

@@ -1,0 +1,46 @@
+"""The output projection of a model whose files hold none because it is the embedding: whether there is one, its name.
+
+Names are those of transformers' classes, which an untied output has to follow. Where neither the embedding's name nor
+the class tells the name, none is made up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_WITH_PLAIN_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Endings of the classes that call their head ``lm_head`` if they call their embedding as below."""
+
+_PLAIN_EMBEDDING = re.compile(
+    r"(?P<outer>language_model\.)?(model\.|model\.language_model\.|model\.text_model\.)?embed_tokens\.weight"
+    r"|(transformer\.)?(wte|word_embeddings)\.weight"
+    r"|(model\.|model\.language_model\.)?shared\.weight"
+    r"|backbone\.embeddings\.weight"
+)
+
+
+def unstored_head(embedding: str | None, config: Mapping[str, Any]) -> str | None:
+    """What a tied model's head would be called if it were stored; None where nothing tells.
+
+    Args:
+        embedding: the stored name of its input embedding.
+        config: its ``config.json``. Without ``architectures`` the name alone decides.
+    """
+    found = None if embedding is None else _PLAIN_EMBEDDING.fullmatch(embedding)
+    classes = _classes(config)
+    if found is None or (classes and not any(name.endswith(_WITH_PLAIN_HEAD) for name in classes)):
+        return None
+    return f"{found['outer'] or ''}lm_head.weight"
+
+
+def may_have_head(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a model may have a head: those called ``...Model`` have none."""
+    classes = _classes(config)
+    return not classes or not all(name.endswith("Model") and not name.endswith("LMHeadModel") for name in classes)
+
+
+def _classes(config: Mapping[str, Any]) -> list[str]:
+    found = config.get("architectures")
+    return [str(name) for name in found] if isinstance(found, list) else []
