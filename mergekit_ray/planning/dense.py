@@ -22,6 +22,7 @@ from mergekit_ray.planning.modules import below, module_prefix
 from mergekit_ray.planning.partial import PREDICTION, beyond_part, is_beyond
 from mergekit_ray.planning.renaming import notes, renamed
 from mergekit_ray.planning.tensors import TensorLowering
+from mergekit_ray.planning.vocabulary import Vocabulary, common_vocabulary
 
 _NO_RULES = Rules()
 
@@ -59,7 +60,12 @@ def lower(
         *(part.base for part in slices),
     }
     seen = {reference: renamed(model, donor, rules) for reference, model in models.items() if reference in named}
-    lowering = _DenseLowering(method, {donor.reference: donor} | seen, donor, arithmetic, rules).run(modules)
+    its = {donor.reference: donor} | seen
+    first = _DenseLowering(method, its, donor, arithmetic, rules)
+    lowering = first.run(modules)
+    common = common_vocabulary(first.vocabulary, donor)
+    if common is not None:  # which tensors the vocabulary has is known once all are there
+        lowering = _DenseLowering(method, its, donor, arithmetic, rules, common).run(modules)
     lowering.warnings[:0] = [note for reference, model in seen.items() for note in notes(models[reference], model)]
     return lowering
 
@@ -72,15 +78,22 @@ class _DenseLowering:
         donor: Model,
         arithmetic: Arithmetic,
         rules: Rules,
+        common: Vocabulary | None = None,
     ) -> None:
+        self._common = common
         self._method = method
         self._donor = donor
         self._models = models
         self._rules = rules
         self._result = Lowering()
-        self._tensors = TensorLowering(method, arithmetic, rules, self._models, donor, self._result)
+        self._tensors = TensorLowering(method, arithmetic, rules, self._models, donor, self._result, common)
         self._prefixes: list[str | None] = []
         self._heads = {head for model in models.values() for head in _heads_of(model)}
+
+    @property
+    def vocabulary(self) -> Mapping[str, set[int]]:
+        """Numbers of rows that models have, of each tensor with a row for each token."""
+        return self._tensors.vocabulary
 
     def run(self, modules: Sequence[NormalModule]) -> Lowering:
         named = [module for module in modules if module.name is not None]
@@ -101,11 +114,9 @@ class _DenseLowering:
         self._rules.check([*self._result.expressions, *self._result.aliased])
         self._name_unused()
         self._result.warnings += self._tensors.partial.warnings()
-        for name, rows in sorted(self._tensors.cut_rows.items()):
-            few, many = min(rows), max(rows)
-            self._result.warnings.append(
-                f"{name} has between {few} and {many} rows in the models: the first {few} are merged, the rest left out"
-            )
+        if self._common is not None:
+            self._result.vocab_size = self._common.rows
+            self._result.warnings += self._common.warnings(self._tensors.vocabulary)
         return self._result
 
     # -- slices ---------------------------------------------------------------------------------------------------

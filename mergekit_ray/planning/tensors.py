@@ -15,6 +15,7 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
 from mergekit_ray.planning.mismatches import Mismatches
 from mergekit_ray.planning.partial import PartialTensors
+from mergekit_ray.planning.vocabulary import Vocabulary, is_of_vocabulary
 
 
 class TensorLowering:
@@ -26,7 +27,7 @@ class TensorLowering:
         used: (model key, tensor name) of every input tensor that was asked for.
         refused: tensors that the method cannot merge with their parameters, whatever is in them: names by models and
             error (what, remedy).
-        cut_rows: numbers of rows found, by name, of vocabulary tensors that are cut to their common rows.
+        vocabulary: numbers of rows found, by name, of the tensors with a row for each token.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class TensorLowering:
         models: Mapping[ModelReference, Model],
         donor: Model,
         result: Lowering,
+        common: Vocabulary | None,
     ) -> None:
         self._method = method
         self._arithmetic = arithmetic
@@ -48,7 +50,8 @@ class TensorLowering:
         self.partial = PartialTensors(rules.missing, donor, result, self.mismatches)
         self.refused: dict[tuple[str, str, str | None], list[str]] = {}
         self.used: set[tuple[str, str]] = set()
-        self.cut_rows: dict[str, set[int]] = {}
+        self.vocabulary: dict[str, set[int]] = {}
+        self._common = common
 
     def add(self, name: str, operands: list[Operand], base: Operand | None, cut: Cut, t: float) -> list[TensorSpec]:
         """Add one output tensor; returns its spec, or nothing if it is left out (and named)."""
@@ -75,7 +78,15 @@ class TensorLowering:
         base_input = None if base is None else base.model.weights.expression(base.name, shape)
         dtypes = [spec.dtype for spec in specs]
         spec = TensorSpec(name, self._arithmetic.stored or self._arithmetic.inputs or promote(dtypes), shape)
-        self._result.expressions[name] = self._expression(spec, inputs, base_input, dtypes, cut, t)
+        expression = self._expression(spec, inputs, base_input, dtypes, cut, t)
+        return self._store(spec, expression)
+
+    def _store(self, spec: TensorSpec, expression: Expression) -> list[TensorSpec]:
+        """Note how a tensor is made; one of the vocabulary gets all its rows."""
+        if self._common is not None and spec.name in self.vocabulary:
+            spec, expression = self._common.completed(spec, expression)
+            self.used.add((self._common.donor.key, self._common.name_in(spec.name)))
+        self._result.expressions[spec.name] = expression
         return [spec]
 
     def _expression(
@@ -146,8 +157,7 @@ class TensorLowering:
             return self._as_stored(name, operand)
         dtype = self._arithmetic.stored or self._arithmetic.inputs or spec.dtype
         x = operand.model.weights.expression(operand.name, shape)
-        self._result.expressions[name] = x if x.spec.dtype is dtype else Cast(x, dtype)
-        return [TensorSpec(name, dtype, x.spec.shape)]
+        return self._store(TensorSpec(name, dtype, x.spec.shape), x if x.spec.dtype is dtype else Cast(x, dtype))
 
     def _unmerged(self, name: str, everyone: list[Operand], base: Operand | None, cut: Cut) -> list[TensorSpec]:
         """A tensor that the recipe keeps out of the merge comes from one model."""
@@ -173,14 +183,15 @@ class TensorLowering:
                 self._result.dropped[operand.label] = (
                     f"kept out of the merge: that of {source.model.reference} is copied"
                 )
-        return self.copy(name, source, self._kept_rows(name, having))
+        return self.copy(name, source, self._kept_rows(name, source, having))
 
-    def _kept_rows(self, name: str, having: list[Operand]) -> tuple[int, ...] | None:
-        """Rows of an unmerged tensor of the vocabulary: as many as the merged ones have."""
+    def _kept_rows(self, name: str, source: Operand, having: list[Operand]) -> tuple[int, ...] | None:
+        """The shape of an unmerged tensor of the vocabulary: with as many rows as the merged ones have."""
         vocabulary = self._donor.anatomy.vocabulary
-        if name not in vocabulary or not any(self._rules.merges(other) for other in vocabulary):
+        if name not in vocabulary:
             return None
-        return self._common_shape(name, having, [o.model.weights.specs[o.name] for o in having])
+        everyone = having if any(self._rules.merges(other) for other in vocabulary) else [source]
+        return self._common_shape(name, everyone, [o.model.weights.specs[o.name] for o in everyone])
 
     def _not_floating(
         self, name: str, everyone: list[Operand], specs: list[TensorSpec], donor: Operand
@@ -198,16 +209,14 @@ class TensorLowering:
         return self._as_stored(name, donor)
 
     def _common_shape(self, name: str, everyone: list[Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
-        """The shape all share; for the vocabulary's tensors, the common leading rows."""
+        """The shape all share; for the vocabulary's tensors, the leading rows that all models have."""
         shapes = {spec.shape for spec in specs}
+        if len({shape[1:] for shape in shapes}) == 1 and all(map(is_of_vocabulary, everyone)):
+            rows = {shape[0] for shape in shapes}
+            self.vocabulary[name] = rows
+            return (min(rows) if self._common is None else self._common.common, *specs[0].shape[1:])
         if len(shapes) == 1:
             return specs[0].shape
-        is_vocabulary = all(o.name in o.model.anatomy.vocabulary for o in everyone)
-        if is_vocabulary and len({shape[1:] for shape in shapes}) == 1:
-            rows = {shape[0] for shape in shapes}
-            self.cut_rows[name] = rows
-            self._result.vocab_size = min(rows)
-            return (min(rows), *specs[0].shape[1:])
         found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))
         self.mismatches.add(name, f"different shapes ({found})")
         return None
