@@ -10,7 +10,8 @@ from typing import Any
 
 from mergekit_ray.checkpoint.header import Header, read_pinned_header
 from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
-from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file, side_files
+from mergekit_ray.checkpoint.sentence_transformers import is_module_file, module_folders, pickled_modules
+from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.checkpoint.strict_json import parse_object
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.spelling import nearest
@@ -39,7 +40,9 @@ class Checkpoint:
         files: the weight files, by name, pinned to their versions.
         tensors: spec and place of every tensor, by name.
         config: the content of ``config.json``.
-        side_files: what travels with the weights: tokenizer, templates, generation config, code, licences.
+        side_files: what travels with the weights: tokenizer, templates, generation config, code, licences; of a
+            sentence-transformers model its further modules.
+        left_behind: names of files that belong beside them and are not copied: pickled weights of such modules.
         unindexed: names of tensors that are in a weight file but not in the index, which transformers does not load.
             They are not among ``tensors``. A second copy of an indexed tensor is named with its file.
         warnings: what the user should know, in words.
@@ -51,6 +54,7 @@ class Checkpoint:
     tensors: Mapping[str, tuple[TensorSpec, Location]]
     config: Mapping[str, Any]
     side_files: Sequence[FileStat]
+    left_behind: Sequence[str] = ()
     unindexed: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
@@ -79,8 +83,13 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         StorageError: the store failed.
     """
     listing = {file.name: file for file in source.list()}
+    folders = module_folders(source, listing)
+
+    def is_beside(name: str) -> bool:
+        return is_side_file(name) or is_module_file(name, folders)
+
     if isinstance(source, LinkedSource):  # now, not when the weights have been merged and the tokenizer is copied
-        source.check_links(lambda name: name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME) or is_side_file(name))
+        source.check_links(lambda name: name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME) or is_beside(name))
     if not listing:
         raise ModelError("there are no files", where=_place(source, reference), remedy="check the path or prefix")
     config = _read_config(source, listing, reference)
@@ -103,7 +112,8 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         files=weights.files,
         tensors=weights.tensors,
         config=config,
-        side_files=side_files(listing.values()),
+        side_files=[file for file in listing.values() if is_beside(file.name)],
+        left_behind=pickled_modules(listing, folders),
         unindexed=weights.unindexed,
         warnings=warnings,
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-
-from mergekit_ray.storage.protocols import FileStat
 
 CONFIG_NAME = "config.json"
+MAX_SIDE_FILE_BYTES = 256 << 20
+"""Of one file: they are copied in one piece."""
+
 _TEMPLATE_FOLDER = "additional_chat_templates/"
 
 _WEIGHTS_OR_STATE = re.compile(
@@ -21,8 +21,8 @@ _WEIGHTS_OR_STATE = re.compile(
 )
 _WANTED = re.compile(
     r"""
-    .*\.(json|model|tiktoken|jinja|py)
-    | tokenizer.* | (vocab|merges|dict|bpe|token|special|added)[^/]*\.txt
+    .*\.(json|model|tiktoken|spm|jinja|py)
+    | tokenizer.* | (vocab|merges|dict|bpe|token|special|added)[^/]*\.(txt|bpe|codes)
     | (licen[sc]e|notice|copying|use_policy)([._-].*)?
     """,
     re.VERBOSE,
@@ -34,14 +34,9 @@ def is_side_file(name: str) -> bool:
 
     Tokenizer files, generation and processor configs, chat templates, modelling code and licences are. Weights of any
     format, their indexes, ``config.json``, model cards, hidden files, training state and subfolders (but for
-    ``additional_chat_templates``) are not.
+    ``additional_chat_templates``) are not. Folders that a model names itself: see `checkpoint.sentence_transformers`.
     """
     lower = name.lower()
     if lower.startswith(_TEMPLATE_FOLDER):
         return "/" not in lower.removeprefix(_TEMPLATE_FOLDER) and lower.endswith(".jinja")
     return "/" not in lower and not _WEIGHTS_OR_STATE.fullmatch(lower) and _WANTED.fullmatch(lower) is not None
-
-
-def side_files(files: Iterable[FileStat]) -> list[FileStat]:
-    """Those of ``files`` that are side files, in their order."""
-    return [file for file in files if is_side_file(file.name)]

@@ -12,10 +12,10 @@ import hashlib
 from pathlib import PurePosixPath
 from typing import Any, Final
 
+from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE, RECORD_ROOT
 from mergekit_ray.output.manifest import FileDigest, published_contents
-from mergekit_ray.output.publish import MAX_SIDE_FILE_BYTES
 from mergekit_ray.storage.protocols import Source
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"

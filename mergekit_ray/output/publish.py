@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
@@ -17,8 +18,6 @@ from mergekit_ray.output.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import FileDigest, manifest
 from mergekit_ray.output.provenance import header_digests
 from mergekit_ray.storage.protocols import PublishingSink, Source
-
-MAX_SIDE_FILE_BYTES = 256 << 20
 
 
 def check_records(plan: Plan, destination: Destination, records: Mapping[str, ShardRecord]) -> None:

@@ -23,6 +23,7 @@ from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import check_agreement
+from mergekit_ray.planning.beside import check_sizes, side_warnings
 from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
@@ -127,6 +128,8 @@ def make_plan(
     )
     if not lowering.keeps_beyond:
         config = without_beyond(config)
+    check_sizes(donor.checkpoint)
+    warnings += side_warnings(donor.checkpoint, config, lowering.files)
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(recipe, MoeRecipe) and recipe.gate_mode.needs_prompts:
         # What its routers are made of, whether or not a tensor is made of it too.

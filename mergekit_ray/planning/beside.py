@@ -1,0 +1,71 @@
+"""What a user should know of the files that are copied beside merged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.checkpoint.sentence_transformers import weights_of_modules
+from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.sizes import format_bytes
+
+
+def check_sizes(donor: Checkpoint) -> None:
+    """See that the files beside the weights can be copied.
+
+    Raises:
+        PlanError: naming one that is too large.
+    """
+    for file in donor.side_files:
+        if file.num_bytes > MAX_SIDE_FILE_BYTES:
+            raise PlanError(
+                f"{file.name} is {format_bytes(file.num_bytes)}, and files beside the weights are copied up to "
+                f"{format_bytes(MAX_SIDE_FILE_BYTES)}",
+                where=f"model {donor.reference}",
+                remedy="move it out of the model's folder, and copy it to the result yourself",
+            )
+
+
+def side_warnings(donor: Checkpoint, config: Mapping[str, Any], generated: Collection[str]) -> list[str]:
+    """Warnings about what is copied, or cannot be.
+
+    Args:
+        donor: whose files they are.
+        config: the output's ``config.json``.
+        generated: names of files that the merge writes itself.
+    """
+    names = [file.name for file in donor.side_files]
+    found = [
+        f"{name} is that of {donor.reference}: of a sentence-transformers model only the transformer is merged"
+        for name in weights_of_modules(names)
+    ]
+    found += [
+        f"{name} of {donor.reference} is pickled and not copied, and sentence-transformers misses it: load the model "
+        "there and save it, which makes model.safetensors, or copy the file yourself"
+        for name in donor.left_behind
+    ]
+    return found + _code_warnings(donor, _modules_of_code(config) - set(generated), names)
+
+
+def _modules_of_code(config: Mapping[str, Any]) -> set[str]:
+    """The files, or ``repository--file``, that a config's ``auto_map`` names."""
+    auto_map = config.get("auto_map")
+    values = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
+    flat = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return {f"{name.rpartition('.')[0]}.py" for name in flat if isinstance(name, str) and "." in name}
+
+
+def _code_warnings(donor: Checkpoint, files: Collection[str], names: Collection[str]) -> list[str]:
+    if not files:
+        return []
+    listed = ", ".join(sorted(files))
+    found = [
+        f"config.json names code of its own ({listed}), which transformers runs with trust_remote_code=True: read it "
+        f"before you do; it comes from {donor.reference}"
+    ]
+    missing = sorted(name for name in files if name not in names and "--" not in name)
+    if missing:
+        found.append(f"{', '.join(missing)}: named in config.json as the model's code, and not there")
+    return found

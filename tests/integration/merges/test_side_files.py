@@ -1,0 +1,66 @@
+"""Files beside the weights that models of other libraries need: copied, covered by the manifest, replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import mergekit_ray
+from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.verify import verify
+from mergekit_ray.storage.opening import open_source
+from support.models import ModelLibrary, contents
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+]
+
+
+def sentence_transformer(source: Path, folder: Path) -> Path:
+    """A copy of a model as sentence-transformers stores one."""
+    for name, data in contents(source).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / "modules.json").write_text(json.dumps(MODULES))
+    (folder / "config_sentence_transformers.json").write_text("{}")
+    for name in ("1_Pooling", "2_Dense"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"of": name}))
+    save_file({"linear.weight": torch.ones(4, 32)}, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+def recipe(*models: Path) -> dict[str, Any]:
+    return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1.0}} for m in models]}
+
+
+def test_modules_of_sentence_transformers_travel_with_the_model(models: ModelLibrary, tmp_path: Path) -> None:
+    donor = sentence_transformer(models.get("llama", 1), tmp_path / "donor")
+    out = tmp_path / "out"
+    plan = mergekit_ray.merge(recipe(donor, models.get("llama", 2)), out).plan
+    ours, theirs = contents(out), contents(donor)
+    beside = {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "modules.json"}
+    assert {name: ours[name] for name in beside} == {name: theirs[name] for name in beside}
+    assert any("2_Dense/model.safetensors is that of" in warning for warning in plan.warnings)
+    assert beside <= json.loads(ours["mergekit-ray.json"])["files"].keys()
+    assert verify(open_source(str(out))).problems == []
+    (out / "2_Dense" / "model.safetensors").write_bytes(b"x" * len(ours["2_Dense/model.safetensors"]))
+    assert [problem.split(":")[0] for problem in verify(open_source(str(out))).problems] == [
+        "2_Dense/model.safetensors"
+    ]
+
+
+def test_modules_are_replaced_with_the_model(models: ModelLibrary, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mergekit_ray.merge(recipe(sentence_transformer(models.get("llama", 1), tmp_path / "first")), out)
+    second = sentence_transformer(models.get("llama", 2), tmp_path / "second")
+    (second / "1_Pooling" / "config.json").write_text('{"of": "another"}')
+    mergekit_ray.merge(recipe(second), out, options=MergeOptions(overwrite=True))
+    assert contents(out)["1_Pooling/config.json"] == b'{"of": "another"}'
+    assert verify(open_source(str(out))).problems == []
