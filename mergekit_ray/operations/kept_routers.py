@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.output.destination import Destination
-from mergekit_ray.planning.moe_experts import RouterVectors
+from mergekit_ray.planning.moe.experts import RouterVectors
 from mergekit_ray.reporting.reporters import Reporter
 
 if TYPE_CHECKING:

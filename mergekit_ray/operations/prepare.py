@@ -22,7 +22,7 @@ from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.recipes import load_recipe
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
-from mergekit_ray.planning.moe_experts import RouterVectors
+from mergekit_ray.planning.moe.experts import RouterVectors
 from mergekit_ray.reporting.reporters import Reporter
 
 RecipeLike: TypeAlias = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]

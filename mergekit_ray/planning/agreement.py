@@ -56,7 +56,7 @@ def check_agreement(
     donor = models[recipe.donor]
     if isinstance(recipe, MoeRecipe):
         sources = [expert.source_model for expert in (*recipe.experts, *(recipe.shared_experts or ()))]
-        # Attention is not taken from them; what is must fit (`planning.moe_checks`).
+        # Attention is not taken from them; what is must fit (`planning.moe.checks`).
         found.remarks += differences([models[each] for each in dict.fromkeys((recipe.donor, *sources))], SIZES)
     dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
     for module in normalise(dense) if dense is not None else ():

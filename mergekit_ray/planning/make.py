@@ -27,8 +27,8 @@ from mergekit_ray.planning.beside import check_sizes, side_warnings
 from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
-from mergekit_ray.planning.moe import lower_moe
-from mergekit_ray.planning.moe_experts import COMPUTE_DTYPES, Routing
+from mergekit_ray.planning.moe.experts import COMPUTE_DTYPES, Routing
+from mergekit_ray.planning.moe.lower import lower_moe
 from mergekit_ray.planning.output_config import output_config, without_beyond
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import dropped_scales, weights_of

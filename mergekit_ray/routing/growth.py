@@ -13,7 +13,7 @@ from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.planning.make import models_of
-from mergekit_ray.planning.moe_growth import Mixture
+from mergekit_ray.planning.moe.growth import Mixture
 from mergekit_ray.routing.layers import read_tensors
 from mergekit_ray.routing.routers import LARGEST_CONDITION, Routers, in_words, routers
 from mergekit_ray.routing.spread import Spread

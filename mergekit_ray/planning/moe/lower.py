@@ -19,9 +19,9 @@ from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
-from mergekit_ray.planning.moe_checks import check_backbone, check_sources, vocabulary_warnings
-from mergekit_ray.planning.moe_experts import COMPUTE_DTYPES, ExpertLowering, RouterVectors, Routing
-from mergekit_ray.planning.moe_growth import lower_growth
+from mergekit_ray.planning.moe.checks import check_backbone, check_sources, vocabulary_warnings
+from mergekit_ray.planning.moe.experts import COMPUTE_DTYPES, ExpertLowering, RouterVectors, Routing
+from mergekit_ray.planning.moe.growth import lower_growth
 
 if TYPE_CHECKING:
     import numpy as np

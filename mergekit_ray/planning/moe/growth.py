@@ -15,8 +15,8 @@ from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.expressions import Concat, Expression
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Lowering, Model
-from mergekit_ray.planning.moe_checks import check_additions, vocabulary_warnings
-from mergekit_ray.planning.moe_experts import ExpertLowering, RouterVectors, Routing
+from mergekit_ray.planning.moe.checks import check_additions, vocabulary_warnings
+from mergekit_ray.planning.moe.experts import ExpertLowering, RouterVectors, Routing
 
 COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
 """Under which ``config.json`` gives the number of routed experts, in one family or another."""
@@ -99,7 +99,7 @@ def lower_growth(
 ) -> tuple[Lowering, dict[str, Any]]:
     """Lower a recipe whose experts are added to those of its base model.
 
-    Args, returns and raises as `mergekit_ray.planning.moe.lower_moe`.
+    Args, returns and raises as `mergekit_ray.planning.moe.lower.lower_moe`.
     """
     return _Growth(recipe, models).run(routing)
 
