@@ -25,6 +25,7 @@ HEAD_BYTES = 256 << 10
 """Read first: holds about 2000 tensors, so that one round trip does for most files."""
 
 _MAX_RANK = 64
+_MAX_NAME = 1000
 _MAX_DIMENSION = 2**63 - 1
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {dtype.value: dtype for dtype in DType}
@@ -139,6 +140,8 @@ def _parse_metadata(entry: object, where: str) -> dict[str, str]:
 
 def _parse_tensor(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
     """Spec and data offsets of one entry."""
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise _fault(name, where, f"its name is longer than {_MAX_NAME} characters, or holds some that cannot be shown")
     if not isinstance(entry, dict):
         raise _fault(name, where, "its entry is not an object")
     if entry.keys() != _FIELDS:

@@ -16,6 +16,7 @@ from mergekit_ray.checkpoint.strict_json import parse_object
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.storage.names import is_confined
 from mergekit_ray.storage.protocols import FileStat, LinkedSource, Source
 
 SINGLE_NAME = "model.safetensors"
@@ -92,6 +93,13 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         source.check_links(lambda name: name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME) or is_beside(name))
     if not listing:
         raise ModelError("there are no files", where=_place(source, reference), remedy="check the path or prefix")
+    for name in listing:
+        if not is_confined(name) and (is_beside(name) or name.endswith(_SUFFIX)):
+            raise CheckpointError(
+                f"{name!a} is not a file name in valid Unicode",
+                where=_place(source, reference),
+                remedy="rename the file, or remove it",
+            )
     config = _read_config(source, listing, reference)
     warnings = []
     if SINGLE_NAME in listing and INDEX_NAME in listing and not _is_indexed(source, SINGLE_NAME):

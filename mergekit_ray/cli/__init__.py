@@ -1,5 +1,8 @@
 """The command line: ``merge`` and ``mergekit-ray``."""
 
-from mergekit_ray.cli.commands import app, app_main, merge, merge_main
+try:
+    from mergekit_ray.cli.commands import app, app_main, merge, merge_main
+except KeyboardInterrupt:  # nothing has begun
+    raise SystemExit(130) from None
 
 __all__ = ["app", "app_main", "merge", "merge_main"]

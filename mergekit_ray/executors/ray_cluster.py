@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import ray
 
+from mergekit_ray.core.environment import seconds_of
 from mergekit_ray.core.errors import ConfigError, StorageError
 from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.core.version import __version__
@@ -162,7 +163,7 @@ class Cluster:
             connect(address)
         self.head = "" if ray.util.client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)
         self._raylet = _raylet() if self.head else ""
-        self.patience_seconds = float(os.environ.get("MERGEKIT_RAY_HEAD_SECONDS") or _PATIENCE_SECONDS)
+        self.patience_seconds = seconds_of("MERGEKIT_RAY_HEAD_SECONDS", _PATIENCE_SECONDS)
 
     def has_head(self) -> bool:
         """Whether the head node answers now.

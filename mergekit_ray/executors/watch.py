@@ -8,12 +8,12 @@ to commit wins (Dean and Ghemawat, MapReduce, OSDI 2004, section 3.6).
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from mergekit_ray.core.environment import seconds_of
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.reporting.reporters import Reporter
 
@@ -56,7 +56,7 @@ class Watch:
 
     def __init__(self, tell: Reporter, seconds: float | None = None) -> None:
         self._tell = tell
-        self._seconds = seconds or float(os.environ.get(SECONDS_VARIABLE) or _SILENT_SECONDS)
+        self._seconds = seconds or seconds_of(SECONDS_VARIABLE, _SILENT_SECONDS)
         self._told: set[tuple[str, tuple[str, ...]]] = set()
 
     def look(self, standings: Sequence[Standing]) -> list[Standing]:

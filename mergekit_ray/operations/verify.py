@@ -39,7 +39,8 @@ _STRAYS: Final = (
     (r"[^/]+\.py|custom_generate/.+\.py", "not part of this model, and readers that trust its code may run it"),
     (
         r"[^/]*(config|token|vocab|merges|spiece|bpe)[^/]*\.(json|txt)|(params|tekken|modules|model_index)\.json"
-        r"|[^/]+\.(model|tiktoken|jinja)|chat_template\.json|additional_chat_templates/[^/]+\.jinja",
+        r"|[^/]+\.(model|tiktoken|jinja|spm|codes)|tokenizer\.model\..+|dict\.txt|(normalizer|emoji)\.json"
+        r"|chat_template\.json|additional_chat_templates/[^/]+\.jinja",
         "not part of this model, and readers may go by it",
     ),
 )

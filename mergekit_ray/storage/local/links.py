@@ -116,16 +116,23 @@ def file_status(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def check_links(root: Path, is_wanted: Callable[[str], bool]) -> None:
-    """See that all links of wanted names below a folder lead to files of the model.
+    """See that all of wanted names below a folder are files, or links to files of the model.
 
     Raises:
-        CheckpointError: as `check_link`; or one leads nowhere, or to a folder with wanted files, which are not listed.
+        CheckpointError: as `check_link`; or a link leads nowhere, or to a folder with wanted files, which are not
+            listed; or one is a pipe or the like.
     """
     for folder, folders, files in os.walk(root):
         for path in (Path(folder, name) for name in sorted([*folders, *files])):
-            if not path.is_symlink():
-                continue
             name = path.relative_to(root).as_posix()
+            if not path.is_symlink():
+                if path.name in files and is_wanted(name) and not path.is_file():
+                    raise CheckpointError(
+                        "neither a file nor a folder (a pipe, a socket or a device)",
+                        where=str(path),
+                        remedy="put the file in its place, or remove it",
+                    )
+                continue
             if os.path.isdir(path):  # noqa: PTH112 - False, not an error, where it may not be looked at
                 held = next((each.name for each in path.glob("*") if is_wanted(f"{name}/{each.name}")), None)
                 if held is not None:

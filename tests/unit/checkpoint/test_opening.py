@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,15 @@ def test_what_travels_with_the_weights(folder: Folder) -> None:
     folder.write("tokenizer.json", {})
     folder.write("README.md", "")
     assert folder.open().side_files == [folder.store.stat("tokenizer.json")]
+
+
+@pytest.mark.parametrize("name", [b"modeling_\xe9.py", b"model\xff.safetensors"])
+def test_a_name_that_is_not_unicode(folder: Folder, tmp_path: Path, name: bytes) -> None:
+    """A plan could not say it."""
+    folder.weights("model.safetensors", "a")
+    (tmp_path / os.fsdecode(b"junk\xff.dat")).write_bytes(b"of no interest")
+    folder.open()
+    (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not a file name in valid Unicode") as caught:
+        folder.open()
+    str(caught.value).encode()

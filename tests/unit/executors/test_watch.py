@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.executors.watch import SECONDS_VARIABLE, Pace, Standing, Watch
 from support.merging import Events
@@ -54,6 +55,14 @@ def test_a_thread_is_only_told_of() -> None:
 def test_the_time_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECONDS_VARIABLE, "7")
     assert Watch(Events()).look([standing(8)])
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "0", "nan", "inf"])
+def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(SECONDS_VARIABLE, value)
+    with pytest.raises(ConfigError, match=f"{value!r} is not a number of seconds") as caught:
+        Watch(Events())
+    assert caught.value.where == SECONDS_VARIABLE
 
 
 class TestPace:

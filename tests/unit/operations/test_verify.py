@@ -302,6 +302,8 @@ class TestStrays:
                 "vocab.txt",
                 "merges.txt",
                 "tokenizer.model",
+                "tokenizer.model.v3",
+                "source.spm",
                 "tekken.json",
                 "qwen.tiktoken",
                 "params.json",

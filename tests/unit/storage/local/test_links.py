@@ -222,6 +222,13 @@ class TestNowhere:
         with pytest.raises(CheckpointError, match="which is not there"):
             source.read(name, max_bytes=9)
 
+    def test_a_pipe_in_the_place_of_a_file(self, model: Path) -> None:
+        (model / "tokenizer.json").unlink()
+        os.mkfifo(model / "tokenizer.json")
+        with pytest.raises(CheckpointError, match="neither a file nor a folder") as caught:
+            open_checkpoint(LocalSource(model), "m")
+        assert caught.value.where == str(model / "tokenizer.json")
+
     def test_one_of_the_files_that_an_index_names(self, model: Path) -> None:
         (model / "model.safetensors").rename(model / "a.safetensors")
         tensors = open_checkpoint(LocalSource(model), "m").tensors
