@@ -35,7 +35,7 @@ class Setting:
 
     def value(self, config: Mapping[str, Any]) -> Any:
         """What a config, or a part of one, says; of a list of equal values for all layers, the value."""
-        found = self.read(config) if self.read is not None else _stated(config, self.spellings)
+        found = _decoded(self.read(config) if self.read is not None else _stated(config, self.spellings))
         if self.null_is_default and found is None:
             return UNSTATED
         if isinstance(found, list) and found and all(each == found[0] for each in found):
@@ -59,6 +59,15 @@ def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
         if key not in TEXT_CONFIG_KEYS:
             yield key, value
         yield from _towers(value)
+
+
+def _decoded(value: Any) -> Any:
+    """A value with the infinities that transformers 5 writes as objects."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if isinstance(value, Mapping) and set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+        return float(value["__float__"])
+    return value
 
 
 def _stated(config: Mapping[str, Any], spellings: Sequence[str]) -> Any:
@@ -104,13 +113,14 @@ _LOCAL_LAYERS: Final = ("sliding_attention", "local_attention", "local")
 def _rope_theta(config: Mapping[str, Any]) -> Any:
     """Versions of transformers differ in which of two places they read: both are told where they disagree."""
     places = [_rope(config, local=False).get("rope_theta"), _stated(config, _THETAS)]
-    found = tuple(dict.fromkeys(float(x) for x in places if isinstance(x, int | float)))
-    return found if len(found) > 1 else found[0] if found else UNSTATED
+    first, second = (x if isinstance(x, int | float) else UNSTATED for x in places)
+    if first in (UNSTATED, second):
+        return second
+    return first if second is UNSTATED else (first, second)
 
 
 def _local_theta(config: Mapping[str, Any]) -> Any:
-    found = _rope(config, local=True).get("rope_theta", config.get("rope_local_base_freq", UNSTATED))
-    return float(found) if isinstance(found, int | float) else UNSTATED
+    return _rope(config, local=True).get("rope_theta", config.get("rope_local_base_freq", UNSTATED))
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> Any:

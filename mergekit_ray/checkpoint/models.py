@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from mergekit_ray.checkpoint.adapter import Adapter, adapted, open_adapter
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
-from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.reference import ModelReference, escaped
+from mergekit_ray.core.errors import ModelError, StorageError
 from mergekit_ray.storage.opening import open_source
 
 
@@ -20,16 +22,27 @@ def open_models(references: Sequence[ModelReference]) -> dict[ModelReference, Ch
     """
     bases = list(dict.fromkeys(replace(reference, lora=None) for reference in references))
     loras = list(dict.fromkeys(reference.lora for reference in references if reference.lora is not None))
-    with ThreadPoolExecutor(max_workers=max(1, len(bases) + len(loras))) as executor:
-        opened, adapters = executor.map(_open_base, bases), executor.map(_open_adapter, loras)
-        checkpoint_of = dict(zip(bases, opened, strict=True))
-        adapter_of = dict(zip(loras, adapters, strict=True))
+    try:
+        with ThreadPoolExecutor(max_workers=max(1, len(bases) + len(loras))) as executor:
+            opened, adapters = executor.map(_open_base, bases), executor.map(_open_adapter, loras)
+            checkpoint_of = dict(zip(bases, opened, strict=True))
+            adapter_of = dict(zip(loras, adapters, strict=True))
+    except (ModelError, StorageError) as error:  # a name that is no folder is looked for on the Hub
+        hints = [f"for the folder {folder}, write {escaped(folder)}" for folder in _folders_with_plus(references)]
+        error.remedy = "; ".join([*([error.remedy] if error.remedy else []), *hints]) or None
+        raise
     return {
         reference: checkpoint_of[replace(reference, lora=None)]
         if reference.lora is None
         else adapted(checkpoint_of[replace(reference, lora=None)], adapter_of[reference.lora])
         for reference in references
     }
+
+
+def _folders_with_plus(references: Sequence[ModelReference]) -> list[str]:
+    """The folders that a reference would name if its plus did not stand before an adapter."""
+    whole = [f"{each.path}+{each.lora.path}" for each in references if each.lora is not None]
+    return [path for path in dict.fromkeys(whole) if os.path.isdir(os.path.expanduser(path))]  # noqa: PTH111, PTH112
 
 
 def _open_base(reference: ModelReference) -> Checkpoint:

@@ -12,7 +12,7 @@ from mergekit_ray.checkpoint.header import Header, read_pinned_header
 from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from mergekit_ray.checkpoint.sentence_transformers import is_module_file, module_folders, pickled_modules
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
-from mergekit_ray.checkpoint.strict_json import parse_object
+from mergekit_ray.checkpoint.strict_json import parse_config
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
@@ -28,6 +28,8 @@ MAX_TENSORS = 1_000_000
 """Of a checkpoint: several times as many as any that is known has, and more than fit a plan in ordinary memory."""
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+_SERIES = "model"
+_CONSOLIDATED = "consolidated"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -100,18 +102,25 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
                 where=_place(source, reference),
                 remedy="rename the file, or remove it",
             )
-    config = _read_config(source, listing, reference)
-    warnings = []
-    if SINGLE_NAME in listing and INDEX_NAME in listing and not _is_indexed(source, SINGLE_NAME):
+    config, twice = _read_config(source, listing, reference)
+    warnings = [
+        f"{source.uri}/{CONFIG_NAME}: the key {key!r} occurs twice; its last value is read, as transformers does"
+        for key in twice
+    ]
+    reads_single = SINGLE_NAME in listing and (INDEX_NAME not in listing or not _is_indexed(source, SINGLE_NAME))
+    if reads_single and INDEX_NAME in listing:
         warnings.append(
             f"{reference} holds both {SINGLE_NAME} and {INDEX_NAME}; {SINGLE_NAME} is read, as transformers does"
         )
-    if SINGLE_NAME in listing and (INDEX_NAME not in listing or warnings):
+    if reads_single:
         weights = _gather(_read_headers(source, [SINGLE_NAME]))
     elif INDEX_NAME in listing:
         weights = _open_indexed(source, listing)
     else:
-        weights = _gather(_read_headers(source, _find_files(source, listing, reference)))
+        files, left = _find_files(source, listing, reference)
+        weights = _gather(_read_headers(source, files))
+        if left:
+            warnings.append(f"{reference} has no {INDEX_NAME}; {_some(files)} are read, and not {_some(left)}")
     if not weights.tensors:
         raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
     return Checkpoint(
@@ -131,7 +140,9 @@ def _place(source: Source, reference: str) -> str:
     return source.uri if source.uri == reference else f"{reference} ({source.uri})"
 
 
-def _read_config(source: Source, listing: Mapping[str, FileStat], reference: str) -> dict[str, Any]:
+def _read_config(
+    source: Source, listing: Mapping[str, FileStat], reference: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     where = f"{source.uri}/{CONFIG_NAME}"
     if CONFIG_NAME not in listing:
         if "adapter_config.json" in listing:
@@ -145,7 +156,7 @@ def _read_config(source: Source, listing: Mapping[str, FileStat], reference: str
             where=_place(source, reference),
             remedy="a model is a folder with config.json and safetensors files; check the path or prefix",
         )
-    return parse_object(source.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES), where, "config")
+    return parse_config(source.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES), where)
 
 
 def _is_indexed(source: Source, file: str) -> bool:
@@ -185,8 +196,8 @@ def _open_indexed(source: Source, listing: Mapping[str, FileStat]) -> _Weights:
     return _Weights({file: headers[file][1] for file in files}, tensors, unindexed)
 
 
-def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str) -> list[str]:
-    """The weight files of a folder without an index."""
+def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str) -> tuple[list[str], list[str]]:
+    """The weight files of a folder without an index, and those that hold the same weights in another form."""
     if isinstance(source, LinkedSource):
         source.check_links(lambda name: "/" not in name and name.endswith(_SUFFIX) and not name.startswith("adapter_"))
     files = sorted(
@@ -215,7 +226,10 @@ def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str)
                 where=_place(source, reference),
                 remedy="the checkpoint is incomplete: download or copy the rest",
             )
-    return files
+    # A series that transformers wrote is the whole model; Mistral's own files stand beside it under other names.
+    series = [match[0] for match in numbered if match["stem"] == _SERIES]
+    chosen = series or [name for name in files if not name.startswith(_CONSOLIDATED)] or files
+    return chosen, [name for name in files if name not in chosen]
 
 
 def _read_headers(source: Source, files: Sequence[str]) -> dict[str, tuple[Header, FileStat]]:

@@ -1,8 +1,10 @@
-"""JSON as checkpoint files must hold it: UTF-8, one object, no key twice, no NaN."""
+"""JSON as checkpoint files must hold it: UTF-8, one object, no key twice, no NaN; and as config.json may hold it."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError
@@ -20,8 +22,36 @@ def parse_object(data: bytes, where: str, what: str) -> dict[str, Any]:
         CheckpointError: not UTF-8, not JSON, not an object, nested without reason, or a key occurs twice; or a text in
             it is not Unicode: half of a surrogate pair, which no file name and no other file could hold.
     """
+    return _parse(data, where, what, _unique, _refuse_constant)
+
+
+def parse_config(data: bytes, where: str, what: str = "config") -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The object in a ``config.json``, read as Python's json and transformers do: with ``Infinity`` and ``NaN``.
+
+    Returns:
+        The object, and the keys that occur twice in it or in a part of it: of their values the last counts.
+
+    Raises:
+        CheckpointError: see `parse_object`.
+    """
+    twice: dict[str, None] = {}
+
+    def last(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.update(dict.fromkeys(_repeated(pairs)))
+        return dict(pairs)
+
+    return _parse(data, where, what, last, None), tuple(twice)
+
+
+def _parse(
+    data: bytes,
+    where: str,
+    what: str,
+    of_pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]],
+    of_constant: Callable[[str], Any] | None,
+) -> dict[str, Any]:
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=of_pairs, parse_constant=of_constant)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"the {what} is not UTF-8 (byte {error.start})", where=where) from None
     except (ValueError, RecursionError) as error:
@@ -39,14 +69,16 @@ def parse_object(data: bytes, where: str, what: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key!r} occurs twice")
-            seen.add(key)
-    return found
+    for key in _repeated(pairs):
+        raise ValueError(f"the key {key!r} occurs twice")
+    return dict(pairs)
+
+
+def _repeated(pairs: list[tuple[str, Any]]) -> list[str]:
+    """The keys that occur more than once."""
+    if len({key for key, _ in pairs}) == len(pairs):
+        return []
+    return [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
 
 
 def _refuse_constant(text: str) -> None:

@@ -122,10 +122,10 @@ class ModelReference:
         return cls(inner.path, inner.revision if revision is None else revision, adapter)
 
     def __str__(self) -> str:
-        escaped = re.sub(r"[\\+]" if _UNREVISIONED.match(self.path) else r"[\\+@]", r"\\\g<0>", self.path)
+        text = escaped(self.path)
         if self.revision is not None:
-            escaped += "@" + re.sub(r"[\\+]", r"\\\g<0>", self.revision)
-        return escaped if self.lora is None else f"{escaped}+{self.lora}"
+            text += "@" + re.sub(r"[\\+]", r"\\\g<0>", self.revision)
+        return text if self.lora is None else f"{text}+{self.lora}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -134,6 +134,11 @@ class ModelReference:
         return core_schema.no_info_plain_validator_function(
             cls.from_data, serialization=core_schema.to_string_ser_schema(when_used="always")
         )
+
+
+def escaped(path: str) -> str:
+    """How a recipe writes a path whose characters would mean something else."""
+    return re.sub(r"[\\+]" if _UNREVISIONED.match(path) else r"[\\+@]", r"\\\g<0>", path)
 
 
 def _check_no_credential(text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -191,7 +192,7 @@ class Plan:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """As plain JSON data; infinities of the config, which JSON has not, as transformers 5 writes them."""
         return {
             "format": FORMAT,
             "inputs": {
@@ -203,7 +204,7 @@ class Plan:
                 for key, model in self.inputs.items()
             },
             "shards": [shard.to_json() for shard in self.shards],
-            "config": self.config,
+            "config": _tagged(self.config),
             "side_files": [[s.model, s.file.name, s.file.num_bytes, s.file.version] for s in self.side_files],
             "generated_files": self.generated_files,
             "recipe": self.recipe,
@@ -259,3 +260,12 @@ class Plan:
                 of_tensor[1] = to_json(without_values(tensor.expression))
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _tagged(value: Any) -> Any:
+    """Data of a config with ``{"__float__": "Infinity"}`` for an infinity, and so for what is no number."""
+    if isinstance(value, Mapping):
+        return {key: _tagged(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_tagged(each) for each in value]
+    return {"__float__": json.dumps(value)} if isinstance(value, float) and not math.isfinite(value) else value

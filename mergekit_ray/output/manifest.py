@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from mergekit_ray.checkpoint.strict_json import parse_object
+from mergekit_ray.checkpoint.side_files import CONFIG_NAME
+from mergekit_ray.checkpoint.strict_json import parse_config, parse_object
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
@@ -198,4 +199,5 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
     """
     if source.stat(name) is None:
         return None
-    return parse_object(source.read(name, max_bytes=_MAX_JSON_BYTES), f"{source.uri}/{name}", "file")
+    data, where = source.read(name, max_bytes=_MAX_JSON_BYTES), f"{source.uri}/{name}"
+    return parse_config(data, where, "file")[0] if name == CONFIG_NAME else parse_object(data, where, "file")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,67 @@ def test_a_name_that_is_not_unicode(folder: Folder, tmp_path: Path, name: bytes)
     with pytest.raises(CheckpointError, match="is not a file name in valid Unicode") as caught:
         folder.open()
     str(caught.value).encode()
+
+
+# -- config.json, as transformers reads it ----------------------------------------------------------------------------
+
+
+def test_a_config_may_hold_infinities(folder: Folder) -> None:
+    """As transformers 4 writes Mamba 2's `time_step_limit`, and as 5 does."""
+    folder.weights("model.safetensors", "a")
+    folder.store.put("config.json", b'{"limit": [0.0, Infinity, -Infinity], "part": {"x": NaN}}')
+    checkpoint = folder.open()
+    assert checkpoint.config["limit"] == [0.0, math.inf, -math.inf]
+    assert math.isnan(checkpoint.config["part"]["x"])
+    assert checkpoint.warnings == []
+    tagged = {"limit": [0.0, {"__float__": "Infinity"}]}
+    folder.write("config.json", tagged)
+    assert folder.open().config == tagged
+
+
+def test_a_key_that_a_config_has_twice_is_named(folder: Folder) -> None:
+    folder.weights("model.safetensors", "a")
+    folder.store.put("config.json", b'{"eps": 1, "part": {"x": 1, "x": 2, "x": 3}, "eps": 5, "x": 4}')
+    checkpoint = folder.open()
+    assert checkpoint.config == {"eps": 5, "part": {"x": 3}, "x": 4}
+    assert checkpoint.warnings == [
+        f"{folder.store.uri}/config.json: the key {key!r} occurs twice; its last value is read, as transformers does"
+        for key in ("x", "eps")
+    ]
+
+
+# -- weights without an index -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consolidated", [["consolidated.safetensors"], ["consolidated-00001-of-00001.safetensors"]])
+def test_a_complete_series_beside_files_of_another_form(folder: Folder, consolidated: list[str]) -> None:
+    """Mistral's own files hold the same weights under other names."""
+    for name in consolidated:
+        folder.weights(name, "layers.0.attention.wq.weight")
+    folder.weights("model-00001-of-00002.safetensors", "a")
+    folder.weights("model-00002-of-00002.safetensors", "b")
+    checkpoint = folder.open()
+    assert sorted(checkpoint.tensors) == ["a", "b"]
+    [warning] = checkpoint.warnings
+    assert warning == (
+        "org/model has no model.safetensors.index.json; model-00001-of-00002.safetensors, "
+        f"model-00002-of-00002.safetensors are read, and not {consolidated[0]}"
+    )
+    folder.store.delete(["model-00001-of-00002.safetensors"])
+    with pytest.raises(CheckpointError, match="only 1 are there"):
+        folder.open()
+
+
+def test_a_series_is_the_whole_model(folder: Folder) -> None:
+    folder.weights("model-00001-of-00001.safetensors", "a")
+    folder.weights("ema.safetensors", "a", "b")
+    assert list(folder.open().tensors) == ["a"]
+    assert len(folder.open().warnings) == 1
+
+
+def test_consolidated_files_alone_are_read(folder: Folder) -> None:
+    folder.weights("consolidated.safetensors", "a")
+    checkpoint = folder.open()
+    assert (list(checkpoint.tensors), checkpoint.warnings) == (["a"], [])
+    folder.weights("weights.safetensors", "b")
+    assert list(folder.open().tensors) == ["b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_structure_must_be_alike(text: str, ours: dict[str, Any], theirs: dict[s
 @pytest.mark.parametrize(
     ("ours", "theirs", "said"),
     [
-        ({"rope_theta": 10000.0}, {"rope_theta": 1000000}, "rope_theta: 10000.0 in /a, 1000000.0 in /b"),
+        ({"rope_theta": 10000.0}, {"rope_theta": 1000000}, "rope_theta: 10000.0 in /a, 1000000 in /b"),
         (
             {"rope_theta": 1e4},
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
@@ -149,6 +150,7 @@ def test_nuances_are_named(text: str, ours: dict[str, Any], theirs: dict[str, An
         ),
         ({"sliding_window": 9, "use_sliding_window": False}, {"sliding_window": None, "use_sliding_window": False}),
         ({"attention_bias": False}, {}),
+        ({"time_step_limit": [0.0, math.inf]}, {"time_step_limit": [0.0, {"__float__": "Infinity"}]}),
         ({"_name_or_path": "a", "transformers_version": "4.40.0", "eos_token_id": 2}, {"eos_token_id": 7}),
         ({"tie_word_embeddings": False, "use_cache": True}, {"use_cache": False}),
     ],
