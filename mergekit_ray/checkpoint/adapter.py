@@ -33,8 +33,9 @@ _NUM_THREADS = 16
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?P<rest>(\.[^.]+){0,2})"
 )
+_ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 _COPY_OF_BASE = ".original_module."
-_WRAPPED = re.compile(r"\.base_layer(?=\.)|\.modules_to_save(\.[^.]+)?(?=\.(weight|bias)$)")
+_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)|\.modules_to_save(\.[^.]+)?(?=\.(weight|bias)$)")
 
 
 @dataclass(slots=True)
@@ -64,12 +65,14 @@ class Adapter:
         config: what of it decides how it is applied.
         changes: what it does, by the name of the module without `KEY_PREFIX`.
         replaced: tensors that take the place of the base's: name without `KEY_PREFIX` to stored name.
+        rows: rows that take the place of some of a module's weight, by its name; they are those that the config lists.
     """
 
     checkpoint: Checkpoint
     config: AdapterConfig
     changes: Mapping[str, Change]
     replaced: Mapping[str, str]
+    rows: Mapping[str, str]
 
     @property
     def where(self) -> str:
@@ -85,6 +88,7 @@ class Adapter:
 class _Found:
     changes: dict[str, Change] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
     adapters: set[str] = field(default_factory=set)
 
 
@@ -120,7 +124,7 @@ def open_adapter(source: Source, reference: str) -> Adapter:
     found = _sort(tensors, where)
     warnings = [f"{reference}: {warning}" for warning in config.warnings]
     checkpoint = Checkpoint(source, reference, files, tensors, config.content, side_files=(), warnings=warnings)
-    return Adapter(checkpoint, config, found.changes, found.replaced)
+    return Adapter(checkpoint, config, found.changes, found.replaced, found.rows)
 
 
 def _open_weights(
@@ -171,7 +175,11 @@ def _sort(tensors: Mapping[str, object], where: str) -> _Found:
         factor = _FACTOR.fullmatch(name)
         if factor is not None:
             _enter(found, stored, factor, where)
-        elif ".lora_" in name or ".token_adapter." in name:
+        elif (rows := _ROWS.fullmatch(name)) is not None:
+            if rows["module"] in found.rows:
+                raise _twice(found.rows[rows["module"]], stored, where)
+            found.rows[rows["module"]] = stored
+        elif ".lora_" in name or (".token_adapter." in name and ".base_layer." not in name):
             raise ModelError(
                 f"tensor {stored!r} is of no kind that is known to merge",
                 where=where,

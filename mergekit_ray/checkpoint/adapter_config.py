@@ -24,7 +24,6 @@ _DEFAULT_ALPHA = 8
 
 _MERGE_WITH_PEFT = "merge the adapter into its base with PEFT (merge_and_unload) and name the result"
 _REFUSED = {
-    "trainable_token_indices": ("it trains single rows of an embedding (trainable_token_indices)", _MERGE_WITH_PEFT),
     "target_parameters": ("it adapts parameters that are no module's weight (target_parameters)", _MERGE_WITH_PEFT),
     "layer_replication": ("it repeats layers of its base (layer_replication)", _MERGE_WITH_PEFT),
     "alora_invocation_tokens": (
@@ -57,7 +56,7 @@ _HARMLESS = frozenset(
 _USED = frozenset(
     {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora"),
-        *("modules_to_save", "ensure_weight_tying"),
+        *("modules_to_save", "ensure_weight_tying", "trainable_token_indices"),
     }
 )
 
@@ -82,6 +81,8 @@ class AdapterConfig:
         dora: every change has a magnitude.
         saved: endings of the names of modules that are stored whole (``modules_to_save``).
         keeps_ties: tied modules that are stored whole stay tied (``ensure_weight_tying``).
+        tokens: rows of embeddings that are stored (``trainable_token_indices``), by the ending of the module's name;
+            the empty one stands for all modules.
         warnings: settings that are not known.
     """
 
@@ -95,6 +96,7 @@ class AdapterConfig:
     dora: bool
     saved: tuple[str, ...]
     keeps_ties: bool
+    tokens: Mapping[str, tuple[int, ...]]
     warnings: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
@@ -109,6 +111,10 @@ class AdapterConfig:
     def is_saved(self, module: str) -> bool:
         """Whether the module is one of ``modules_to_save``."""
         return any(module.endswith(ending) for ending in self.saved)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows that are stored of a module, none if it says nothing of them."""
+        return next((rows for ending, rows in self.tokens.items() if module.endswith(ending)), ())
 
 
 def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
@@ -174,6 +180,7 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
         dora=_flag(content, "use_dora", where),
         saved=_names(content, "modules_to_save", where),
         keeps_ties=_flag(content, "ensure_weight_tying", where),
+        tokens=_tokens(content, where),
         warnings=tuple(f"{key} in {ADAPTER_CONFIG_NAME} is not known, and has no effect" for key in unknown),
     )
 
@@ -224,3 +231,18 @@ def _names(content: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise _fault(f"{key} is not a list of names", where)
     return tuple(value)
+
+
+def _tokens(content: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    key = "trainable_token_indices"
+    value = content.get(key) or {}
+    by_module = {"": value} if isinstance(value, list) else value
+    if not isinstance(by_module, dict) or not all(map(_are_rows, by_module.values())):
+        raise _fault(f"{key} is neither a list of different tokens nor a mapping from names to such lists", where)
+    return {name: tuple(rows) for name, rows in by_module.items()}
+
+
+def _are_rows(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(row, int) and not isinstance(row, bool) for row in value):
+        return False
+    return len(set(value)) == len(value) and all(0 <= row < _MAX_RANK for row in value)

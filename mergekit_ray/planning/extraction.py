@@ -18,7 +18,7 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression, Merge
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.lora import is_conv1d
+from mergekit_ray.planning.lora_fit import is_conv1d
 from mergekit_ray.planning.lowering import Model
 
 _WEIGHT = ".weight"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression, Load
 from mergekit_ray.core.tensors import Location, TensorSpec
 
@@ -58,3 +59,19 @@ class StoredWeights:
             spec = TensorSpec(spec.name, spec.dtype, shape)
             location = Location(location.file, location.start, location.start + spec.num_bytes)
         return Load(self._key, spec, location)
+
+
+def rows_of(x: Expression, start: int, stop: int) -> Expression:
+    """A run of a tensor's rows.
+
+    Raises:
+        ModelError: the tensor is computed, not stored.
+    """
+    if not isinstance(x, Load):
+        raise ModelError(
+            f"single rows of {x.spec.name!r} are to be replaced, and it is stored as codes",
+            remedy="merge the adapter with PEFT (merge_and_unload) and name the result",
+        )
+    spec = TensorSpec(x.spec.name, x.spec.dtype, (stop - start, *x.spec.shape[1:]))
+    first = x.location.start + start * (x.spec.num_bytes // max(1, x.spec.shape[0]))
+    return Load(x.model, spec, Location(x.location.file, first, first + spec.num_bytes))

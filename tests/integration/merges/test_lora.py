@@ -62,6 +62,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "tied",
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
+    "single tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 39, 4, 0]}),
+    "single tokens of the head": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [1, 2]}},
+    ),
+    "tied, single tokens": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 39]}),
     "Conv1D with its biases": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "bias": "all"}),
     "Conv1D with biases of factors": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "lora_bias": True}),
     "Conv1D and head": ("gpt2", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),

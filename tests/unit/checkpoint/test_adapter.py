@@ -88,6 +88,19 @@ def test_no_pattern_takes_for_ever(pattern: str) -> None:
     assert config(r=4, rank_pattern={pattern: 16}).rank_of("a" * 5000) == 4
 
 
+def test_single_tokens_of_one_module_or_of_all() -> None:
+    assert config(trainable_token_indices=[3, 1]).tokens_of("model.embed_tokens") == (3, 1)
+    by_module = config(trainable_token_indices={"embed_tokens": [3], "lm_head": [1, 2]})
+    assert [by_module.tokens_of(m) for m in ("model.embed_tokens", "lm_head", "x")] == [(3,), (1, 2), ()]
+    assert config().tokens_of("lm_head") == ()
+
+
+@pytest.mark.parametrize("value", [7, "x", ["1"], [True], [-1], [1, 1], {"lm_head": 3}, {"lm_head": [1.5]}])
+def test_tokens_that_are_none(value: object) -> None:
+    with pytest.raises(CheckpointError, match="trainable_token_indices is neither a list of different tokens"):
+        config(trainable_token_indices=value)
+
+
 def test_of_several_patterns_the_first_counts() -> None:
     assert config(rank_pattern={"q_proj": 1, "self_attn.q_proj": 2}).rank_of(MODULE) == 1
 
@@ -107,7 +120,6 @@ def test_other_methods_are_refused_by_name(kind: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [5]),
@@ -222,9 +234,14 @@ def test_spellings_of_whole_tensors(folder: Folder, spelling: str) -> None:
             "several adapters: one, two",
         ),
         (
-            ["m.token_adapter.trainable_tokens_delta"],
+            ["m.token_adapter.trainable_tokens_original"],
             ModelError,
-            "'m.token_adapter.trainable_tokens_delta' is of no kind",
+            "'m.token_adapter.trainable_tokens_original' is of no kind",
+        ),
+        (
+            [f"m.token_adapter.trainable_tokens_delta{end}" for end in ("", ".default")],
+            CheckpointError,
+            "the same tensor under two names",
         ),
         (["m.lora_diagonal"], ModelError, "'m.lora_diagonal' is of no kind"),
         (["m.lora_A.bias"], ModelError, "'m.lora_A.bias' is none of a LoRA"),
