@@ -95,34 +95,13 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         source.check_links(lambda name: name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME) or is_beside(name))
     if not listing:
         raise ModelError("there are no files", where=_place(source, reference), remedy="check the path or prefix")
-    for name in listing:
-        if not is_confined(name) and (is_beside(name) or name.endswith(_SUFFIX)):
-            raise CheckpointError(
-                f"{name!a} is not a file name in valid Unicode",
-                where=_place(source, reference),
-                remedy="rename the file, or remove it",
-            )
+    _check_names([name for name in listing if is_beside(name) or name.endswith(_SUFFIX)], _place(source, reference))
     config, twice = _read_config(source, listing, reference)
     warnings = [
         f"{source.uri}/{CONFIG_NAME}: the key {key!r} occurs twice; its last value is read, as transformers does"
         for key in twice
     ]
-    reads_single = SINGLE_NAME in listing and (INDEX_NAME not in listing or not _is_indexed(source, SINGLE_NAME))
-    if reads_single and INDEX_NAME in listing:
-        warnings.append(
-            f"{reference} holds both {SINGLE_NAME} and {INDEX_NAME}; {SINGLE_NAME} is read, as transformers does"
-        )
-    if reads_single:
-        weights = _gather(_read_headers(source, [SINGLE_NAME]))
-    elif INDEX_NAME in listing:
-        weights = _open_indexed(source, listing)
-    else:
-        files, left = _find_files(source, listing, reference)
-        weights = _gather(_read_headers(source, files))
-        if left:
-            warnings.append(f"{reference} has no {INDEX_NAME}; {_some(files)} are read, and not {_some(left)}")
-    if not weights.tensors:
-        raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
+    weights = _open_weights(source, listing, reference, warnings)
     return Checkpoint(
         source=source,
         reference=reference,
@@ -134,6 +113,35 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         unindexed=weights.unindexed,
         warnings=warnings,
     )
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if not is_confined(name):
+            raise CheckpointError(
+                f"{name!a} is not a file name in valid Unicode", where=where, remedy="rename the file, or remove it"
+            )
+
+
+def _open_weights(source: Source, listing: Mapping[str, FileStat], reference: str, warnings: list[str]) -> _Weights:
+    """The headers of the files that hold the weights; adds to ``warnings`` which others are there and not read."""
+    reads_single = SINGLE_NAME in listing and (INDEX_NAME not in listing or not _is_indexed(source, SINGLE_NAME))
+    if reads_single:
+        if INDEX_NAME in listing:
+            warnings.append(
+                f"{reference} holds both {SINGLE_NAME} and {INDEX_NAME}; {SINGLE_NAME} is read, as transformers does"
+            )
+        weights = _gather(_read_headers(source, [SINGLE_NAME]))
+    elif INDEX_NAME in listing:
+        weights = _open_indexed(source, listing)
+    else:
+        files, left = _find_files(source, listing, reference)
+        weights = _gather(_read_headers(source, files))
+        if left:
+            warnings.append(f"{reference} has no {INDEX_NAME}; {_some(files)} are read, and not {_some(left)}")
+    if not weights.tensors:
+        raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
+    return weights
 
 
 def _place(source: Source, reference: str) -> str:
