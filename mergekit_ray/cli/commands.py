@@ -167,10 +167,12 @@ def validate(
         loaded = load(recipe, lenient=lenient)
         kind = "a Mixture-of-Experts recipe" if isinstance(loaded, MoeRecipe) else "a dense recipe"
         if models:
-            from mergekit_ray.operations.plan import plan
+            from mergekit_ray.operations.prepare import prepare
             from mergekit_ray.planning.figures import summary
 
-            planned = plan(loaded, routing=False, allow_config_conflicts=allow_config_conflicts)
+            prepared = prepare(loaded, allow_config_conflicts=allow_config_conflicts)
+            prepared.check_routable()
+            planned = prepared.plan
             for warning in planned.warnings:
                 typer.echo(f"warning: {warning}", err=True)
             typer.echo(f"{recipe}: {kind}, valid, and its models fit together: {summary(planned)}")

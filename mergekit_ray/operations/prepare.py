@@ -50,6 +50,17 @@ class Prepared:
         """Whether routers are still to be made, which reads the base model."""
         return isinstance(self.recipe, MoeRecipe) and (self.recipe.add_to_base or self.recipe.gate_mode.needs_prompts)
 
+    def check_routable(self) -> None:
+        """See that the routers can be made, as far as that can be told without the base model's weights.
+
+        Raises:
+            MergekitRayError: see `routing.routers.check_routable`.
+        """
+        if isinstance(self.recipe, MoeRecipe) and self.recipe.gate_mode.needs_prompts:
+            from mergekit_ray.routing.routers import check_routable  # noqa: PLC0415 - imports numpy
+
+            check_routable(self.recipe, self.checkpoints)
+
     def routed(self, options: MergeOptions, kept: KeptRouters | None = None, tell: Reporter | None = None) -> Plan:
         """The plan with its routers: those that are kept, or new ones made where the options say.
 

@@ -21,6 +21,7 @@ from mergekit_ray.core.errors import MergeError, ModelError
 from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 from mergekit_ray.routing.batches import Batch
 from mergekit_ray.routing.embeddings import embedding_rows
+from mergekit_ray.routing.layouts import as_transformers_has_it
 from mergekit_ray.routing.skeleton import Skeleton, Stored, build_skeleton
 
 _KEY = "model"
@@ -76,8 +77,9 @@ def prompt_states(
         CheckpointError, StorageError: the weights could not be read.
         PlanError: transformers is not installed.
     """
+    checkpoint = as_transformers_has_it(checkpoint)
     skeleton = build_skeleton(checkpoint)
-    _check_lengths(checkpoint, skeleton, batches)
+    check_lengths(checkpoint, skeleton, batches)
     with torch.inference_mode():
         _fill_outer(checkpoint, skeleton, batches, device)
         passages = [_begin(checkpoint, skeleton, batch, device) for batch in batches]
@@ -102,7 +104,12 @@ def embeddings(checkpoint: Checkpoint, name: str, tokens: Sequence[int]) -> torc
     return torch.from_numpy(embedding_rows(checkpoint, name, tokens)).view(TORCH_DTYPES[spec.dtype])
 
 
-def _check_lengths(checkpoint: Checkpoint, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+def check_lengths(checkpoint: Checkpoint, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+    """See that a model takes prompts as long as these.
+
+    Raises:
+        ModelError: it does not.
+    """
     longest = max(length for batch in batches for length in batch.lengths)
     if skeleton.max_tokens is not None and longest > skeleton.max_tokens:
         raise ModelError(

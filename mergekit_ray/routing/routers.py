@@ -75,17 +75,42 @@ def routers(
         MergeError: a hidden state is not finite.
         CheckpointError, StorageError: the base model could not be read.
     """
-    shared = [expert for expert in recipe.shared_experts or () if expert.positive_prompts]
-    groups = {f"experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
-    groups |= {f"shared_experts[{i}]": expert for i, expert in enumerate(shared)}
+    groups = _groups(recipe)
     made = _vectors(recipe, groups, checkpoints, spread or Here())
     num_experts = len(recipe.experts)
     vectors = {layer: rows[:num_experts] for layer, rows in made.items()}
     return Routers(
         vectors,
-        {layer: rows[num_experts:] for layer, rows in made.items()} if shared else {},
+        {layer: rows[num_experts:] for layer, rows in made.items()} if len(groups) > num_experts else {},
         warnings=[*_zero_warnings(made, list(groups)), *overlap_warnings(vectors)],
     )
+
+
+def check_routable(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
+    """See that routers can be made, from headers, configs and the tokenizer alone.
+
+    Args:
+        recipe: where its routers are random, there is nothing to see.
+        checkpoints: at least the base model.
+
+    Raises:
+        PlanError, ModelError, CheckpointError, StorageError: they cannot, as `routers` would say.
+    """
+    if not recipe.gate_mode.needs_prompts:
+        return
+    _, tokens = _asked(recipe, _groups(recipe), checkpoints)
+    if recipe.gate_mode.needs_states:
+        from mergekit_ray.routing import layers, layouts, skeleton  # noqa: PLC0415 - torch is slow to import
+
+        checkpoint = layouts.as_transformers_has_it(checkpoints[recipe.base_model])
+        layers.check_lengths(checkpoint, skeleton.build_skeleton(checkpoint), make_batches(tokens))
+
+
+def _groups(recipe: MoeRecipe) -> dict[str, ExpertRecipe]:
+    """What gets a vector, by its path in the recipe: the experts, then shared ones with prompts."""
+    shared = [expert for expert in recipe.shared_experts or () if expert.positive_prompts]
+    groups = {f"experts[{i}]": expert for i, expert in enumerate(recipe.experts)}
+    return groups | {f"shared_experts[{i}]": expert for i, expert in enumerate(shared)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +128,22 @@ def _vectors(
     spread: Spread,
 ) -> _Vectors:
     """By layer, a unit vector for each group of prompts: float32 [num_groups, hidden]."""
+    wanted, tokens = _asked(recipe, groups, checkpoints)
+    checkpoint, mode = checkpoints[recipe.base_model], recipe.gate_mode
+    if mode is GateMode.CHEAP_EMBED:
+        return _embedded(checkpoint, tokens, wanted)
+    batches = make_batches(tokens, equal_lengths=depends_on_batch_length(checkpoint.config))
+    # Dealt out like cards: batches are sorted by length, and parts are to be equally long.
+    num_parts = min(spread.num_parts, len(batches))
+    parts = [batches[number::num_parts] for number in range(num_parts)]
+    states = spread.states(checkpoint, parts, average=mode is GateMode.HIDDEN_AVG)
+    return _combine(parts, states, wanted)
+
+
+def _asked(
+    recipe: MoeRecipe, groups: Mapping[str, ExpertRecipe], checkpoints: Mapping[ModelReference, Checkpoint]
+) -> tuple[list[_Wanted], list[Tokens]]:
+    """The prompts of each group, and the tokens of all prompts."""
     mode = recipe.gate_mode
     if not mode.needs_prompts:
         raise ValueError(f"gate_mode {mode.value!r} makes no router from prompts")
@@ -119,7 +160,6 @@ def _vectors(
             where=str(recipe.base_model),
             remedy="merge the adapter into its model first, or name the model without it as base_model",
         )
-    checkpoint = checkpoints[recipe.base_model]
     index: dict[str, int] = {}
     wanted = [
         _Wanted(
@@ -128,15 +168,7 @@ def _vectors(
         )
         for expert in groups.values()
     ]
-    tokens = tokenize(checkpoint, list(index))
-    if mode is GateMode.CHEAP_EMBED:
-        return _embedded(checkpoint, tokens, wanted)
-    batches = make_batches(tokens, equal_lengths=depends_on_batch_length(checkpoint.config))
-    # Dealt out like cards: batches are sorted by length, and parts are to be equally long.
-    num_parts = min(spread.num_parts, len(batches))
-    parts = [batches[number::num_parts] for number in range(num_parts)]
-    states = spread.states(checkpoint, parts, average=mode is GateMode.HIDDEN_AVG)
-    return _combine(parts, states, wanted)
+    return wanted, tokenize(checkpoints[recipe.base_model], list(index))
 
 
 def _combine(parts: Sequence[Sequence[Batch]], states: Sequence[np.ndarray], wanted: Sequence[_Wanted]) -> _Vectors:

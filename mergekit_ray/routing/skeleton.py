@@ -32,6 +32,9 @@ _TOKENIZER_KEYS = ("model_type", "tokenizer_class")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _MAX_NAMED = 5
 _OTHER_MODES = "choose `gate_mode: cheap_embed`, which only needs the embeddings, or `gate_mode: random`"
+_ONLY_KNOWN = (
+    f"routers from hidden states need a family that transformers knows without the model's own code; {_OTHER_MODES}"
+)
 
 
 def import_transformers() -> Any:
@@ -55,7 +58,7 @@ def _folder_of(checkpoint: Checkpoint, *, with_tokenizer: bool) -> Iterator[Path
     """The config, and the tokenizer's files, in a temporary folder as transformers wants them."""
     with tempfile.TemporaryDirectory(prefix="mergekit-ray-") as name:
         folder = Path(name)
-        config = _without_dtype(checkpoint.config)
+        config = {key: value for key, value in _without_dtype(checkpoint.config).items() if key != "auto_map"}
         if with_tokenizer:
             # What is wrong with the rest of the config is said when the model is made from it.
             config = {key: value for key, value in config.items() if key in _TOKENIZER_KEYS}
@@ -65,6 +68,13 @@ def _folder_of(checkpoint: Checkpoint, *, with_tokenizer: bool) -> Iterator[Path
                 if "/" not in file.name and file.name.endswith(_TOKENIZER_SUFFIXES):
                     (folder / file.name).write_bytes(checkpoint.source.read(file.name, max_bytes=_MAX_FILE_BYTES))
         yield folder
+
+
+def _said(error: Exception, folder: Path, checkpoint: Checkpoint) -> str:
+    """What transformers said, with the model's name for the folder, and no advice that nobody here can follow."""
+    if "trust_remote_code" in str(error):
+        return "it takes code that comes with the model, which is not run"
+    return str(error).replace(str(folder), checkpoint.reference)
 
 
 def _without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
             raise ModelError(
-                f"transformers cannot load the tokenizer: {error}",
+                f"transformers cannot load the tokenizer: {_said(error, folder, checkpoint)}",
                 where=checkpoint.reference,
                 remedy="check the tokenizer's files beside the base model's weights",
             ) from error
@@ -153,6 +163,14 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
             where=checkpoint.reference,
             remedy=f"name the unquantized model as base_model, or {_OTHER_MODES}",
         )
+    kind = checkpoint.config.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no class of its own for model_type {kind!r}, and code that "
+            "comes with a model is not run",
+            where=checkpoint.reference,
+            remedy=_ONLY_KNOWN,
+        )
     with _folder_of(checkpoint, with_tokenizer=False) as folder:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -163,10 +181,10 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
         except Exception as error:  # whatever a config that does not fit its class makes it raise
             raise ModelError(
-                f"transformers {transformers.__version__} cannot make this model from its config: {error}",
+                f"transformers {transformers.__version__} cannot make this model from its config: "
+                f"{_said(error, folder, checkpoint)}",
                 where=checkpoint.reference,
-                remedy="routers from hidden states need a family that transformers knows without remote code; "
-                f"{_OTHER_MODES}",
+                remedy=_ONLY_KNOWN,
             ) from error
     return _match(checkpoint, model.eval(), config.get_text_config())
 

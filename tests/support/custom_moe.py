@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def code_kept_in(folder: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
         patch.syspath_prepend(folder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # the package remembers the folder that it was first found in
         yield patch
 
 

@@ -201,7 +201,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "text"),
         [
-            ({"model_type": "never_heard_of"}, "cannot make this model from its config"),
+            ({"model_type": "never_heard_of"}, "no class of its own for model_type 'never_heard_of'"),
             ({"num_attention_heads": 0}, "cannot make this model from its config"),
             ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized"),
         ],
