@@ -30,9 +30,10 @@ def embedding_rows(checkpoint: Checkpoint, name: str, tokens: Sequence[int]) -> 
     """
     spec, location = checkpoint.tensors[name]
     num_rows, width = spec.shape
-    if tokens[-1] >= num_rows:
+    strange = tokens[0] if tokens[0] < 0 else tokens[-1]
+    if not 0 <= strange < num_rows:
         raise ModelError(
-            f"the tokenizer knows token {tokens[-1]}, and {name} has {num_rows} rows",
+            f"the tokenizer knows token {strange}, and {name} has {num_rows} rows",
             where=checkpoint.reference,
             remedy="the tokenizer beside the base model is not the model's own",
         )

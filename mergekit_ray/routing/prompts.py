@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.routing.batches import Tokens
-from mergekit_ray.routing.tokenizer import Tokenizer, load_tokenizer
+from mergekit_ray.routing.tokenizer import Tokenizer, blamed_on_files, load_tokenizer
 
 
 def tokenize(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Tokens]:
@@ -17,11 +17,12 @@ def tokenize(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Tokens]:
     it adds it by itself or the prompt spells it out. No other special token is added: the last token is the prompt's.
 
     Raises:
-        ModelError: there is no tokenizer, it cannot be loaded, or a prompt has no tokens.
+        ModelError: there is no tokenizer, it cannot be loaded or used, or a prompt has no tokens.
         PlanError: transformers is needed for it and not installed.
     """
     tokenizer = load_tokenizer(checkpoint)
-    return [_tokens_of(tokenizer, prompt, checkpoint.reference) for prompt in prompts]
+    with blamed_on_files(checkpoint, "the tokenizer cannot read a prompt"):
+        return [_tokens_of(tokenizer, prompt, checkpoint.reference) for prompt in prompts]
 
 
 def _tokens_of(tokenizer: Tokenizer, prompt: str, reference: str) -> Tokens:

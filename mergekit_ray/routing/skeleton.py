@@ -90,8 +90,9 @@ def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer beside a model, wherever that is; only its own (small) files are fetched.
 
     Raises:
-        ModelError: there is none, or transformers cannot load it.
+        ModelError: there is none.
         PlanError: transformers is not installed.
+        ValueError, or a panic of Rust's: transformers cannot load it.
     """
     transformers = import_transformers()
     if not any(file.name.endswith(_VOCABULARIES) for file in checkpoint.side_files):
@@ -103,12 +104,8 @@ def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
     with _folder_of(checkpoint, with_tokenizer=True) as folder:
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
-            raise ModelError(
-                f"transformers cannot load the tokenizer: {_said(error, folder, checkpoint)}",
-                where=checkpoint.reference,
-                remedy="check the tokenizer's files beside the base model's weights",
-            ) from error
+        except Exception as error:
+            raise ValueError(_said(error, folder, checkpoint)) from error
 
 
 @dataclass(frozen=True, slots=True)

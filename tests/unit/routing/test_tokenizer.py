@@ -11,6 +11,7 @@ import pytest
 
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.routing import tokenizer
+from mergekit_ray.routing.embeddings import embedding_rows
 from mergekit_ray.routing.prompts import tokenize
 from support.models import ModelLibrary
 from support.references.routing import opened
@@ -92,7 +93,67 @@ def test_older_files_are_left_to_transformers(model: Path, monkeypatch: pytest.M
     assert not is_plain(model)
 
 
-def test_a_broken_file_is_an_error(model: Path) -> None:
-    (model / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        tokenizer.load_tokenizer(opened(model))
+DAMAGED = {
+    "cut": b'{"added_tokens": [',
+    "nothing": b"",
+    "no text": b"\xff\xfe\x00",
+    "no object": b"[]",
+    "nested": b"[" * 99_999,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_a_damaged_file_is_named(name: str, damage: str, model: Path) -> None:
+    (model / name).write_bytes(DAMAGED[damage])
+    with pytest.raises(ModelError, match=r"cannot load the tokenizer: it is (not|nested)") as caught:
+        tokenize(opened(model), ["the cat"])
+    assert caught.value.where == str(model / name)
+    assert name in str(caught.value.remedy)
+
+
+ODD: list[object] = [None, True, -1, 1.5, "", "x" * 10_000, [], {}, [[]], {"content": []}, {"id": "0"}, 10**30]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: f"{value!s:.12}")
+def test_odd_values_are_the_files_fault(name: str, value: object, model: Path) -> None:
+    whole = json.loads((model / name).read_text())
+    places = [*whole, "bos_token", "added_tokens", "vocab"]
+    failures = []
+    for place in places:
+        edit(model, name, lambda data, place=place: data.update({place: value}))
+        try:
+            tokenize(opened(model), PROMPTS)
+        except ModelError as error:
+            failures.append(error)
+        (model / name).write_text(json.dumps(whole))
+    assert all(name in str(error.remedy) and len(error.what) < 500 for error in failures)
+    assert failures or name == "tokenizer_config.json"
+
+
+def test_what_a_prompt_shows_is_the_files_fault_too(model: Path) -> None:
+    def without_unknown(data: dict[str, Any]) -> None:
+        data["model"].update(type="WordLevel", unk_token="nowhere", vocab={"a": 0}, merges=None)
+
+    edit(model, "tokenizer.json", without_unknown)
+    with pytest.raises(ModelError, match=r"the tokenizer cannot read a prompt: .*Missing \[UNK\]") as caught:
+        tokenize(opened(model), ["unheard of"])
+    assert "tokenizer.json" in str(caught.value.remedy)
+
+
+def test_a_pattern_that_backtracks_is_the_files_fault(model: Path) -> None:
+    """Its engine gives up by a panic, which is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    edit(model, "tokenizer.json", lambda data: data.update(normalizer=None, pre_tokenizer=split))
+    with pytest.raises(ModelError, match=r"the tokenizer cannot read a prompt: .*retry-limit"):
+        tokenize(opened(model), ["a" * 60])
+
+
+def test_a_token_that_no_row_is_for(model: Path) -> None:
+    checkpoint = opened(model)
+    for tokens in ([-1, 2], [2, 10_000]):
+        with pytest.raises(ModelError, match="the tokenizer knows token"):
+            embedding_rows(checkpoint, "model.embed_tokens.weight", tokens)
