@@ -1,6 +1,7 @@
 """How the weights of a checkpoint are stored when they are codes: which tensors belong together, and what they mean.
 
-What is known is read off names, dtypes and shapes, and off the ``quantization_config`` where those leave a choice:
+What is known is read off names, dtypes and shapes, and off the ``quantization_config`` where those leave a choice.
+Where all weights are numbers, what it says of codes is left over from another copy of the model:
 
     <w>  F8_E4M3, F8_E5M2     <w>_scale_inv, <w>_scale     8-bit floats; a scale per block, row, column or tensor
     <w>_blocks  U8            <w>_scales  U8               MXFP4 in gpt-oss's layout
@@ -13,30 +14,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from mergekit_ray.architectures.anatomy import is_buffer
+from mergekit_ray.architectures.quantisation_config import (
+    DEFAULT_BLOCK,
+    REMEDY,
+    blocks_of,
+    check_numbers,
+    method_of,
+    refusal,
+    settings_of,
+)
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions.quantised import FP8_NON_FINITE, MXFP4_GROUP_BYTES
 from mergekit_ray.core.tensors import TensorSpec
-
-CONFIG_KEYS: Final = ("quantization_config", "compression_config")
-"""Where ``config.json``, or a part of it for one modality, says how its weights are stored."""
-
-SIDE_FILES: Final = frozenset(
-    {"hf_quant_config.json", "quant_config.json", "quantization_config.json", "quantize_config.json"}
-)
-"""Files that say the same. Beside weights that are no codes they would be wrong."""
-
-_REMEDY: Final = (
-    "read are fp8 with a scale per block, row or tensor and gpt-oss's mxfp4; "
-    "name an unquantised copy of the model, or dequantise it first"
-)
-
-_DEFAULT_BLOCK: Final = (128, 128)
-"""That of DeepSeek-V3, where a config says nothing."""
 
 _MAX_LISTED: Final = 12
 
@@ -55,6 +50,7 @@ _UNKNOWN: Final = (
     (re.compile(r"\.weight\._(data|scale)$"), "quanto"),
     (re.compile(r"\.weight_packed$"), "compressed-tensors, packed"),
     (re.compile(r"[._]weight_scale_2$|\.weight_global_scale$"), "nvfp4"),
+    (re.compile(r"\.pre_quant_scale$"), "modelopt, AWQ"),
 )
 """Names that only one way of quantising gives."""
 
@@ -95,10 +91,12 @@ class Quantisation:
     Attributes:
         weights: by the name that the weight has when it is dequantised.
         dropped: tensors that mean nothing without the codes, with the reason.
+        leftover: the methods that the config speaks of where no weight is a code; else empty.
     """
 
     weights: dict[str, ScaledFp8 | PackedFp4] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    leftover: tuple[str, ...] = ()
 
 
 def quantisation(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Quantisation | None:
@@ -115,14 +113,17 @@ def quantisation(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], whe
     Raises:
         ModelError: weights are quantised in a way that is not known, or the tensors do not fit together.
     """
-    settings = list(_settings(config))
-    blocks = [block for setting in settings for block in _blocks(setting, where)]
+    settings = list(settings_of(config))
+    for setting in settings:
+        check_numbers(setting, where)
+    are_numbers = all(_is_number(spec) for spec in specs.values())
+    blocks = [] if are_numbers else [block for setting in settings for block in blocks_of(setting, where)]
     unknown = [name for name in specs if _ANY_UNKNOWN.search(name)]  # one look at each of perhaps 100 000 names
     for pattern, method in _UNKNOWN:
         found = next((name for name in unknown if pattern.search(name)), None)
         if found is not None:
-            raise _refusal(method, where, f"; it holds {found!r}")
-    reading = _Reading(specs, blocks if settings else [_DEFAULT_BLOCK])
+            raise refusal(method, where, f"; it holds {found!r}")
+    reading = _Reading(specs, blocks if settings else [DEFAULT_BLOCK])
     for spec in specs.values():
         reading.add(spec)
     if not settings and not reading.result.weights and not reading.problems:
@@ -134,9 +135,18 @@ def quantisation(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], whe
         raise ModelError(
             f"it holds codes whose meaning is not known:\n  {listed}",
             where=where,
-            remedy=_REMEDY,
+            remedy=REMEDY,
         )
+    if are_numbers:
+        return replace(reading.result, leftover=tuple(dict.fromkeys(map(method_of, settings))))
     return reading.result
+
+
+def _is_number(spec: TensorSpec) -> bool:
+    """Whether a tensor cannot be codes: a list of whole numbers is none, nor a mask."""
+    if is_buffer(spec.name) or len(spec.shape) < 2:
+        return spec.dtype not in _FP8
+    return spec.dtype.is_floating and spec.dtype not in _FP8
 
 
 class _Reading:
@@ -239,118 +249,5 @@ def _block_of(
     return None
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What a config and its parts say of quantisation."""
-    for key, value in config.items():
-        if not isinstance(value, Mapping) or not value:
-            continue
-        if key in CONFIG_KEYS:
-            yield value
-        else:
-            yield from _settings(value)
-
-
-def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose weights are no codes; parts that are left as they are are not copied."""
-    return {
-        key: without_quantisation(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in CONFIG_KEYS
-    }
-
-
-def _blocks(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:
-    """The blocks a config names, in rows and columns.
-
-    Raises:
-        ModelError: it speaks of a method that is not known.
-    """
-    method = str(settings.get("quant_method") or "unknown method")
-    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
-        method = "bitsandbytes"
-    read = _METHODS.get(method)
-    if read is None:
-        raise _refusal(method, where)
-    return read(settings, where)
-
-
-def _fine_grained(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:
-    """DeepSeek-V3's blocks; a size of null says that there are none."""
-    if settings.get("expert_dtype") == "fp4":
-        raise _refusal("fp8 with experts in fp4", where)
-    return _pair(settings.get("weight_block_size", _DEFAULT_BLOCK), where)
-
-
-def _compressed_tensors(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:
-    """Symmetric 8-bit floats of every strategy. Source: compressed-tensors, ``QuantizationArgs``."""
-    method = "compressed-tensors"
-    if settings.get("transform_config"):
-        raise _refusal(f"{method}, rotated", where)
-    form = _part(settings, "sparsity_config", where).get("format", "dense")
-    if form != "dense":
-        raise _refusal(f"{method}, {form}", where)
-    blocks = []
-    for group in _part(settings, "config_groups", where).values():
-        if isinstance(group, Mapping) and group.get("weights") is None:
-            continue
-        weights = _part(group, "weights", where) if isinstance(group, Mapping) else {}
-        described = f"{method}, {weights.get('type', 'unknown type')} of {weights.get('num_bits', '?')} bits"
-        if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
-            raise _refusal(described, where)
-        if weights.get("symmetric") is False:
-            raise _refusal(f"{described}, not symmetric", where)
-        if isinstance(size := weights.get("group_size"), int) and size > 0:
-            blocks.append((1, size))
-        structure = weights.get("block_structure")
-        blocks += _pair(structure.split("x") if isinstance(structure, str) else structure, where)
-    return blocks
-
-
-def _part(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """The settings below a key, none where it says nothing."""
-    found = settings.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise ModelError(
-            f"its quantization_config gives {key} as {found!r:.200}", where=where, remedy="correct config.json"
-        )
-    return found
-
-
-def _no_blocks(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:  # noqa: ARG001 - as the others
-    return []
-
-
-_METHODS: Final[Mapping[str, Callable[[Mapping[str, Any], str], list[tuple[int, int]]]]] = {
-    "fp8": _fine_grained,
-    "compressed-tensors": _compressed_tensors,
-    "fbgemm_fp8": _no_blocks,
-    "mxfp4": _no_blocks,
-}
-"""Known values of ``quant_method``, with what finds their blocks."""
-
-
-def _pair(value: Any, where: str) -> list[tuple[int, int]]:
-    """Rows and columns of a block; nothing where none is given."""
-    if value is None:
-        return []
-    try:
-        rows, columns = (int(size) for size in value)
-    except (TypeError, ValueError, OverflowError):
-        rows = columns = 0
-    if min(rows, columns) < 1:
-        raise ModelError(
-            f"its quantization_config gives blocks of {value!r:.200}",
-            where=where,
-            remedy="a block is two sizes, rows and columns: correct config.json",
-        )
-    return [(rows, columns)]
-
-
 def _described(spec: TensorSpec) -> str:
     return f"{spec.dtype.value} {list(spec.shape)}"
-
-
-def _refusal(method: str, where: str, more: str = "") -> ModelError:
-    return ModelError(
-        f"its weights are quantised ({method}): an average of codes means nothing{more}", where=where, remedy=_REMEDY
-    )

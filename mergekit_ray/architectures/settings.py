@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mergekit_ray.architectures.anatomy import TEXT_CONFIG_KEYS, language_config
-from mergekit_ray.architectures.quantisation import CONFIG_KEYS
+from mergekit_ray.architectures.quantisation_config import CONFIG_KEYS
 
 UNSTATED: Final = object()
 """A setting of which a config does not speak: it has the family's default, which is not known here."""

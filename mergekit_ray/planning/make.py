@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mergekit_ray.architectures.anatomy import anatomy
-from mergekit_ray.architectures.quantisation import SIDE_FILES
+from mergekit_ray.architectures.quantisation_config import SIDE_FILES
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.fields import ComputeDType
@@ -31,7 +31,7 @@ from mergekit_ray.planning.moe.experts import COMPUTE_DTYPES, Routing
 from mergekit_ray.planning.moe.lower import lower_moe
 from mergekit_ray.planning.output_config import output_config, without_beyond
 from mergekit_ray.planning.partition import partition
-from mergekit_ray.planning.quantised import dropped_scales, weights_of
+from mergekit_ray.planning.quantised import leftover_warnings, quantisation_of, weights_of
 from mergekit_ray.planning.weights import Weights
 
 Recipe = DenseRecipe | MoeRecipe
@@ -117,8 +117,10 @@ def make_plan(
         warnings += model.checkpoint.warnings
         for name in model.checkpoint.unindexed:
             lowering.dropped[f"{model.reference}: {name}"] = "in a weight file, but not in the checkpoint's index"
-        for name, reason in dropped_scales(model.checkpoint, f"model {model.reference}").items():
-            lowering.dropped[f"{model.reference}: {name}"] = reason
+        found = quantisation_of(model.checkpoint, where := f"model {model.reference}")
+        if found is not None:
+            warnings += leftover_warnings(found, where)
+            lowering.dropped |= {f"{model.reference}: {name}": reason for name, reason in found.dropped.items()}
     config = output_config(
         donor_config,
         layers=None if lowering.layers is None else [(m.checkpoint.config, i) for m, i in lowering.layers],

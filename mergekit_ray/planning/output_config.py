@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mergekit_ray.architectures.anatomy import LAYER_COUNT_KEYS, language_config, language_levels, stated, stating
-from mergekit_ray.architectures.quantisation import without_quantisation
+from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 

@@ -26,21 +26,25 @@ def weights_of(key: str, checkpoint: Checkpoint, where: str) -> Weights:
     Raises:
         ModelError: they are quantised in a way that is not known.
     """
-    found = _quantisation_of(checkpoint, where)
+    found = quantisation_of(checkpoint, where)
     return StoredWeights(key, checkpoint) if found is None else QuantisedWeights(key, checkpoint, found)
 
 
-def dropped_scales(checkpoint: Checkpoint, where: str) -> dict[str, str]:
-    """The tensors of a checkpoint that mean nothing once it is dequantised, with the reason.
+def leftover_warnings(found: Quantisation, where: str) -> list[str]:
+    """What is to be said where the config of a checkpoint speaks of codes, and its weights are numbers."""
+    return [
+        f"{where}: config.json says that its weights are quantised ({method}), and they are not: they are read as the "
+        "numbers that they are, and the result's config.json says nothing of it"
+        for method in found.leftover
+    ]
+
+
+def quantisation_of(checkpoint: Checkpoint, where: str) -> Quantisation | None:
+    """Which tensors of a checkpoint are codes, and which mean nothing once these are weights; None if there are none.
 
     Raises:
         ModelError: see `weights_of`.
     """
-    found = _quantisation_of(checkpoint, where)
-    return {} if found is None else found.dropped
-
-
-def _quantisation_of(checkpoint: Checkpoint, where: str) -> Quantisation | None:
     specs = {name: spec for name, (spec, _) in checkpoint.tensors.items()}
     return quantisation(specs, checkpoint.config, where)
 

@@ -20,6 +20,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.architectures.moe.registry import FAMILIES
+from mergekit_ray.architectures.quantisation import quantisation
+from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME
 from mergekit_ray.core.errors import ModelError, PlanError
@@ -58,7 +60,8 @@ def _folder_of(checkpoint: Checkpoint, *, with_tokenizer: bool) -> Iterator[Path
     """The config, and the tokenizer's files, in a temporary folder as transformers wants them."""
     with tempfile.TemporaryDirectory(prefix="mergekit-ray-") as name:
         folder = Path(name)
-        config = {key: value for key, value in _without_dtype(checkpoint.config).items() if key != "auto_map"}
+        config = _without_dtype(without_quantisation(checkpoint.config))
+        config.pop("auto_map", None)  # code that comes with the model is not run
         if with_tokenizer:
             # What is wrong with the rest of the config is said when the model is made from it.
             config = {key: value for key, value in config.items() if key in _TOKENIZER_KEYS}
@@ -154,7 +157,9 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
         PlanError: transformers is not installed.
     """
     transformers = import_transformers()
-    if "quantization_config" in checkpoint.config:
+    specs = {name: spec for name, (spec, _) in checkpoint.tensors.items()}
+    found = quantisation(specs, checkpoint.config, checkpoint.reference)
+    if found is not None and found.weights:
         raise ModelError(
             "the weights are quantized, so transformers' own layers cannot compute with them as they are stored",
             where=checkpoint.reference,

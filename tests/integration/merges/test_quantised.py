@@ -268,3 +268,34 @@ def test_a_code_that_is_no_number_is_named(models: ModelLibrary, tmp_path: Path)
     mergekit_ray.merge(average(source, source), tmp_path / "allowed", options=MergeOptions(allow_non_finite=True))
     bad = tensors_of(tmp_path / "allowed")[UP].isnan().nonzero()
     assert bad.tolist() == [[3, 5]]
+
+
+def test_modelopt_has_a_scale_for_each_tensor(models: ModelLibrary, tmp_path: Path) -> None:
+    """Scales of inputs and of the key-value cache are named as dropped; what its files say of codes is not copied."""
+    source = models.get("llama")
+    tensors: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for name, weight in tensors_of(source).items():
+        tensors[name], expected[name] = weight, weight.double()
+        if is_quantised(name):
+            scale = weight.float().abs().max() / 448.0
+            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale
+            tensors[f"{name.removesuffix('weight')}input_scale"] = torch.tensor(0.5)
+            expected[name] = tensors[name].double() * scale.double()
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
+    said = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    folder = write(tmp_path / "model", [tensors], {**config_of(source), "quantization_config": said})
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}], "dtype": "float32"}
+    result = mergekit_ray.merge(recipe, tmp_path / "out", options=MergeOptions(executor="local"))
+    made = tensors_of(tmp_path / "out")
+    assert made.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(made[name], values.float()), name
+    dropped = {name.rpartition(".")[2] for name in result.plan.dropped}
+    assert dropped == {"input_scale", "k_scale"}
+    assert result.plan.warnings == ()
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()

@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 
-from mergekit_ray.architectures.quantisation import (
-    PackedFp4,
-    Quantisation,
-    ScaledFp8,
-    quantisation,
-    without_quantisation,
-)
+from mergekit_ray.architectures.quantisation import PackedFp4, Quantisation, ScaledFp8, quantisation
+from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
 from support.fake_checkpoints import specs_of
@@ -37,6 +32,8 @@ def compressed(**weights: Any) -> dict[str, Any]:
 
 PER_TENSOR_FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": {"name": "modelopt"}}
+CODES = {W: (DType.U8, (4, 4))}
 
 LAYOUTS: dict[str, tuple[dict[str, Any] | None, tuple[int, ...], str, tuple[int, ...], tuple[int, ...]]] = {
     # name: config, shape of the codes, ending of the scales, their shape, block
@@ -67,6 +64,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any] | None, tuple[int, ...], str, tuple[int,
     "compressed-tensors, group": (compressed(strategy="group", group_size=32), (100, 60), "_scale", (100, 2), (1, 32)),
     "Llama-3.1-405B-FP8": (FBGEMM, (100, 60), "_scale", (100, 1), (1, 60)),
     "Llama-4, experts in one tensor": (FBGEMM, (8, 100, 60), "_scale", (8, 1, 60), (1, 100, 1)),
+    "modelopt, tensor": (MODELOPT, (100, 60), "_scale", (), (100, 60)),
+    "modelopt, row": (
+        {**MODELOPT, "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        (100, 60),
+        "_scale",
+        (100,),
+        (1, 60),
+    ),
+    "modelopt, block": ({**MODELOPT, "quant_algo": "fp8_pb_wo"}, (576, 7168), "_scale", (5, 56), (128, 128)),
     "rows without a second dimension": (FBGEMM, (100, 60), "_scale", (100,), (1, 60)),
     "a scale per expert": (PER_TENSOR_FP8, (8, 100, 60), "_scale", (8, 1, 1), (1, 100, 60)),
     "nobody's method, scales per row": (None, (100, 60), "_scale", (100, 1), (1, 60)),
@@ -100,8 +106,40 @@ def test_numbers_are_no_codes(config: dict[str, Any]) -> None:
     assert quantisation(specs_of({**NORM, W: (4, 4), "logit_scale": ()}), config, "model x") is None
 
 
-def test_a_config_that_speaks_of_codes_that_are_none() -> None:
-    assert read({W: (4, 4)}, FP8) == Quantisation({}, {})
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        (FP8, "fp8"),
+        (MODELOPT, "modelopt"),
+        ({**MODELOPT, "quant_algo": None, "kv_cache_quant_algo": "FP8"}, "modelopt"),
+        ({**MODELOPT, "quant_algo": "NVFP4"}, "modelopt"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        (compressed(num_bits=4), "compressed-tensors"),
+        ({"bits": 3}, "unknown method"),
+    ],
+)
+def test_a_config_that_speaks_of_codes_that_are_none(settings: dict[str, Any], method: str) -> None:
+    """As it is left over where a dequantised model, or one tuned on top of codes, is saved."""
+    at = W.removesuffix(".weight")
+    numbers = {W: (4, 4), "ids": (DType.I64, (4,)), "clip.position_ids": (DType.I64, (1, 8)), "a.temperature": ()}
+    assert read(numbers, settings) == Quantisation({}, {}, (method,))
+    found = read({**numbers, f"{at}.input_scale": (F32, ())}, settings)
+    assert found is not None
+    assert list(found.dropped) == [f"{at}.input_scale"]
+
+
+def test_what_modelopt_stores_of_activations_and_the_cache_is_dropped() -> None:
+    at = "model.layers.0.self_attn"
+    scales = {
+        f"{at}.k_proj.k_scale": (F32, ()),
+        f"{at}.v_proj.v_scale": (F32, ()),
+        f"{at}.o_proj.input_scale": (F32, ()),
+    }
+    name = f"{at}.o_proj.weight"
+    found = read({name: (F8, (8, 8)), f"{name}_scale": (F32, ()), **scales}, MODELOPT)
+    assert found == Quantisation({name: ScaledFp8(name, f"{name}_scale", (8, 8))}, found.dropped if found else {})
+    assert found.dropped.keys() == scales.keys()
 
 
 @pytest.mark.parametrize("part", ["text_config", "thinker_config"])
@@ -136,19 +174,33 @@ def test_what_belongs_to_activations_is_dropped_with_its_reason() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
-    "GPTQ": ({"quant_method": "gptq"}, {}, "quantised (gptq)"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes"}, {}, "quantised (bitsandbytes)"),
-    "bitsandbytes, old": ({"load_in_8bit": True}, {}, "quantised (bitsandbytes)"),
-    "no method": ({"bits": 3}, {}, "quantised (unknown method)"),
-    "int8": (compressed(type="int"), {}, "quantised (compressed-tensors, int of 8 bits)"),
-    "nvfp4": (compressed(num_bits=4), {}, "quantised (compressed-tensors, float of 4 bits)"),
-    "not symmetric": (compressed(symmetric=False), {}, "float of 8 bits, not symmetric"),
+    "GPTQ": ({"quant_method": "gptq"}, CODES, "quantised (gptq)"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes"}, CODES, "quantised (bitsandbytes)"),
+    "bitsandbytes, old": ({"load_in_8bit": True}, CODES, "quantised (bitsandbytes)"),
+    "no method": ({"bits": 3}, CODES, "quantised (unknown method)"),
+    "8-bit floats of no known method": ({"quant_method": "quark"}, {W: (F8, (4, 4))}, "quantised (quark)"),
+    "rounded as they are used": ({"quant_method": "bitnet", "quantization_mode": "online"}, {}, "quantised (bitnet)"),
+    "modelopt, NVFP4": ({**MODELOPT, "quant_algo": "NVFP4"}, CODES, "quantised (modelopt, NVFP4)"),
+    "modelopt, mixed": ({**MODELOPT, "quant_algo": "MIXED_PRECISION"}, CODES, "quantised (modelopt, MIXED_PRECISION)"),
+    "modelopt, MXFP8": (
+        {**MODELOPT, "quant_algo": "MXFP8"},
+        {W: (F8, (4, 64)), f"{W}_scale": (U8, (4, 2))},
+        "quantised (modelopt, MXFP8)",
+    ),
+    "modelopt, AWQ by name": (
+        MODELOPT,
+        {W: (F8, (4, 4)), f"{W}_scale": (F32, ()), "model.layers.0.mlp.up_proj.pre_quant_scale": (F32, (4,))},
+        "(modelopt, AWQ)",
+    ),
+    "int8": (compressed(type="int"), CODES, "quantised (compressed-tensors, int of 8 bits)"),
+    "nvfp4": (compressed(num_bits=4), CODES, "quantised (compressed-tensors, float of 4 bits)"),
+    "not symmetric": (compressed(symmetric=False), CODES, "float of 8 bits, not symmetric"),
     "rotated": ({**compressed(), "transform_config": {"config_groups": {"u": {}}}}, {}, "compressed-tensors, rotated"),
     "sparse": ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "sparse-24-bitmask"),
-    "a preset": ({"quant_method": "compressed-tensors", "config_groups": {"FP8": ["Linear"]}}, {}, "unknown type"),
-    "fp4 experts": ({**FP8, "expert_dtype": "fp4"}, {}, "quantised (fp8 with experts in fp4)"),
-    "blocks of three": ({**FP8, "weight_block_size": [1, 2, 3]}, {}, "gives blocks of [1, 2, 3]"),
-    "blocks of nothing": ({**FP8, "weight_block_size": [0, 128]}, {}, "gives blocks of [0, 128]"),
+    "a preset": ({"quant_method": "compressed-tensors", "config_groups": {"FP8": ["Linear"]}}, CODES, "unknown type"),
+    "fp4 experts": ({**FP8, "expert_dtype": "fp4"}, CODES, "quantised (fp8 with experts in fp4)"),
+    "blocks of three": ({**FP8, "weight_block_size": [1, 2, 3]}, CODES, "gives blocks of [1, 2, 3]"),
+    "blocks of nothing": ({**FP8, "weight_block_size": [0, 128]}, CODES, "gives blocks of [0, 128]"),
     "GPTQ by name": (None, {"a.qweight": (DType.I32, (4, 4)), "a.qzeros": (DType.I32, (1, 4))}, "(GPTQ or AWQ)"),
     "bitsandbytes by name": (None, {W: (U8, (8, 1)), f"{W}.absmax": (F32, (1,))}, "(bitsandbytes, 4 bits)"),
     "8 bits by name": (None, {W: (DType.I8, (4, 4)), "model.layers.0.mlp.up_proj.SCB": (F32, (4,))}, "8 bits)"),

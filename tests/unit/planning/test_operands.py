@@ -168,9 +168,8 @@ def test_codes_of_8_bit_floats_without_scales_are_refused() -> None:
 
 
 def test_quantised_models_are_refused_by_name() -> None:
-    quantised = checkpoint(
-        "/b", llama_shapes(1), {"num_hidden_layers": 1, "quantization_config": {"quant_method": "awq"}}
-    )
+    shapes = llama_shapes(1) | {"model.layers.0.mlp.up_proj.weight": (DType.I32, (6, 4))}
+    quantised = checkpoint("/b", shapes, {"num_hidden_layers": 1, "quantization_config": {"quant_method": "awq"}})
     with pytest.raises(ModelError) as caught:
         plan_of(LINEAR, llama("/a", 1), quantised)
     assert caught.value.where == "model /b"

@@ -13,7 +13,7 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import BlockScaled, Cast, Load, Merge, Mxfp4, loads
 from mergekit_ray.core.plan import OutputTensor, Plan
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.quantised import DEQUANTISED_DTYPE, dropped_scales, weights_of
+from mergekit_ray.planning.quantised import DEQUANTISED_DTYPE, quantisation_of, weights_of
 from mergekit_ray.planning.weights import StoredWeights
 from mergekit_ray.planning.windows import largest_window, windows
 from mergekit_ray.storage.protocols import FileStat
@@ -51,7 +51,19 @@ def test_a_model_of_numbers_is_as_it_is_stored() -> None:
     model = llama("/a", 1)
     weights = weights_of("m0", model, "model /a")
     assert isinstance(weights, StoredWeights)
-    assert dropped_scales(model, "model /a") == {}
+    assert quantisation_of(model, "model /a") is None
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes"])
+def test_what_a_config_says_of_codes_that_are_none_is_left_out(method: str) -> None:
+    plain = llama("/a", 1)
+    left = checkpoint("/b", llama_shapes(1), {**plain.config, "quantization_config": {"quant_method": method}})
+    text = LINEAR.replace("merge_method: linear", "merge_method: linear\nbase_model: /b")
+    plan = plan_of(text, plain, left)
+    assert "quantization_config" not in plan.config
+    [warning] = plan.warnings
+    assert warning.startswith(f"model /b: config.json says that its weights are quantised ({method}), and they are not")
+    assert expressions_of(plan).keys() == llama_shapes(1).keys()
 
 
 def test_codes_have_the_names_and_shapes_of_the_numbers() -> None:

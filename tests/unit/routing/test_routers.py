@@ -21,7 +21,7 @@ from mergekit_ray.routing.batches import make_batches
 from mergekit_ray.routing.prompts import tokenize
 from mergekit_ray.routing.routers import overlap_warnings, routers
 from mergekit_ray.routing.spread import Here
-from support.models import ModelLibrary, config_of, load, rewrite
+from support.models import ModelLibrary, config_of, load, rewrite, tensors_of
 from support.references.routing import NUM_LAYERS, PROMPTS, opened, recipe_of, route, unit, whole_model_states
 
 
@@ -203,7 +203,6 @@ class TestErrors:
         [
             ({"model_type": "never_heard_of"}, "no class of its own for model_type 'never_heard_of'"),
             ({"num_attention_heads": 0}, "cannot make this model from its config"),
-            ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized"),
         ],
     )
     def test_configs(self, changes: dict[str, Any], text: str, llama: Path) -> None:
@@ -212,6 +211,23 @@ class TestErrors:
         assert isinstance(error, ModelError)
         assert text in str(error)
         assert str(llama) in str(error)
+
+    def test_codes(self, llama: Path) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        codes, scale = tensors_of(llama)[name].to(torch.float8_e4m3fn), torch.tensor(1.0)
+        rewrite(llama, {name: codes, f"{name}_scale": scale})
+        error = failure(recipe_of(llama, PROMPTS))
+        assert isinstance(error, ModelError)
+        assert "the weights are quantized" in str(error)
+
+    def test_what_a_config_says_of_codes_that_are_none(self, llama: Path) -> None:
+        before = route(recipe_of(llama, PROMPTS)).vectors
+        (llama / "config.json").write_text(
+            json.dumps({**config_of(llama), "quantization_config": {"quant_method": "fp8"}})
+        )
+        after = route(recipe_of(llama, PROMPTS)).vectors
+        for layer, vectors in before.items():
+            np.testing.assert_array_equal(vectors, after[layer])
 
     def test_remote_code_is_not_run(self, llama: Path) -> None:
         changes = {"model_type": "their_own", "auto_map": {"AutoConfig": "modeling_other.Config"}}
