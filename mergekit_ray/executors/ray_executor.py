@@ -22,20 +22,19 @@ from mergekit_ray.evaluation.device.names import AUTO, CPU, CUDA
 from mergekit_ray.executors.cluster import check_ray_device, worker_slots
 from mergekit_ray.executors.driver import Job, Outcome
 from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster
+from mergekit_ray.executors.ray_head import Head
 from mergekit_ray.executors.ray_metrics import RayMetrics
 from mergekit_ray.executors.ray_waiting import CPU as CPUS
 from mergekit_ray.executors.ray_waiting import GPU, MEMORY, Waiting
 from mergekit_ray.executors.ray_worker import RayWorker
 from mergekit_ray.executors.watch import Standing
 from mergekit_ray.reporting.progress import Progress
-from mergekit_ray.reporting.signals import RESUME
 from mergekit_ray.worker.worker import SHARDS_IN_WORK
 
 RESCALE_SECONDS: Final = 5.0
 """Between looks at what the cluster has room for."""
 
 _SETTLE_SECONDS: Final = 5.0
-_HEAD_CHECK_SECONDS: Final = 2.0
 
 
 @dataclass
@@ -108,7 +107,7 @@ class RayExecutor:
         self._num_started = 0
         self._given_up: list[Outcome] = []
         self._departed = Progress()
-        self._head_seen = self._head_asked = clock()
+        self._head = Head(cluster, clock)
         self._waiting = Waiting(cluster, clock, tell)
         cpus = [int(node.get("CPU", 0)) for node in cluster.nodes()] or [1]
         # As many workers as were asked for must find room, so each may take its share at most.
@@ -151,7 +150,7 @@ class RayExecutor:
             PlanError: no node could ever hold a worker.
             StorageError: no worker has been there for minutes, they die while they start, or the head node has gone.
         """
-        self._has_head()
+        self._head.answers()
         self._scale()
         refs = [ref for actor in self._actors for ref in (actor.ready, *actor.shards) if ref is not None]
         finished = self._cluster.wait(refs, seconds)
@@ -164,7 +163,7 @@ class RayExecutor:
         for outcome in outcomes:
             if self._metrics is not None:
                 self._metrics.ended(outcome)
-        if not self._is_stopping and self._waiting.is_due(self.num_workers) and self._has_head(at_once=True):
+        if not self._is_stopping and self._waiting.is_due(self.num_workers) and self._head.answers(at_once=True):
             self._waiting.look([actor.handle for actor in self._actors], self._request)
         return outcomes
 
@@ -235,40 +234,18 @@ class RayExecutor:
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
         with contextlib.suppress(StorageError):
-            if self._has_head(at_once=True):  # there is somebody to tell
+            if self._head.answers(at_once=True):  # there is somebody to tell
                 for actor in self._actors:
                     self._cluster.kill(actor.handle)
         self._actors.clear()
         self._cluster.close()
-
-    def _has_head(self, *, at_once: bool = False) -> bool:
-        """Whether the head node answers. A call that needs it does not return while it does not: Ray ends the process.
-
-        Args:
-            at_once: ask now, however short ago it answered.
-
-        Raises:
-            StorageError: it has not answered for too long.
-        """
-        now = self._clock()
-        if at_once or now - self._head_asked >= _HEAD_CHECK_SECONDS:
-            self._head_asked = now
-            if self._cluster.has_head():
-                self._head_seen = now
-        if now - self._head_seen > self._cluster.patience_seconds:
-            raise StorageError(
-                f"the Ray cluster's head node has not answered for {self._cluster.patience_seconds:.0f} s",
-                where=self._cluster.head,
-                remedy=f"bring the cluster up again, and {RESUME}",
-            )
-        return self._head_seen == self._head_asked
 
     def _scale(self) -> None:
         """Create the actors that are missing: all that were asked for, or as many as the nodes have room for now."""
         now = self._clock()
         if self._is_stopping or (self._actors and now - self._rescaled < RESCALE_SECONDS):
             return
-        if not self._has_head(at_once=True):
+        if not self._head.answers(at_once=True):
             return
         self._rescaled = now
         wanted = self._num_wanted

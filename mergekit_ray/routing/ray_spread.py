@@ -14,7 +14,8 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.errors import InternalError, MergekitRayError, StorageError
 from mergekit_ray.evaluation.device.names import AUTO, CPU, CUDA, resolve
 from mergekit_ray.executors.cluster import check_ray_device, worker_slots
-from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER
+from mergekit_ray.executors.ray_cluster import MAX_CPUS_PER_WORKER, Cluster
+from mergekit_ray.executors.ray_head import CHECK_SECONDS, Head
 from mergekit_ray.routing.batches import Batch
 from mergekit_ray.routing.layers import prompt_states
 from mergekit_ray.storage.opening import open_source
@@ -62,7 +63,7 @@ class OnRay:
         """See `routing.spread.Spread.states`.
 
         Raises:
-            StorageError: a worker was lost time and again; else as there.
+            StorageError: a worker was lost time and again, or the cluster has gone; else as there.
         """
         # Sources hold connections, which do not travel; what is pinned does.
         pinned = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint) if field.name != "source"}
@@ -73,7 +74,12 @@ class OnRay:
             scheduling_strategy="SPREAD",
         )
         pending = [task.remote(checkpoint.source.uri, pinned, part, average, self.device) for part in parts]
+        head, left = Head(Cluster()), pending
         try:
+            # Ray would wait for ever for a cluster that has gone, or end this process.
+            while left:
+                head.answers()
+                _, left = ray.wait(left, num_returns=len(left), timeout=CHECK_SECONDS)
             results = ray.get(pending)
         except RayError as error:
             raise StorageError(

@@ -14,8 +14,10 @@ import yaml
 
 from support.merging import COMMANDS, command_environment, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
+from support.moe_cases import MIXTRAL, expert
+from support.servers.ray_cluster import freeze
 from support.servers.ray_head import RayHead
-from support.waiting import DEADLINE_SECONDS
+from support.waiting import DEADLINE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -81,6 +83,23 @@ def test_ray_is_killed_on_the_drivers_machine(models: ModelLibrary, tmp_path: Pa
     assert "Ray has ended on this machine" in said
     assert "run the same command" in said
     assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_ray_is_killed_while_routers_are_made(models: ModelLibrary, tmp_path: Path) -> None:
+    base, other = models.get("llama", 1, with_tokenizer=True), models.get("llama", 2)
+    listed = [expert(base, positive_prompts=["the capital"]), expert(other, positive_prompts=["of France"])]
+    path, out = tmp_path / "mixture.yml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(MIXTRAL.recipe(base, *listed, gate_mode="hidden")))
+    with RayHead() as head, merging(head, path, out) as process:
+        wait_until(lambda: process.poll() is not None or head.workers("_compute"), every=0.05)
+        for worker in head.workers("_compute"):
+            freeze(worker)  # it does not end before Ray does
+        head.kill_raylet()
+        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 4, said
+    assert "Ray has ended on this machine" in said
+    assert "run the same command" in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("event", ["planned", "checking", "publishing"])

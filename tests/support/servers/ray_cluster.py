@@ -115,11 +115,11 @@ def patiently(start: Callable[[], Any]) -> Any:
     return start()
 
 
-def workers_below(pid: int) -> list[psutil.Process]:
-    """The processes that run our actors, of those that a process started."""
+def workers_below(pid: int, kind: str = "RayWorker") -> list[psutil.Process]:
+    """The processes that run our actors, or a task of another name, of those that a process started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(pid).children(recursive=True)
-        return [process for process in started if _title(process).startswith("ray::RayWorker")]
+        return [process for process in started if _title(process).startswith(f"ray::{kind}")]
     return []
 
 

@@ -121,9 +121,9 @@ class RayHead:
         [raylet] = [each for each in _below(self._process.pid) if each.name() == "raylet"]
         raylet.kill()
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes that run our actors."""
-        return workers_below(self._process.pid) if self._process is not None else []
+    def workers(self, kind: str = "RayWorker") -> list[psutil.Process]:
+        """The processes that run our actors, or a task of another name."""
+        return workers_below(self._process.pid, kind) if self._process is not None else []
 
     @staticmethod
     def get(url: str) -> str:
