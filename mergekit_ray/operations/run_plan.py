@@ -24,6 +24,7 @@ from mergekit_ray.output.destination import (
     PLAN_FILE,
     RECORD_ROOT,
     Destination,
+    check_twins,
     clear,
     clear_notes,
     discard_attempts,
@@ -178,6 +179,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
             num_shards=len(plan.shards),
         )
     sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps({"plan_digest": plan.digest}).encode())
+    check_twins(destination, plan)
     merge.kept.write(destination)
     shards = [shard for shard in plan.shards if shard.file not in destination.done]
     files = [shard.file for shard in shards]

@@ -92,6 +92,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     folder = f"{RECORD_ROOT}/{plan.digest}"
     staging = f"{folder}/{STAGED}"
     present = {stat.name: stat for stat in sink.list()}
+    _check_spellings(sink, present, _written(plan))
     manifest = _read_json(sink, MANIFEST_FILE) if MANIFEST_FILE in present else None
     ours = manifest is not None and manifest.get("plan_digest") == plan.digest
     is_begun = any(name.startswith(f"{folder}/") for name in present)
@@ -136,6 +137,43 @@ def may_go(name: str, plan: Plan) -> bool:
     if name.startswith(f"{RECORD_ROOT}/"):
         return name != LEASE_FILE and not name.startswith(f"{RECORD_ROOT}/{plan.digest}/")
     return _CHECKPOINT_FILE.fullmatch(name) is not None or is_side_file(name) or name in _written(plan)
+
+
+def check_twins(destination: Destination, plan: Plan) -> None:
+    """See that names of the plan's files which differ only in case are two names at the output, as they were.
+
+    Whether they are is asked of a file that is there, `PLAN_FILE`.
+
+    Raises:
+        PlanError: they are one; names them.
+    """
+    names = sorted(_written(plan))
+    spelt: dict[str, str] = {}
+    twins = [(first, name) for name in names if (first := spelt.setdefault(name.casefold(), name)) != name]
+    sink, folder = destination.sink, destination.record_folder
+    if twins and sink.stat(f"{folder}/{PLAN_FILE.upper()}") is not None:
+        raise _one_file(sink, *twins[0], "rename one of them beside the model that they are copied from")
+
+
+def _check_spellings(sink: Sink, present: Collection[str], written: Collection[str]) -> None:
+    """See that nothing which is there is replaced because its name is, but for its case, that of a file of the plan.
+
+    Raises:
+        PlanError: something would be.
+    """
+    ours = {name.casefold(): name for name in written if name not in present}
+    for name in present:
+        mine = ours.get(name.casefold())
+        if mine is not None and name not in written and sink.stat(mine) is not None:
+            raise _one_file(sink, name, mine, "rename or remove it")
+
+
+def _one_file(sink: Sink, first: str, second: str, remedy: str) -> PlanError:
+    return PlanError(
+        f"{first} and {second} are one file here: this file system does not tell the case of letters",
+        where=sink.uri,
+        remedy=f"{remedy}, or choose an output on another file system",
+    )
 
 
 def clear(sink: Sink, names: Collection[str]) -> None:
