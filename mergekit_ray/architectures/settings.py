@@ -78,7 +78,7 @@ def _stated(config: Mapping[str, Any], spellings: Sequence[str]) -> Any:
 
 # -- what is spelt in more than one way -------------------------------------------------------------------------------
 
-_THETAS: Final = ("rope_theta", "rotary_emb_base", "rotary_base", "rope_base")
+_THETAS: Final = ("rope_theta", "rotary_emb_base", "rotary_embedding_base", "rotary_base", "rope_base")
 
 
 def _model_type(config: Mapping[str, Any]) -> Any:
@@ -150,7 +150,14 @@ def _window_layers(config: Mapping[str, Any]) -> Any:
     return config.get("max_window_layers", UNSTATED) if config.get("use_sliding_window") else UNSTATED
 
 
-_ACTIVATIONS: Final = ("hidden_activation", "hidden_act", "activation_function", "ffn_activation", "activation")
+_ACTIVATIONS: Final = (
+    "hidden_activation",
+    "hidden_act",
+    "activation_function",
+    "ffn_activation",
+    "dense_act_fn",
+    "activation",
+)
 _ROTARY_SHARES: Final = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percent")
 
 
@@ -165,7 +172,7 @@ MODEL_TYPE: Final = Setting("model_type", ("model_type",), _model_type)
 ACTIVATION: Final = Setting("hidden_act", _ACTIVATIONS, _activation, null_is_default=True)
 
 SIZES: Final = _settings(
-    ("hidden_size", "n_embd", "d_model", "model_dim", "dim"),
+    ("hidden_size", "n_embd", "d_model", "model_dim", "embed_dim", "dim"),
     ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"),
     ("decoder_attention_heads",),
     ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num"),
@@ -175,25 +182,34 @@ SIZES: Final = _settings(
     ("qk_rope_head_dim",),
     ("q_lora_rank",),
     ("kv_lora_rank",),
+    ("swa_num_attention_heads",),
+    ("swa_num_key_value_heads",),
+    ("swa_head_dim",),
+    ("index_n_heads", "indexer_n_heads"),
+    ("index_head_dim", "indexer_head_dim"),
+    ("linear_num_heads",),
+    ("linear_head_dim",),
     ("linear_num_key_heads",),
     ("linear_num_value_heads",),
     ("linear_key_head_dim",),
     ("linear_value_head_dim",),
     ("state_size", "mamba_d_state", "ssm_state_size"),
     ("conv_kernel", "mamba_d_conv"),
-    ("n_groups", "mamba_n_groups"),
-    ("mamba_num_heads", "mamba_n_heads"),
-    ("mamba_head_dim", "mamba_d_head"),
+    ("n_groups", "mamba_n_groups", "mamba_ngroups"),
+    ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads"),
+    ("mamba_head_dim", "mamba_d_head", "mamba_headdim"),
     ("patch_size",),
+    ("temporal_patch_size",),
     ("spatial_merge_size",),
     null_is_default=True,
 )
 """Of attention and what takes its place. Where null or nothing stands, the size is computed from the others."""
 
 FEED_FORWARD: Final = _settings(
-    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "encoder_ffn_dim"),
-    ("moe_intermediate_size",),
-    ("shared_expert_intermediate_size",),
+    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "mlp_dim", "encoder_ffn_dim"),
+    ("decoder_ffn_dim",),
+    ("moe_intermediate_size", "moe_hidden_size"),
+    ("shared_expert_intermediate_size", "shared_intermediate_size"),
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     (
         "num_experts_per_tok",
@@ -217,6 +233,10 @@ FORM: Final = (
         ("do_layer_norm_before",),
         ("apply_layernorm_1p",),
         ("use_qk_norm", "qk_layernorm", "qk_norm"),
+        ("is_gated_act",),
+        ("scale_attn_weights",),
+        ("scale_attn_by_inverse_layer_idx",),
+        ("scale_embedding",),
         ("use_parallel_residual", "parallel_attn"),
         ("new_decoder_architecture",),
         ("multi_query",),
@@ -247,17 +267,23 @@ NUANCES: Final = (
         ("rms_norm_eps",),
         ("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon"),
         ("norm_eps", "norm_epsilon"),
-        ("attn_logit_softcapping",),
-        ("final_logit_softcapping",),
+        ("attn_logit_softcapping", "attention_logit_cap"),
+        ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
         ("query_pre_attn_scalar",),
+        ("window_size",),
+        ("sliding_window_pattern",),
+        ("attn_scale",),
         ("attention_multiplier",),
         ("residual_multiplier", "scale_depth"),
         ("embedding_multiplier", "scale_emb"),
         ("logits_scaling", "logit_scale"),
+        *((f"{part}_multiplier",) for part in ("lm_head", "key", "attention_in", "attention_out", "ssm_in", "ssm_out")),
+        ("mlp_multipliers",),
+        ("ssm_multipliers",),
         ("attention_bias", "qkv_bias", "use_qkv_bias"),
         ("mlp_bias",),
         ("norm_topk_prob",),
-        ("routed_scaling_factor",),
+        ("routed_scaling_factor", "route_scale"),
         ("scoring_func",),
         ("topk_method",),
         ("time_step_limit",),
