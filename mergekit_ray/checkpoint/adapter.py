@@ -63,7 +63,8 @@ class Adapter:
     Attributes:
         checkpoint: its files and tensors, like a model's; ``config`` is the content of ``adapter_config.json``.
         config: what of it decides how it is applied.
-        changes: what it does, by the name of the module without `KEY_PREFIX`.
+        changes: what it does, by the name of the module without `KEY_PREFIX`. Of several parameters of one module, each
+            has its name with one ``.base_layer`` more.
         replaced: tensors that take the place of the base's: name without `KEY_PREFIX` to stored name.
         rows: rows that take the place of some of a module's weight, by its name; they are those that the config lists.
     """
@@ -121,7 +122,7 @@ def open_adapter(source: Source, reference: str) -> Adapter:
     data = source.read(ADAPTER_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
     config = parse_adapter_config(data, f"{source.uri}/{ADAPTER_CONFIG_NAME}")
     files, tensors = _open_weights(source, listing, where)
-    found = _sort(tensors, where)
+    found = _sort(tensors, where, has_nested=bool(config.parameters))
     warnings = [f"{reference}: {warning}" for warning in config.warnings]
     checkpoint = Checkpoint(source, reference, files, tensors, config.content, side_files=(), warnings=warnings)
     return Adapter(checkpoint, config, found.changes, found.replaced, found.rows)
@@ -167,14 +168,14 @@ def _open_weights(
     return {file: stat for file, (_, stat) in zip(files, headers, strict=True)}, tensors
 
 
-def _sort(tensors: Mapping[str, object], where: str) -> _Found:
-    """Tell factors from whole tensors, by their names."""
+def _sort(tensors: Mapping[str, object], where: str, *, has_nested: bool) -> _Found:
+    """Tell factors from whole tensors, by their names; ``has_nested`` if one module may have several pairs."""
     found = _Found()
     for stored in tensors:
         name = stored.removeprefix(KEY_PREFIX)
         factor = _FACTOR.fullmatch(name)
         if factor is not None:
-            _enter(found, stored, factor, where)
+            _enter(found, stored, factor, where, has_nested=has_nested)
         elif (rows := _ROWS.fullmatch(name)) is not None:
             if rows["module"] in found.rows:
                 raise _twice(found.rows[rows["module"]], stored, where)
@@ -199,14 +200,15 @@ def _sort(tensors: Mapping[str, object], where: str) -> _Found:
     return found
 
 
-def _enter(found: _Found, stored: str, factor: re.Match[str], where: str) -> None:
+def _enter(found: _Found, stored: str, factor: re.Match[str], where: str, *, has_nested: bool) -> None:
     """Put one factor where it belongs. Older files keep the adapter's name: ``lora_A.default.weight``."""
     rest = factor["rest"].split(".")[1:]
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
     if len(rest) > 1:
         raise ModelError(f"tensor {stored!r} is none of a LoRA", where=where, remedy="save the adapter with PEFT again")
     found.adapters.update(rest)
-    change = found.changes.setdefault(factor["module"].removesuffix(".base_layer"), Change())
+    module = factor["module"] if has_nested else factor["module"].removesuffix(".base_layer")
+    change = found.changes.setdefault(module, Change())
     part = factor["part"]
     attribute = "bias" if leaf == "bias" else "magnitude" if part == "magnitude_vector" else part[-1].lower()
     if leaf == "bias" and part != "B":

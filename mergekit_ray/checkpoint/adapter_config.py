@@ -24,7 +24,6 @@ _DEFAULT_ALPHA = 8
 
 _MERGE_WITH_PEFT = "merge the adapter into its base with PEFT (merge_and_unload) and name the result"
 _REFUSED = {
-    "target_parameters": ("it adapts parameters that are no module's weight (target_parameters)", _MERGE_WITH_PEFT),
     "layer_replication": ("it repeats layers of its base (layer_replication)", _MERGE_WITH_PEFT),
     "alora_invocation_tokens": (
         "it acts on a part of the text only (activated LoRA, alora_invocation_tokens), which no weights can express",
@@ -56,7 +55,7 @@ _HARMLESS = frozenset(
 _USED = frozenset(
     {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora"),
-        *("modules_to_save", "ensure_weight_tying", "trainable_token_indices"),
+        *("modules_to_save", "ensure_weight_tying", "trainable_token_indices", "target_parameters"),
     }
 )
 
@@ -83,6 +82,7 @@ class AdapterConfig:
         keeps_ties: tied modules that are stored whole stay tied (``ensure_weight_tying``).
         tokens: rows of embeddings that are stored (``trainable_token_indices``), by the ending of the module's name;
             the empty one stands for all modules.
+        parameters: endings of the names of parameters that are adapted as such (``target_parameters``).
         warnings: settings that are not known.
     """
 
@@ -97,6 +97,7 @@ class AdapterConfig:
     saved: tuple[str, ...]
     keeps_ties: bool
     tokens: Mapping[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
@@ -111,6 +112,11 @@ class AdapterConfig:
     def is_saved(self, module: str) -> bool:
         """Whether the module is one of ``modules_to_save``."""
         return any(module.endswith(ending) for ending in self.saved)
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Names of the parameters of a module that are adapted as such."""
+        split = [name.rpartition(".") for name in self.parameters]
+        return sorted({leaf for outer, _, leaf in split if f".{module}".endswith(f".{outer}") or not outer})
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The rows that are stored of a module, none if it says nothing of them."""
@@ -181,6 +187,7 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
         saved=_names(content, "modules_to_save", where),
         keeps_ties=_flag(content, "ensure_weight_tying", where),
         tokens=_tokens(content, where),
+        parameters=_names(content, "target_parameters", where),
         warnings=tuple(f"{key} in {ADAPTER_CONFIG_NAME} is not known, and has no effect" for key in unknown),
     )
 

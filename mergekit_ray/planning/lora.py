@@ -5,6 +5,7 @@ precision and rounded once:
 
     factors (lora_A, lora_B)            W + scale · B A; its transpose for embeddings and for GPT-2's Conv1D
     with a magnitude (DoRA)             each output of that scaled to its norm
+    factors of all experts of a layer   W_e + scale · B_e A_e for each expert (target_parameters)
     bias of a factor (lora_bias)        bias + scale · b
     single rows (token indices)         replace those of an embedding
     whole tensors                       replace the base's: modules_to_save, trained biases, resized embeddings
@@ -22,8 +23,9 @@ from typing import Any
 from mergekit_ray.checkpoint.adapter import Adapter
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Cast, Concat, Expression, LowRank, Merge
+from mergekit_ray.core.expressions import Cast, Concat, ExpertLowRank, Expression, LowRank, Merge
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.lora_experts import Experts
 from mergekit_ray.planning.lora_fit import AdapterFit, Product
 from mergekit_ray.planning.weights import StoredWeights, Weights, rows_of
 
@@ -76,7 +78,9 @@ class LoraWeights:
             x = self._add(x, product, dtype if product is tensor.products[-1] else DType.F64)
         return x if tensor.bias is None else self._add_bias(x, tensor.bias, dtype)
 
-    def _add(self, x: Expression, product: Product, dtype: DType) -> LowRank:
+    def _add(self, x: Expression, product: Product, dtype: DType) -> LowRank | ExpertLowRank:
+        if product.experts is not None:
+            return self._add_experts(x, product, product.experts, dtype)
         change, rows = product.change, x.spec.shape[0]
         assert change.a is not None
         assert change.b is not None
@@ -92,6 +96,19 @@ class LoraWeights:
             dtype,
             None if magnitude is None else self._stored.expression(magnitude, None if cut is None else (cut,)),
         )
+
+    def _add_experts(self, x: Expression, product: Product, experts: Experts, dtype: DType) -> ExpertLowRank:
+        change = product.change
+        assert change.a is not None
+        assert change.b is not None
+        a, b = self._stored.expression(change.a), self._stored.expression(change.b)
+        rank = a.spec.shape[0] // experts.total
+        if experts.number < experts.total:
+            a = rows_of(a, experts.first * rank, (experts.first + experts.number) * rank)
+        if experts.outputs[1] - experts.outputs[0] < b.spec.shape[0] and not product.transposed:
+            b = rows_of(b, *experts.outputs)
+        scale = self._adapter.config.scale_of(product.module)
+        return ExpertLowRank(x, a, b, scale, experts.total, experts.first, product.transposed, dtype)
 
     def _add_bias(self, x: Expression, module: str, dtype: DType) -> Merge:
         stored = self._adapter.changes[module].bias

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from mergekit_ray.checkpoint.adapter import Adapter, Change
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.lora_experts import NESTED, Experts, parameter
 from mergekit_ray.planning.names import Names
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -34,11 +35,19 @@ def is_conv1d(config: Mapping[str, Any], module: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One pair of factors with what it is scaled by."""
+    """One pair of factors with what it is scaled by.
+
+    Attributes:
+        module: by whose name rank and scale are looked up.
+        change: names the factors.
+        transposed: the product is added transposed.
+        experts: which part of the product it is, if the factors are those of all experts of a layer.
+    """
 
     module: str
     change: Change
     transposed: bool
+    experts: Experts | None = None
 
 
 @dataclass(slots=True)
@@ -90,8 +99,13 @@ class AdapterFit:
         self._untie()
         self._replace()
         self._check_vocabulary()
+        self._parameters: dict[str, str] = {}
         for module, change in adapter.changes.items():
-            self._change(module, change)
+            names = self._parameters_of(module)
+            if names:
+                self._change_experts(module, change, names)
+            else:
+                self._change(module, change)
         # The head last, like whole tensors.
         for module, stored in sorted(adapter.rows.items(), key=lambda item: self._is_head(f"{item[0]}.weight")):
             self._replace_rows(module, stored)
@@ -240,6 +254,39 @@ class AdapterFit:
         self._tensor(target).products.append(Product(module, change, transposed))
         if change.bias is not None:
             self._change_bias(module, change.bias)
+
+    def _parameters_of(self, module: str) -> list[str]:
+        """The parameters, none of them a module's weight, of which one is adapted by what is stored for a module."""
+        plain = module.partition(NESTED)[0]
+        names = self._adapter.config.parameters_of(plain)
+        return [] if self._find(f"{plain}.weight") is not None else names
+
+    def _change_experts(self, module: str, change: Change, names: Sequence[str]) -> None:
+        plain = module.partition(NESTED)[0]
+        if change.a is None or change.b is None or change.bias is not None or change.magnitude is not None:
+            raise self._fault(f"{module!r} has no pair of factors and nothing else", "save the adapter with PEFT again")
+        a, b = (self._adapter.spec(stored) for stored in (change.a, change.b))
+        known = [found for name in names if (found := parameter(plain, name, self._find, self.specs)) is not None]
+        fitting = [
+            (each, transposed)
+            for each in known
+            if len(a.shape) == len(b.shape) == 2
+            and a.shape[0] == b.shape[1] == each.shape[0] * self._adapter.config.rank_of(each.name)
+            and (transposed := each.transposed((b.shape[0], a.shape[1]), self._base_config)) is not None
+            and all(self.specs[part.tensor].dtype.is_floating for part in each.parts)
+        ]
+        if len(fitting) != 1 or not (a.dtype.is_floating and b.dtype.is_floating):
+            shapes = ", ".join(f"{each.name} {list(each.shape)}" for each in known) or "none of them in the base"
+            raise self._fault(
+                f"{change.a!r} {list(a.shape)} and {change.b!r} {list(b.shape)} adapt one of the parameters "
+                f"{', '.join(names)} (target_parameters), and {'several' if fitting else 'none'} would fit: {shapes}",
+                "apply the adapter to the model it was trained on; else " + _MERGE_WITH_PEFT,
+            )
+        ((found, transposed),) = fitting
+        if (twice := self._parameters.setdefault(found.name, module)) != module:
+            raise self._fault(f"{twice!r} and {module!r} both fit {found.name!r}", _MERGE_WITH_PEFT)
+        for part in found.parts:
+            self._tensor(part.tensor).products.append(Product(found.name, change, transposed, part))
 
     def _check_kinds(self, target: str, change: Change) -> None:
         spec = self.specs[target]

@@ -17,6 +17,7 @@ from mergekit_ray.core.expressions import (
     Cast,
     Concat,
     Constant,
+    ExpertLowRank,
     Expression,
     Literal,
     LowRank,
@@ -185,6 +186,20 @@ def low_rank(inputs: Inputs, *, transposed: bool, has_magnitude: bool) -> Expres
     )
 
 
+def expert_low_rank(inputs: Inputs, *, transposed: bool) -> Expression:
+    outputs, columns, rank, experts = 31, 67, 5, 4
+    return ExpertLowRank(
+        inputs.load("x", normal(0, (2, *((columns, outputs) if transposed else (outputs, columns))))),
+        inputs.load("a", normal(1, (2 * rank, columns))),
+        inputs.load("b", normal(2, (outputs, rank * experts))),
+        0.3,
+        experts,
+        1,
+        transposed,
+        DType.BF16,
+    )
+
+
 def block_scaled(inputs: Inputs, dtype: torch.dtype) -> Expression:
     codes = whole_numbers(4, (130, 200), 0x78).view(dtype)
     scales = normal(5, (2, 2), torch.float32).abs()
@@ -232,6 +247,8 @@ KIND_CASES: dict[str, Callable[[Inputs], Expression]] = {
     "LoRA, transposed": lambda inputs: low_rank(inputs, transposed=True, has_magnitude=False),
     "DoRA": lambda inputs: low_rank(inputs, transposed=False, has_magnitude=True),
     "DoRA, transposed": lambda inputs: low_rank(inputs, transposed=True, has_magnitude=True),
+    "LoRA of experts": lambda inputs: expert_low_rank(inputs, transposed=False),
+    "LoRA of experts, transposed": lambda inputs: expert_low_rank(inputs, transposed=True),
     "e4m3": lambda inputs: block_scaled(inputs, torch.float8_e4m3fn),
     "e5m2": lambda inputs: block_scaled(inputs, torch.float8_e5m2),
     "mxfp4": mxfp4,

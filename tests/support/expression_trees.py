@@ -12,6 +12,7 @@ from mergekit_ray.core.expressions import (
     Cast,
     Concat,
     Constant,
+    ExpertLowRank,
     Expression,
     Literal,
     Load,
@@ -87,6 +88,15 @@ def _above(below: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression
             FLOATS,
         ),
         st.builds(LowRank, below, below, below, st.floats(allow_nan=False), st.booleans(), FLOATS, st.none() | below),
+        st.builds(
+            ExpertLowRank,
+            *[below] * 3,
+            st.floats(allow_nan=False),
+            st.integers(1, 3),
+            st.integers(0, 2),
+            st.booleans(),
+            FLOATS,
+        ),
         st.builds(LowRankFactors, below, st.integers(0, 3), st.booleans(), FLOATS),
         st.builds(SingularValues, below),
         st.integers(0, 3).flatmap(

@@ -8,6 +8,7 @@ weights. Every node knows the spec of its result and what must be read for any r
     Scale(x, factor, ...)                x * factor
     Merge(method, spec, inputs, ...)     a merge method over several tensors
     LowRank(x, a, b, scale, ...)         x + scale * (b @ a): a LoRA
+    ExpertLowRank(x, a, b, scale, ...)   the same for each expert of a layer
     LowRankFactors(x, rank, ...)         the best b and a for a matrix    SingularValues(x)
     Noise(x, distribution, scale, key)   x plus random numbers that are a function of key and index
     Constant(spec, value)   Literal(spec, values)   Concat(parts, spec)
@@ -30,6 +31,7 @@ from mergekit_ray.core.expressions.base import (
     spec_to_json,
     to_json,
 )
+from mergekit_ray.core.expressions.expert_low_rank import ExpertLowRank
 from mergekit_ray.core.expressions.factors import NUM_NORMS, LowRankFactors, SingularValues
 from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise, without_values
 from mergekit_ray.core.expressions.low_rank import LowRank
@@ -41,6 +43,7 @@ __all__ = [
     "Cast",
     "Concat",
     "Constant",
+    "ExpertLowRank",
     "Expression",
     "Literal",
     "Load",

@@ -120,7 +120,6 @@ def test_other_methods_are_refused_by_name(kind: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [5]),
         ("arrow_config", {"top_k": 2}),

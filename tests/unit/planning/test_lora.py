@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mergekit_ray.checkpoint.adapter import Adapter, adapted, open_adapter
-from mergekit_ray.checkpoint.layout import encode_header
+from mergekit_ray.checkpoint.adapter import Adapter, adapted
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.reference import ModelReference
@@ -18,30 +16,18 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.expressions import Cast, Concat, Expression, Load, LowRank, Merge, from_json, loads, to_json
 from mergekit_ray.core.plan import Plan
-from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.make import check_plannable, make_plan
 from mergekit_ray.planning.weights import StoredWeights
 from mergekit_ray.storage.protocols import FileStat
+from support.adapter_headers import adapter_of
 from support.fake_checkpoints import checkpoint, expressions_of, llama, recipe_of
-from support.memory_source import MemorySource
 
 # Of `llama`: vocabulary 10, hidden 4, inner 6.
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PASSTHROUGH = "merge_method: passthrough\nmodels:\n- {model: /base+/adapter}\n"
-
-
-def adapter_of(
-    shapes: Mapping[str, Sequence[int]], *, path: str = "/adapter", dtype: DType = DType.F32, **settings: Any
-) -> Adapter:
-    """An adapter of rank 2 that is headers only; names without PEFT's prefix."""
-    specs = [TensorSpec(f"base_model.model.{name}", dtype, tuple(shape)) for name, shape in shapes.items()]
-    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, **settings}
-    weights = encode_header(specs) + bytes(sum(spec.num_bytes for spec in specs))
-    files = {"adapter_config.json": json.dumps(content).encode(), "adapter_model.safetensors": weights}
-    return open_adapter(MemorySource(path, files), path)
 
 
 def pair(module: str, outputs: int, inputs: int, rank: int = 2) -> dict[str, tuple[int, int]]:
