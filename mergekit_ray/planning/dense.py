@@ -18,9 +18,9 @@ from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
-from mergekit_ray.planning.modules import below, module_prefix
-from mergekit_ray.planning.partial import PREDICTION, beyond_part, is_beyond
-from mergekit_ray.planning.renaming import notes, renamed
+from mergekit_ray.planning.matching.modules import below, module_prefix
+from mergekit_ray.planning.matching.partial import PREDICTION, beyond_part, is_beyond
+from mergekit_ray.planning.matching.renaming import notes, renamed
 from mergekit_ray.planning.tensors import TensorLowering
 from mergekit_ray.planning.vocabulary import Vocabulary, common_vocabulary
 

@@ -13,7 +13,7 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lora_experts import NESTED, Experts, parameter
-from mergekit_ray.planning.names import Names
+from mergekit_ray.planning.matching.names import Names
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Endings of the name of a head; a tied model may not store it."""

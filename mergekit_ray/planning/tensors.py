@@ -13,8 +13,8 @@ from mergekit_ray.core.errors import MergeError, PlanError
 from mergekit_ray.core.expressions import Cast, Expression, Merge, Scale
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
-from mergekit_ray.planning.mismatches import Mismatches
-from mergekit_ray.planning.partial import PartialTensors
+from mergekit_ray.planning.matching.mismatches import Mismatches
+from mergekit_ray.planning.matching.partial import PartialTensors
 from mergekit_ray.planning.vocabulary import Vocabulary, is_of_vocabulary
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ray.planning.names import Names, bare
+from mergekit_ray.planning.matching.names import Names, bare
 
 LAYER = "layers.0.self_attn.q_proj.weight"
 

@@ -1,7 +1,8 @@
 """A text model and the language model inside a multimodal one: a model seen under the names that another gives.
 
-Names match below what wraps them (`mergekit_ray.planning.names`). The donor decides what the output's tensors are
-called; what has no counterpart in it keeps its name, and is an extra (`mergekit_ray.planning.partial`).
+Names match below what wraps them (`mergekit_ray.planning.matching.names`). The donor decides what the output's
+tensors are called; what has no counterpart in it keeps its name, and is an extra
+(`mergekit_ray.planning.matching.partial`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Model, Rules
-from mergekit_ray.planning.mismatches import pattern_of
-from mergekit_ray.planning.names import bare
+from mergekit_ray.planning.matching.mismatches import pattern_of
+from mergekit_ray.planning.matching.names import bare
 from mergekit_ray.planning.weights import Weights
 
 _MAX_LISTED = 3

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from mergekit_ray.architectures.anatomy import place_of
 from mergekit_ray.config.recipe import Missing
 from mergekit_ray.planning.lowering import Lowering, Model, Operand
-from mergekit_ray.planning.mismatches import Groups, Mismatches
+from mergekit_ray.planning.matching.mismatches import Groups, Mismatches
 
 PREDICTION = re.compile(r"(^|\.)(mtp|nextn)[^.]*(\.|$)")
 """Names of modules for multi-token prediction that stand outside the layers."""
