@@ -86,10 +86,10 @@ def in_file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
-def shard_names(num_shards: int) -> list[str]:
+def shard_names(num_shards: int, stem: str = "model") -> list[str]:
     """``model-00001-of-00004.safetensors`` and so on."""
     digits = max(_MIN_DIGITS, len(str(num_shards)))
-    return [f"model-{number:0{digits}}-of-{num_shards:0{digits}}.safetensors" for number in range(1, num_shards + 1)]
+    return [f"{stem}-{number:0{digits}}-of-{num_shards:0{digits}}.safetensors" for number in range(1, num_shards + 1)]
 
 
 class _Packer:

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergekit_ray.checkpoint.diffusers import is_of_diffusers, pipeline_error
 from mergekit_ray.checkpoint.header import Header, read_pinned_header
 from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from mergekit_ray.checkpoint.sentence_transformers import is_module_file, module_folders, pickled_modules
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.checkpoint.strict_json import parse_config
 from mergekit_ray.core.errors import CheckpointError, ModelError
+from mergekit_ray.core.plan import DIFFUSERS_STEM, index_name
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.storage.names import is_confined
@@ -101,7 +103,7 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         f"{source.uri}/{CONFIG_NAME}: the key {key!r} occurs twice; its last value is read, as transformers does"
         for key in twice
     ]
-    weights = _open_weights(source, listing, reference, warnings)
+    weights = _open_weights(source, listing, config, reference, warnings)
     return Checkpoint(
         source=source,
         reference=reference,
@@ -123,22 +125,24 @@ def _check_names(names: Iterable[str], where: str) -> None:
             )
 
 
-def _open_weights(source: Source, listing: Mapping[str, FileStat], reference: str, warnings: list[str]) -> _Weights:
+def _open_weights(
+    source: Source, listing: Mapping[str, FileStat], config: Mapping[str, Any], reference: str, warnings: list[str]
+) -> _Weights:
     """The headers of the files that hold the weights; adds to ``warnings`` which others are there and not read."""
-    reads_single = SINGLE_NAME in listing and (INDEX_NAME not in listing or not _is_indexed(source, SINGLE_NAME))
-    if reads_single:
-        if INDEX_NAME in listing:
-            warnings.append(
-                f"{reference} holds both {SINGLE_NAME} and {INDEX_NAME}; {SINGLE_NAME} is read, as transformers does"
-            )
-        weights = _gather(_read_headers(source, [SINGLE_NAME]))
-    elif INDEX_NAME in listing:
-        weights = _open_indexed(source, listing)
+    single, index = SINGLE_NAME, INDEX_NAME
+    if is_of_diffusers(config):
+        single, index = f"{DIFFUSERS_STEM}{_SUFFIX}", index_name(f"{DIFFUSERS_STEM}-")
+    if single in listing and (index not in listing or not _is_indexed(source, single, index)):
+        if index in listing:
+            warnings.append(f"{reference} holds both {single} and {index}; {single} is read, as transformers does")
+        weights = _gather(_read_headers(source, [single]))
+    elif index in listing:
+        weights = _open_indexed(source, listing, index)
     else:
         files, left = _find_files(source, listing, reference)
         weights = _gather(_read_headers(source, files))
         if left:
-            warnings.append(f"{reference} has no {INDEX_NAME}; {_some(files)} are read, and not {_some(left)}")
+            warnings.append(f"{reference} has no {index}; {_some(files)} are read, and not {_some(left)}")
     if not weights.tensors:
         raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
     return weights
@@ -153,6 +157,10 @@ def _read_config(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     where = f"{source.uri}/{CONFIG_NAME}"
     if CONFIG_NAME not in listing:
+        if (
+            error := pipeline_error(listing.keys(), reference, is_folder=not source.uri.startswith("hf://"))
+        ) is not None:
+            raise error
         if "adapter_config.json" in listing:
             raise ModelError(
                 "this is a LoRA adapter, not a model",
@@ -167,14 +175,14 @@ def _read_config(
     return parse_config(source.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES), where)
 
 
-def _is_indexed(source: Source, file: str) -> bool:
-    data = source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
-    return file in parse_index(data, f"{source.uri}/{INDEX_NAME}").values()
+def _is_indexed(source: Source, file: str, index: str) -> bool:
+    data = source.read(index, max_bytes=MAX_INDEX_BYTES)
+    return file in parse_index(data, f"{source.uri}/{index}").values()
 
 
-def _open_indexed(source: Source, listing: Mapping[str, FileStat]) -> _Weights:
-    where = f"{source.uri}/{INDEX_NAME}"
-    weight_map = parse_index(source.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES), where)
+def _open_indexed(source: Source, listing: Mapping[str, FileStat], index: str) -> _Weights:
+    where = f"{source.uri}/{index}"
+    weight_map = parse_index(source.read(index, max_bytes=MAX_INDEX_BYTES), where)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if file not in listing]
     if missing:

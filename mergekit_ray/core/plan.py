@@ -29,6 +29,18 @@ from mergekit_ray.core.tensors import TensorSpec
 
 FORMAT = 1
 
+STEM = "model"
+"""What the weight files of a model are called before number and ending, as transformers reads them."""
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+"""The same as diffusers reads them."""
+
+
+def index_name(shard_file: str) -> str:
+    """What the index of the weights is called that one of whose files is called so."""
+    stem = DIFFUSERS_STEM if shard_file.startswith(f"{DIFFUSERS_STEM}-") else STEM
+    return f"{stem}.safetensors.index.json"
+
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
@@ -184,9 +196,14 @@ class Plan:
         """Elements of all output tensors."""
         return sum(shard.num_parameters for shard in self.shards)
 
+    @property
+    def index_file(self) -> str:
+        """Name of the index: the last file to be written, which makes the model visible."""
+        return index_name(self.shards[0].file if self.shards else "")
+
     @cached_property
     def index(self) -> dict[str, Any]:
-        """Content of ``model.safetensors.index.json``, as transformers writes it."""
+        """Content of the index, as transformers writes it."""
         total = sum(tensor.spec.num_bytes for shard in self.shards for tensor in shard.tensors)
         weight_map = {tensor.spec.name: shard.file for shard in self.shards for tensor in shard.tensors}
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

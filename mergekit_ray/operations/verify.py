@@ -13,9 +13,10 @@ from mergekit_ray.architectures.anatomy import anatomy, language_config
 from mergekit_ray.checkpoint.header import Header, read_header
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.plan import index_name
 from mergekit_ray.core.record import ShardRecord, tensor_digest
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.output.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE
+from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import Contents, FileDigest, published_contents, read_json
 from mergekit_ray.storage.protocols import FileStat, Source
 
@@ -185,20 +186,21 @@ class _Verifier:
         return frozenset(random.Random(self._options.seed).sample(names, self._options.sample))
 
     def _check_index(self, records: list[ShardRecord]) -> None:
-        index = self._read_object(INDEX_FILE, "missing, so readers do not see a model")
+        name = index_name(records[0].file if records else "")
+        index = self._read_object(name, "missing, so readers do not see a model")
         if index is None:
             return
         found = index.get("weight_map")
         weight_map = found if isinstance(found, dict) else {}
         expected = {tensor: record.file for record in records for tensor in record.tensors}
         if weight_map != expected:
-            names = sorted(weight_map.keys() | expected.keys())
-            first = next(name for name in names if weight_map.get(name) != expected.get(name))
-            self._problem(INDEX_FILE, f"does not belong to this run, first at tensor {first!r}")
+            tensors = sorted(weight_map.keys() | expected.keys())
+            first = next(tensor for tensor in tensors if weight_map.get(tensor) != expected.get(tensor))
+            self._problem(name, f"does not belong to this run, first at tensor {first!r}")
 
     def _check_strays(self, contents: Contents, present: Iterable[str]) -> None:
-        own = {MANIFEST_FILE, INDEX_FILE, CARD_FILE, _CONFIG_FILE, *contents.side_files, *(contents.files or ())}
-        own |= {record.file for record in contents.records}
+        own = {MANIFEST_FILE, CARD_FILE, _CONFIG_FILE, *contents.side_files, *(contents.files or ())}
+        own |= {name for record in contents.records for name in (record.file, index_name(record.file))}
         for name in present:
             if name in own or name.startswith("."):
                 continue

@@ -18,14 +18,14 @@ from typing import Any, Final
 
 from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.errors import CheckpointError, PlanError
-from mergekit_ray.core.plan import InputModel, Plan
+from mergekit_ray.core.plan import DIFFUSERS_STEM, STEM, InputModel, Plan, index_name
 from mergekit_ray.core.record import ShardRecord, record_file
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
 from mergekit_ray.storage.names import is_confined
 from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, RemainsSink, Sink
 
-INDEX_FILE: Final = "model.safetensors.index.json"
+INDEX_FILE: Final = index_name(f"{STEM}-")
 MANIFEST_FILE: Final = "mergekit-ray.json"
 CARD_FILE: Final = "README.md"
 RECORD_ROOT: Final = WORK_FOLDER
@@ -97,7 +97,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     ours = manifest is not None and manifest.get("plan_digest") == plan.digest
     is_begun = any(name.startswith(f"{folder}/") for name in present)
     is_staged = any(name.startswith(f"{staging}/") for name in present)
-    if ours and manifest is not None and INDEX_FILE in present:
+    if ours and manifest is not None and plan.index_file in present:
         records = _parse_records(manifest.get("shards", ()))
         if {record.file for record in records} >= {shard.file for shard in plan.shards} and all(
             _is_whole(record, present) for record in records
@@ -211,7 +211,7 @@ def _unfinished_work(foreign: Collection[str]) -> frozenset[str] | None:
 
     Weights without an index are unfinished work if they have a record. A staged model is one, from its index on.
     """
-    marks = (f"/{SWAP_FILE}", f"/{STAGED}/{INDEX_FILE}")
+    marks = (f"/{SWAP_FILE}", *(f"/{STAGED}/{index_name(stem)}" for stem in (f"{STEM}-", f"{DIFFUSERS_STEM}-")))
     notes = {name for name in foreign if name.startswith(f"{RECORD_ROOT}/")}
     recorded = {name.split("/")[2].removesuffix(".json") for name in notes if name.count("/") == 2}
     models = [name for name in foreign if name not in notes and _WEIGHT_FILE.fullmatch(name) and name not in recorded]
@@ -232,7 +232,7 @@ def _names_its_commit(model: InputModel) -> bool:
 def _written(plan: Plan) -> frozenset[str]:
     """Names of all files that a plan writes."""
     named = {*(shard.file for shard in plan.shards), *(side.file.name for side in plan.side_files)}
-    return frozenset({INDEX_FILE, MANIFEST_FILE, CARD_FILE, "config.json", *named, *plan.generated_files})
+    return frozenset({plan.index_file, MANIFEST_FILE, CARD_FILE, "config.json", *named, *plan.generated_files})
 
 
 def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:

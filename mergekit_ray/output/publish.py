@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
+from mergekit_ray.checkpoint.diffusers import is_of_diffusers
 from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.version import __version__
-from mergekit_ray.output.destination import CARD_FILE, INDEX_FILE, MANIFEST_FILE, Destination
+from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE, Destination
 from mergekit_ray.output.manifest import FileDigest, manifest
 from mergekit_ray.output.provenance import header_digests
 from mergekit_ray.storage.protocols import PublishingSink, Source
@@ -65,9 +66,9 @@ def publish(
     put(CARD_FILE, model_card(plan).encode())
     index = _json_bytes(plan.index)
     headers = header_digests(plan.inputs, sources)
-    listed = {**files, INDEX_FILE: FileDigest.of(index)}
+    listed = {**files, plan.index_file: FileDigest.of(index)}
     sink.put(MANIFEST_FILE, _json_bytes(manifest(plan, records, headers, listed)))
-    sink.put(INDEX_FILE, index)
+    sink.put(plan.index_file, index)
     if isinstance(sink, PublishingSink):
         sink.finish()
 
@@ -81,7 +82,8 @@ def model_card(plan: Plan) -> str:
     # By where they were found, not by how they look: "runs/merged" may be a folder.
     uris = [model.uri for model in plan.inputs.values()]
     on_hub = [uri.removeprefix("hf://").split("@")[0] for uri in uris if uri.startswith("hf://")]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergekit-ray", "merge"]}
+    library = "diffusers" if is_of_diffusers(plan.config) else "transformers"
+    front: dict[str, Any] = {"library_name": library, "tags": ["mergekit-ray", "merge"]}
     if on_hub:
         front = {"base_model": on_hub, **front}
     method = plan.recipe.get("merge_method", "modules")

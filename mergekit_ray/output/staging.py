@@ -27,7 +27,6 @@ from typing import Final
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.output.destination import (
-    INDEX_FILE,
     MANIFEST_FILE,
     RECORD_ROOT,
     SWAP_FILE,
@@ -76,10 +75,10 @@ def swap(plan: Plan, destination: Destination) -> None:
     comes = [name for name in coming if f"{staging}/{name}" in names]
     # What has come already is not to go any more.
     clear(sink, goes - (coming - set(comes)))
-    _move(sink, staging, [name for name in comes if name not in (INDEX_FILE, MANIFEST_FILE)])
+    _move(sink, staging, [name for name in comes if name not in (plan.index_file, MANIFEST_FILE)])
     _check(plan, sink)
     _move(sink, staging, [name for name in comes if name == MANIFEST_FILE])
-    _move(sink, staging, [name for name in comes if name == INDEX_FILE])
+    _move(sink, staging, [name for name in comes if name == plan.index_file])
 
 
 def _move(sink: MovingSink, staging: str, names: Sequence[str]) -> None:

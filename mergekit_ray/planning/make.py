@@ -10,6 +10,7 @@ from typing import Any
 from mergekit_ray.architectures.anatomy import anatomy
 from mergekit_ray.architectures.quantisation_config import SIDE_FILES
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
+from mergekit_ray.checkpoint.diffusers import is_of_diffusers
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.fields import ComputeDType
 from mergekit_ray.config.moe_recipe import MoeRecipe
@@ -19,7 +20,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Expression, loads
-from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
+from mergekit_ray.core.plan import DIFFUSERS_STEM, STEM, InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import check_agreement
@@ -111,7 +112,8 @@ def make_plan(
         lowering = lower(normalise(recipe), METHODS.get(recipe.merge_method), models, donor, arithmetic, rules)
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")
-    shards = partition(lowering.groups, lowering.expressions, recipe.output.max_shard_size)
+    stem = DIFFUSERS_STEM if is_of_diffusers(donor.checkpoint.config) else STEM
+    shards = partition(lowering.groups, lowering.expressions, recipe.output.max_shard_size, stem)
     warnings += lowering.warnings
     for model in models.values():
         warnings += model.checkpoint.warnings
@@ -124,7 +126,8 @@ def make_plan(
     config = output_config(
         donor_config,
         layers=None if lowering.layers is None else [(m.checkpoint.config, i) for m, i in lowering.layers],
-        dtype=stored or _most_common_dtype(lowering),
+        # diffusers' configs say nothing of dtypes.
+        dtype=None if stem == DIFFUSERS_STEM else stored or _most_common_dtype(lowering),
         tied=lowering.tied,
         vocab_size=lowering.vocab_size,
     )

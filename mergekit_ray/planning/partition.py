@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from mergekit_ray.checkpoint.layout import encode_header, pack, shard_names
 from mergekit_ray.core.expressions import Expression
-from mergekit_ray.core.plan import OutputTensor, Shard
+from mergekit_ray.core.plan import STEM, OutputTensor, Shard
 from mergekit_ray.core.tensors import TensorSpec
 
 
 def partition(
-    groups: Sequence[Sequence[TensorSpec]], expressions: Mapping[str, Expression], max_shard_bytes: int
+    groups: Sequence[Sequence[TensorSpec]],
+    expressions: Mapping[str, Expression],
+    max_shard_bytes: int,
+    stem: str = STEM,
 ) -> tuple[Shard, ...]:
     """Pack output tensors into files.
 
@@ -20,13 +23,14 @@ def partition(
             what comes after. A group is kept in one file where it fits.
         expressions: by tensor name.
         max_shard_bytes: most data bytes in a file; a larger tensor gets a file of its own.
+        stem: what the files are called before number and ending.
 
     Returns:
         The shards, with complete headers and every offset.
     """
     packed = pack(groups, max_shard_bytes)
     shards = []
-    for file, specs in zip(shard_names(len(packed)), packed, strict=True):
+    for file, specs in zip(shard_names(len(packed), stem), packed, strict=True):
         tensors, offset = [], 0
         for spec in specs:
             tensors.append(OutputTensor(spec, expressions[spec.name], offset, offset + spec.num_bytes))
