@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-from mergekit_ray.checkpoint.strict_json import parse_object
+from mergekit_ray.checkpoint.strict_json import parse_config
 from mergekit_ray.core.errors import CheckpointError, ModelError
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -83,7 +83,7 @@ class AdapterConfig:
         tokens: rows of embeddings that are stored (``trainable_token_indices``), by the ending of the module's name;
             the empty one stands for all modules.
         parameters: endings of the names of parameters that are adapted as such (``target_parameters``).
-        warnings: settings that are not known.
+        warnings: settings that are not known, or stand there twice.
     """
 
     content: Mapping[str, Any]
@@ -157,7 +157,7 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
         CheckpointError: not JSON, or a setting of another type than PEFT writes.
         ModelError: another method than LoRA, or a variant that cannot be applied.
     """
-    content = parse_object(data, where, "adapter config")
+    content, twice = parse_config(data, where, "adapter config")
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
         raise ModelError(
@@ -188,7 +188,10 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
         keeps_ties=_flag(content, "ensure_weight_tying", where),
         tokens=_tokens(content, where),
         parameters=_names(content, "target_parameters", where),
-        warnings=tuple(f"{key} in {ADAPTER_CONFIG_NAME} is not known, and has no effect" for key in unknown),
+        warnings=(
+            *(f"{key} in {ADAPTER_CONFIG_NAME} is not known, and has no effect" for key in unknown),
+            *(f"{key} occurs twice in {ADAPTER_CONFIG_NAME}; its last value is read, as PEFT does" for key in twice),
+        ),
     )
 
 

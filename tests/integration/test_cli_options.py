@@ -70,6 +70,8 @@ def test_conflicts_of_configs_are_refused_unless_allowed(models: ModelLibrary, t
             assert f"warning: the models' configs differ: {said}" in allowed.stderr
         if command[0] == "merge":
             assert config_of(out)["num_attention_heads"] == 4
+            again = ("reproduce", str(out), str(tmp_path / "again"), "--executor", "local")
+            assert [invoke(*again, *more).exit_code for more in ((), ("--allow-config-conflicts",))] == [3, 0]
             shutil.rmtree(out)
 
 

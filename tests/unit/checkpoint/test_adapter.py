@@ -53,6 +53,12 @@ def config(**settings: object) -> Any:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
+def test_settings_are_read_as_peft_reads_them() -> None:
+    config = parse_adapter_config(b'{"r": 4, "lora_alpha": 8, "lora_dropout": Infinity, "r": 2}', "config")
+    assert (config.rank, config.alpha) == (2, 8)
+    assert config.warnings == ("r occurs twice in adapter_config.json; its last value is read, as PEFT does",)
+
+
 def test_defaults_are_those_of_peft() -> None:
     found = parse_adapter_config(b'{"peft_type": "LORA"}', "config")
     assert (found.rank, found.alpha, found.scale_of("x")) == (8, 8, 1.0)
