@@ -9,6 +9,8 @@ from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError
 
+_REMEDY = "download or copy the file again, or correct it"
+
 
 def parse_object(data: bytes, where: str, what: str) -> dict[str, Any]:
     """The object in ``data``.
@@ -53,31 +55,32 @@ def _parse(
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=of_pairs, parse_constant=of_constant)
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"the {what} is not UTF-8 (byte {error.start})", where=where) from None
+        raise CheckpointError(f"the {what} is not UTF-8 (byte {error.start})", where=where, remedy=_REMEDY) from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"the {what} is not valid JSON: {reason}", where=where) from None
+        raise CheckpointError(f"the {what} is not valid JSON: {reason}", where=where, remedy=_REMEDY) from None
     if b"\\ud" in data.lower():
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start : error.start + 1]
-            raise CheckpointError(f"the {what} holds {half!r}, which is not valid Unicode", where=where) from None
+            raise CheckpointError(
+                f"the {what} holds {half!r}, which is not valid Unicode", where=where, remedy=_REMEDY
+            ) from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"the {what} is not a JSON object", where=where)
+        raise CheckpointError(f"the {what} is not a JSON object", where=where, remedy=_REMEDY)
     return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key in _repeated(pairs):
-        raise ValueError(f"the key {key!r} occurs twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"the key {_repeated(pairs)[0]!r} occurs twice")
+    return found
 
 
 def _repeated(pairs: list[tuple[str, Any]]) -> list[str]:
     """The keys that occur more than once."""
-    if len({key for key, _ in pairs}) == len(pairs):
-        return []
     return [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
 
 
