@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from mergekit_ray.architectures.anatomy import Anatomy, anatomy, place_of
+from mergekit_ray.architectures.anatomy import Anatomy, anatomy, is_buffer, place_of
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression
@@ -145,7 +145,7 @@ def _check_layers(model: Model, parts: Anatomy, donor: Model, rules: Rules) -> N
         {pattern_of(f"{main}.0.{rest}") for layer in a.layers.get(main, ()) for rest in layer}
         for a in (parts, donor.anatomy)
     )
-    odd = sorted(name for name in ours ^ theirs if rules.merges(name))
+    odd = sorted(name for name in ours ^ theirs if rules.merges(name) and not is_buffer(name))
     if odd and rules.missing is None:
         shown = ", ".join(odd[:_MAX_LISTED]) + (", ..." if len(odd) > _MAX_LISTED else "")
         raise _fault(model, donor, f"and only one of them has {shown}")

@@ -108,6 +108,31 @@ def test_one_line_for_what_all_layers_lack() -> None:
     ]
 
 
+def test_heads_and_poolers_of_encoders() -> None:
+    """A classifier tuned from a masked language model: each has a head that the other lacks."""
+    body = {
+        "bert.embeddings.word_embeddings.weight": (10, 4),
+        "bert.embeddings.LayerNorm.weight": (4,),
+        "bert.encoder.layer.0.output.dense.weight": (4, 4),
+    }
+    heads = {"cls.predictions.bias": (10,), "cls.predictions.transform.dense.weight": (4, 4)}
+    own = {"bert.pooler.dense.weight": (4, 4), "classifier.weight": (2, 4), "classifier.bias": (2,)}
+    a, b = (checkpoint(path, body | extra, {"num_hidden_layers": 1}) for path, extra in (("/a", heads), ("/b", own)))
+    plan = plan_of(TASK, a, b)
+    assert {name: len(sources(x)) for name, x in expressions_of(plan).items()} == (
+        dict.fromkeys(body, 2) | dict.fromkeys(heads, 1)
+    )
+    assert set(plan.warnings) == {
+        "cls.* (2 tensors) are in /a, not in /b: copied from /a",
+        "bert.pooler.dense.weight is in /b, not in /a: left out, as /a has none",
+        "classifier.* (2 tensors) are in /b, not in /a: left out, as /a has none",
+    }
+    for name in ("bert.embeddings.LayerNorm.weight", "bert.embeddings.word_embeddings.weight"):
+        lacking = {other: shape for other, shape in body.items() if other != name}
+        with pytest.raises(ModelError, match=name):
+            plan_of(TASK, a, checkpoint("/b", lacking, {"num_hidden_layers": 1}))
+
+
 # -- what the recipe says ---------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,14 @@ def test_layers_that_are_not_alike_are_refused_in_one_sentence() -> None:
     assert {name.partition(": ")[2] for name in kept.dropped} == set(biased)
 
 
+def test_constants_that_only_one_of_them_stores_do_not_matter() -> None:
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (2,) for i in range(2)}
+    txt = checkpoint("/txt", llama_shapes(2) | buffers, {"num_hidden_layers": 2, "tie_word_embeddings": False})
+    plan = plan_of(TASK.format(base="/vlm", other="/txt"), wrapped("/vlm", "older"), txt)
+    assert set(expressions_of(plan)) == set(wrapped("/vlm", "older").tensors)
+    assert set(plan.dropped) == {f"/txt: {name}" for name in buffers}
+
+
 def test_vocabularies_of_different_sizes() -> None:
     txt = llama("/txt", vocabulary=7)
     plan = plan_of(TASK.format(base="/vlm", other="/txt"), wrapped("/vlm", "older"), txt)
