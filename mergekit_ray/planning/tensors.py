@@ -67,7 +67,7 @@ class TensorLowering:
             return self._unmerged(name, everyone, base, cut)
         if absent:
             source = self.partial.source_of(name, everyone, base)
-            return [] if source is None else self.copy(name, source)
+            return [] if source is None else self._copy(name, source, [o for o in everyone if o.exists])
         specs = [o.model.weights.specs[o.name] for o in everyone]
         if not all(spec.dtype.is_floating for spec in specs):
             return self._not_floating(name, everyone, specs, base or operands[0])
@@ -149,14 +149,14 @@ class TensorLowering:
         self._result.expressions[name] = operand.model.weights.expression(operand.name)
         return [TensorSpec(name, spec.dtype, spec.shape)]
 
-    def copy(self, name: str, operand: Operand, shape: tuple[int, ...] | None = None) -> list[TensorSpec]:
-        """Add one model's tensor, in the dtype of the output; with a ``shape``, its leading rows."""
+    def _copy(self, name: str, operand: Operand, having: list[Operand]) -> list[TensorSpec]:
+        """Add one model's tensor, in the dtype of the output, where it is not merged with those that others have."""
         spec = operand.model.weights.specs[operand.name]
         self.used.add((operand.model.key, operand.name))
         if is_buffer(name) or not spec.dtype.is_floating:
             return self._as_stored(name, operand)
         dtype = self._arithmetic.stored or self._arithmetic.inputs or spec.dtype
-        x = operand.model.weights.expression(operand.name, shape)
+        x = operand.model.weights.expression(operand.name, self._copy_rows(name, operand, having))
         return self._store(TensorSpec(name, dtype, x.spec.shape), x if x.spec.dtype is dtype else Cast(x, dtype))
 
     def _unmerged(self, name: str, everyone: list[Operand], base: Operand | None, cut: Cut) -> list[TensorSpec]:
@@ -177,16 +177,16 @@ class TensorLowering:
         if not source.exists:
             lacking = [*(o for o in everyone if not o.exists), source]
             found = self.partial.source_of(name, [*having, *lacking], source)
-            return [] if found is None else self.copy(name, found)
+            return [] if found is None else self._copy(name, found, having)
         for operand in having:
             if operand.model is not source.model:
                 self._result.dropped[operand.label] = (
                     f"kept out of the merge: that of {source.model.reference} is copied"
                 )
-        return self.copy(name, source, self._kept_rows(name, source, having))
+        return self._copy(name, source, having)
 
-    def _kept_rows(self, name: str, source: Operand, having: list[Operand]) -> tuple[int, ...] | None:
-        """The shape of an unmerged tensor of the vocabulary: with as many rows as the merged ones have."""
+    def _copy_rows(self, name: str, source: Operand, having: list[Operand]) -> tuple[int, ...] | None:
+        """Shape of a copied tensor of the vocabulary: with as many rows as the merged ones have, if one is merged."""
         vocabulary = self._donor.anatomy.vocabulary
         if name not in vocabulary:
             return None
