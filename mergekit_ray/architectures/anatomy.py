@@ -133,9 +133,12 @@ def _nested(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config, *(level for part in inner if isinstance(part, Mapping) for level in _nested(part))]
 
 
-def stated(config: Mapping[str, Any], key: str) -> Any:
-    """What a config says of its language model under a key, on whatever level; None if nothing."""
-    return next((level[key] for level in (language_config(config), *language_levels(config)) if key in level), None)
+def language_view(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a config says of its language model, on whatever level; where levels differ, as `language_config`."""
+    view: dict[str, Any] = {}
+    for level in (*language_levels(config), language_config(config)):
+        view |= level
+    return view
 
 
 def stating(config: dict[str, Any], key: str) -> list[dict[str, Any]]:

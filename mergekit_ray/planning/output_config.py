@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
-from mergekit_ray.architectures.anatomy import LAYER_COUNT_KEYS, language_config, language_levels, stated, stating
+from mergekit_ray.architectures.anatomy import (
+    LAYER_COUNT_KEYS,
+    configured_layers,
+    language_config,
+    language_levels,
+    language_view,
+    stating,
+)
+from mergekit_ray.architectures.layer_kinds import rules_of
+from mergekit_ray.architectures.layer_rules import Rule
 from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
+
+Layers: TypeAlias = Sequence[tuple[Mapping[str, Any], int]]
+"""For each output layer, the config of the model it comes from and its layer there."""
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 _BEYOND_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 """Numbers of layers beyond the stack proper (multi-token prediction), which a stack that is cut anew does not keep."""
 
-_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
-"""Lists of the indices of the layers that are of one kind (Qwen-MoE, Llama 4, Mllama, Bamba, Jamba-like)."""
+_PATTERN_KEYS = ("hybrid_override_pattern", "index_topk_pattern")
+"""Strings with a letter for each layer (Nemotron-H, DeepSeek's indexers)."""
 
-_PREFIX_KEYS = ("first_k_dense_replace", "max_window_layers")
-"""Numbers of leading layers that are of another kind than the rest: DeepSeek's dense ones, Qwen2's without a window."""
+_PARTS_WITH_LISTS = ("sparse_attention_config",)
+"""Parts of a config that hold lists with an item for each layer (MiniMax-M3)."""
 
 _NOT_PER_LAYER = ("_id", "_ids", "architectures", "_token", "_factor", "_section")
 """Endings of keys whose lists are of something else, should they happen to be as long as there are layers."""
@@ -29,7 +41,7 @@ _NOT_PER_LAYER = ("_id", "_ids", "architectures", "_token", "_factor", "_section
 def output_config(
     donor: Mapping[str, Any],
     *,
-    layers: Sequence[tuple[Mapping[str, Any], int]] | None,
+    layers: Layers | None,
     dtype: DType | None,
     tied: bool | None,
     vocab_size: int | None,
@@ -53,8 +65,11 @@ def output_config(
     config = without_quantisation(copy.deepcopy(dict(donor)))  # what is stored is never codes
     levels = cast(list[dict[str, Any]], language_levels(config))  # parts of our own copy
     if layers is not None:
+        views = {id(source): language_view(source) for source, _ in layers}
+        if configured_layers(config) is None and levels[1:]:
+            levels[-1]["num_hidden_layers"] = len(layers)  # it left the number to the family's default
         for level in levels:
-            _set_layers(level, layers)
+            _set_layers(level, [(views[id(source)], index) for source, index in layers])
     if dtype is not None:
         parts = [(part, key) for key in _DTYPE_KEYS for part in stating(config, key)] or [(config, "torch_dtype")]
         for part, key in parts:
@@ -71,67 +86,116 @@ def output_config(
 def without_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config that counts no layers beyond the stack proper."""
     changed = copy.deepcopy(dict(config))
-    for part in (changed, cast(dict[str, Any], language_config(changed))):
-        part |= {key: 0 for key in _BEYOND_KEYS if key in part}
+    for key in _BEYOND_KEYS:
+        for part in stating(changed, key):
+            part[key] = 0
     return changed
 
 
-def _set_layers(inner: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+def _set_layers(level: dict[str, Any], layers: Layers) -> None:
     """Set the number of layers, and cut all that config says of single layers the way the layers were cut."""
+    beyond = max((level[key] for key in _BEYOND_KEYS if isinstance(level.get(key), int)), default=0)
     for key in _BEYOND_KEYS:
-        if key in inner:
-            inner[key] = 0
-    old = next((inner[key] for key in LAYER_COUNT_KEYS if key in inner), None)
+        if key in level:
+            level[key] = 0
+    old = next((level[key] for key in LAYER_COUNT_KEYS if key in level), None)
     for key in LAYER_COUNT_KEYS:
-        if key in inner:
-            inner[key] = len(layers)
+        if key in level:
+            level[key] = len(layers)
     if not isinstance(old, int):
         return
-    prefixes = [key for key in _PREFIX_KEYS if key != "max_window_layers" or inner.get("use_sliding_window")]
-    for key, value in inner.items():
-        if key in _INDEX_KEYS and isinstance(value, list):
-            inner[key] = [place for place, (config, index) in enumerate(layers) if index in _listed(config, key)]
-        elif key in prefixes and isinstance(value, int) and value > 0:
-            inner[key] = _prefix(key, layers, told_elsewhere=key == "max_window_layers" and "layer_types" in inner)
-        elif isinstance(value, list) and len(value) == old and not key.endswith(_NOT_PER_LAYER):
-            inner[key] = _recut(key, value, layers)
+    _recut(level, (old, old + beyond), layers)
+    _set_kinds(level, layers)
 
 
-def _recut(key: str, value: Sequence[Any], layers: Sequence[tuple[Mapping[str, Any], int]]) -> list[Any]:
-    """What each layer's own model says of it; what the donor says where that model says nothing."""
-    cut = []
+def _recut(part: dict[str, Any], lengths: Sequence[int], layers: Layers, within: tuple[str, ...] = ()) -> None:
+    """Cut all that has an item for each layer, in place."""
+    for key, value in part.items():
+        if key == "per_layer_config" and isinstance(value, dict):
+            part[key] = {str(place): own for place, own in enumerate(_own_configs(layers)) if own is not None}
+        elif key == "kv_source_layers" and isinstance(value, list):
+            part[key] = _sources_of_keys(key, layers)
+        elif key in _PARTS_WITH_LISTS and isinstance(value, dict):
+            _recut(value, lengths, layers, (*within, key))
+        elif key not in _PATTERN_KEYS and (key.endswith(_NOT_PER_LAYER) or not isinstance(value, list)):
+            continue
+        elif isinstance(value, list | str) and value and len(value) in lengths:
+            items = [_item(config, (*within, key), index, value) for config, index in layers]
+            part[key] = "".join(items) if isinstance(value, str) else items
+
+
+def _item(config: Mapping[str, Any], path: Sequence[str], index: int, donors: Sequence[Any]) -> Any:
+    """What a layer's own model says of it; what the donor says where that model says nothing."""
+    theirs = config.get(path[0])
+    for key in path[1:]:
+        theirs = theirs.get(key) if isinstance(theirs, Mapping) else None
+    if isinstance(theirs, list | str) and isinstance(theirs, type(donors)) and index < len(theirs):
+        return theirs[index]
+    return donors[index % len(donors)]
+
+
+def _own_configs(layers: Layers) -> Iterator[Any]:
+    """What configs change for single layers, by their index."""
     for config, index in layers:
-        theirs = _listed(config, key)
-        cut.append(theirs[index] if index < len(theirs) else value[index % len(value)])
-    return cut
+        theirs = config.get("per_layer_config")
+        yield theirs.get(str(index)) if isinstance(theirs, Mapping) else None
 
 
-def _listed(config: Mapping[str, Any], key: str) -> Sequence[Any]:
-    found = stated(config, key)
-    return found if isinstance(found, list) else ()
+def _sources_of_keys(key: str, layers: Layers) -> list[int]:
+    """For each layer the place of the one whose keys and values it uses: the last before it that was the same."""
+    last: dict[tuple[int, int], int] = {}
+    found = []
+    for place, (config, index) in enumerate(layers):
+        last[id(config), index] = place
+        theirs = config.get(key)
+        source = theirs[index] if isinstance(theirs, list) and index < len(theirs) else index
+        if (id(config), source) not in last:
+            raise PlanError(
+                f"output layer {place}, layer {index} of its model, uses the keys and values of layer {source} there "
+                f"({key}), which does not come before it",
+                where="slices",
+                remedy=f"choose slices that have layer {source} of that model before its layer {index}",
+            )
+        found.append(last[id(config), source])
+    return found
 
 
-def _prefix(key: str, layers: Sequence[tuple[Mapping[str, Any], int]], *, told_elsewhere: bool) -> int:
-    """How many of the new layers are leading ones in their models; they must still lead.
-
-    Args:
-        key: what the config calls the number.
-        layers: for each output layer, the config it comes from and its layer there.
-        told_elsewhere: the kind of each layer is listed too, and the list is what is read; then the number is that of
-            the layers that do lead.
+def _set_kinds(level: dict[str, Any], layers: Layers) -> None:
+    """Say of which kind each layer is, where the config or its family have kinds that follow from the index.
 
     Raises:
-        PlanError: they are not all in front, which no such number can say.
+        PlanError: the config cannot say it.
     """
-    counts = [stated(config, key) for config, _ in layers]
-    leads = [isinstance(count, int) and index < count for count, (_, index) in zip(counts, layers, strict=True)]
-    number = leads.index(False) if False in leads else len(leads)
-    if any(leads[number:]) and not told_elsewhere:
-        misplaced = leads.index(True, number)
-        raise PlanError(
-            f"output layer {misplaced} is one of the first {counts[misplaced]} of its model, which are of another kind "
-            f"than the rest ({key}), and comes after one that is not",
-            where="slices",
-            remedy=f"put the slices that hold the layers counted by {key} first",
-        )
-    return number
+    rules = rules_of(level)
+    own = {rule.key for rule in rules if level.get("model_type") in rule.families}
+    configs = {id(config): config for config, _ in layers}
+    checks = []
+    for rule in rules:
+        kinds = {
+            key: rule.kinds(_as(level, rule, config), configured_layers(config) or 0) for key, config in configs.items()
+        }
+        wanted = [kinds[id(config)][index] for config, index in layers if index < len(kinds[id(config)])]
+        if len(wanted) < len(layers):
+            continue  # a model that does not count its layers says nothing of their kinds
+        is_told = any(key in own or level.get(key) is not None for key in rule.told_by)
+        is_there = rule.is_indices and isinstance(level.get(rule.key), list | int)
+        if is_there or (rule.kinds(level, len(layers)) != wanted and not is_told):
+            level.update(rule.say(level, wanted))
+        if not is_told:
+            checks.append((rule, wanted))
+    for rule, wanted in checks:
+        found = rule.kinds(level, len(layers))
+        if found != wanted:
+            place = next(i for i in range(len(layers)) if found[i] != wanted[i])
+            raise PlanError(
+                f"output layer {place}, layer {layers[place][1]} of its model, would be of another kind there: "
+                f"{rule.key} tells kinds of layers by their places, and cannot tell this order",
+                where="slices",
+                remedy=f"choose slices in which the kinds of layers come in an order that {rule.key} can tell",
+            )
+
+
+def _as(level: Mapping[str, Any], rule: Rule, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A source's config as one of the family that the rule is of."""
+    family = level.get("model_type")
+    return {**config, "model_type": family} if family in rule.families else config

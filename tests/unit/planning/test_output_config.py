@@ -101,6 +101,17 @@ def test_a_level_that_counts_other_layers_is_of_another_stack() -> None:
     assert result == {"num_hidden_layers": 3, "text_config": {"num_hidden_layers": 5, "vocab_size": 9}}
 
 
+def test_a_text_config_that_left_the_number_of_layers_to_its_family() -> None:
+    donor = {"text_config": {"model_type": "llama"}, "grid": [[1, 2], [3, 4], [5, 6]]}
+    result = adapted(donor, layers=cut(donor, [0, 1, 1]))
+    assert result == {**donor, "text_config": {"model_type": "llama", "num_hidden_layers": 3}}
+
+
+def test_lists_beside_the_text_config_are_not_of_its_layers() -> None:
+    donor = {"text_config": {"num_hidden_layers": 2}, "grid": [[1, 2], [3, 4]]}
+    assert adapted(donor, layers=cut(donor, [1, 0, 1]))["grid"] == donor["grid"]
+
+
 def test_what_only_the_inner_level_lists_is_cut_too() -> None:
     inner = {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
     donor = {"num_hidden_layers": 2, "vocab_size": 9, "text_config": inner}
@@ -159,8 +170,9 @@ def test_numbers_of_leading_layers_are_counted_anew(key: str) -> None:
     donor = {"num_hidden_layers": 6, "use_sliding_window": True, key: 2}
     assert adapted(donor, layers=cut(donor, [0, 1, 1, 4, 5]))[key] == 3
     assert adapted(donor, layers=cut(donor, [3, 4]))[key] == 0
-    assert adapted({**donor, key: 0}, layers=cut(donor, [3, 0]))[key] == 0
-    with pytest.raises(PlanError, match=f"output layer 2 is one of the first 2 .*{key}"):
+    none = {**donor, key: 0}
+    assert adapted(none, layers=cut(none, [3, 0]))[key] == 0
+    with pytest.raises(PlanError, match=f"output layer 2, layer 1 of its model, would be .*{key}"):
         adapted(donor, layers=cut(donor, [0, 3, 1, 4]))
 
 
@@ -175,3 +187,120 @@ def test_windows_that_are_listed_by_layer_may_stand_anywhere() -> None:
 def test_windows_that_are_not_used_stand_in_nobodys_way() -> None:
     donor = {"num_hidden_layers": 4, "use_sliding_window": False, "max_window_layers": 3}
     assert adapted(donor, layers=cut(donor, [0, 3, 1]))["max_window_layers"] == 3
+
+
+def refused(donor: dict[str, Any], indices: Sequence[int], key: str, place: int) -> None:
+    with pytest.raises(
+        PlanError, match=f"output layer {place}, layer {indices[place]} of its model, .*{key}"
+    ) as raised:
+        adapted(donor, layers=cut(donor, indices))
+    assert key in str(raised.value.remedy)
+
+
+ORDER = [0, 1, 2, 3, 2, 3, 4, 5]
+
+
+def test_a_list_of_kinds_is_written_where_the_family_reads_one() -> None:
+    donor = {"model_type": "gemma2", "num_hidden_layers": 6}
+    s, f = "sliding_attention", "full_attention"
+    assert adapted(donor, layers=cut(donor, [0, 1, 1, 2]))["layer_types"] == [s, f, f, s]
+    assert "layer_types" not in adapted(donor, layers=cut(donor, [2, 3, 0, 1])), "the order says it"
+    gemma3 = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3}
+    result = adapted(gemma3, layers=cut(gemma3, [1, 2, 3, 5]))
+    assert result["layer_types"] == [s, f, s, f]
+    assert result["sliding_window_pattern"] == 3
+
+
+def test_kinds_of_layers_from_models_with_other_keys() -> None:
+    a = {"model_type": "qwen3_next", "num_hidden_layers": 4, "full_attention_interval": 2}
+    b = {"model_type": "qwen3_next", "num_hidden_layers": 4}
+    c = {"text_config": {"model_type": "qwen3_next", "num_hidden_layers": 2, "layer_types": ["full_attention", "x"]}}
+    kinds = adapted(a, layers=[(a, 0), (a, 1), (b, 1), (b, 3), (c, 0)])["layer_types"]
+    assert [kind[0] for kind in kinds] == ["l", "f", "l", "f", "f"]
+
+
+def test_kinds_inside_of_a_multimodal_config() -> None:
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 2}
+    donor = {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "gemma3", "num_layers": 6}}
+    result = adapted(donor, layers=cut(donor, [1, 0]))
+    assert result["text_config"]["layer_types"] == ["full_attention", "sliding_attention"]
+    assert result["vision_config"] == donor["vision_config"]
+
+
+def test_the_last_layer_that_a_family_makes_another() -> None:
+    donor = {"model_type": "gemma4_text", "num_hidden_layers": 7}
+    assert adapted(donor, layers=cut(donor, [0, 5, 6]))["layer_types"][1:] == ["full_attention"] * 2
+    refused(donor, [0, 1, 6, 2], "layer_types", 3)
+
+
+def test_configs_of_single_layers_go_with_them() -> None:
+    wide = {"5": {"head_dim": 16}, "6": {"head_dim": 32}}
+    donor = {"model_type": "gemma4_text", "num_hidden_layers": 7, "per_layer_config": wide}
+    result = adapted(donor, layers=cut(donor, [5, 0, 5, 6]))
+    assert result["per_layer_config"] == {"0": wide["5"], "2": wide["5"], "3": wide["6"]}
+
+
+def test_layers_that_are_not_sparse_are_listed_where_a_step_does_not_say_it() -> None:
+    donor = {"num_hidden_layers": 6, "num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    same = adapted(donor, layers=cut(donor, [0, 1, 2, 3]))
+    assert (same["decoder_sparse_step"], same["mlp_only_layers"]) == (1, [0, 2, 3])
+    result = adapted(donor, layers=cut(donor, ORDER))
+    assert (result["decoder_sparse_step"], result["mlp_only_layers"]) == (1, [0, 2, 3, 4, 5, 6])
+
+
+def test_other_periods_that_say_it() -> None:
+    jamba = {"model_type": "jamba", "num_hidden_layers": 9, "attn_layer_period": 4, "attn_layer_offset": 2}
+    result = adapted(jamba, layers=cut(jamba, [1, 2, 3, 4, 5, 6]))
+    assert (result["attn_layer_period"], result["attn_layer_offset"]) == (4, 1)
+    assert (result["expert_layer_period"], result["expert_layer_offset"]) == (2, 0)
+    refused(jamba, [0, 2, 2], "attn_layer_period", 1)
+    ernie = {"model_type": "ernie4_5_moe", "num_hidden_layers": 6, "moe_layer_start_index": 2, "moe_layer_interval": 2}
+    result = adapted(ernie, layers=cut(ernie, [0, 3, 5, 5, 4]))
+    assert [result[f"moe_layer_{key}"] for key in ("start_index", "end_index", "interval")] == [1, 3, 1]
+    refused(ernie, [3, 3, 0, 3], "moe_layer_interval", 2)
+
+
+def test_periods_of_unknown_families_have_to_go_on() -> None:
+    donor = {"model_type": "new", "num_hidden_layers": 8, "attn_layer_period": 4}
+    assert adapted(donor, layers=cut(donor, [4, 5, 6, 7, 0, 1]))["num_hidden_layers"] == 6
+    refused(donor, [0, 1, 2, 3, 1], "attn_layer_period", 4)
+    listed = {**donor, "layers_block_type": list("abababab")}
+    assert adapted(listed, layers=cut(listed, [1, 1]))["layers_block_type"] == ["b", "b"]
+
+
+def test_kimis_lists_begin_with_one() -> None:
+    lists = {"kda_layers": [1, 2, 4], "full_attn_layers": [3, 5], "head_dim": 8}
+    donor = {"model_type": "kimi_linear", "num_hidden_layers": 5, "linear_attn_config": lists}
+    result = adapted(donor, layers=cut(donor, [0, 2, 2, 3, 4]))["linear_attn_config"]
+    assert result == {"kda_layers": [1, 4], "full_attn_layers": [2, 3, 5], "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("donor", "key", "expected"),
+    [
+        ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern", "M*-"),
+        ({"sparse_attention_config": {"freq": [0, 1, 1, 0], "dim": 4}}, "sparse_attention_config", None),
+        ({"model_type": "recurrent_gemma", "block_types": ["r", "a"]}, "block_types", ["r", "a", "a"]),
+        ({"model_type": "gpt_neo"}, "attention_types", [[["global", "local", "local"], 1]]),
+        ({"attn_layer_indices": [1, 3]}, "attn_layer_indices", [1, 2]),
+        ({"kv_source_layers": [0, 1, 1, 0]}, "kv_source_layers", [0, 0, 2]),
+    ],
+)
+def test_other_forms(donor: dict[str, Any], key: str, expected: Any) -> None:
+    donor = {"num_hidden_layers": 4, **donor}
+    expected = {"freq": [0, 0, 1], "dim": 4} if expected is None else expected
+    assert adapted(donor, layers=cut(donor, [0, 3, 1]))[key] == expected
+
+
+def test_layers_that_share_keys_of_others_come_last() -> None:
+    donor = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    assert adapted(donor, layers=cut(donor, [0, 1, 2, 2, 3]))["num_kv_shared_layers"] == 3
+    refused(donor, [0, 2, 1, 3], "num_kv_shared_layers", 1)
+    pointing = {"num_hidden_layers": 4, "kv_source_layers": [0, 1, 1, 0]}
+    with pytest.raises(PlanError, match=r"output layer 1, layer 2 of its model, .* of layer 1 there .kv_source_layers"):
+        adapted(pointing, layers=cut(pointing, [0, 2]))
+
+
+def test_lists_with_items_for_layers_beyond_the_stack() -> None:
+    donor = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "layer_types": ["a", "b", "c"]}
+    assert adapted(donor, layers=cut(donor, [1, 0, 1]))["layer_types"] == ["b", "a", "b"]

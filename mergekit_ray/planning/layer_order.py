@@ -1,0 +1,120 @@
+"""Whether layers that are cut anew still fit the code of their family: the tensors in each, and those outside."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from mergekit_ray.architectures.anatomy import configured_layers, is_buffer, language_levels, language_view
+from mergekit_ray.architectures.layer_kinds import rules_of
+from mergekit_ray.core.errors import PlanError
+from mergekit_ray.planning.lowering import Model
+
+_LIST_ITEM = re.compile(r"\.\d+$")
+"""The end of the name of a parameter in a list of parameters."""
+
+_VECTOR = re.compile(r"(norm\w*|ln_f)\.weight$|bias$")
+"""What has an element for each hidden unit, of which there may be as many as layers."""
+
+
+def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
+    """See that layers which the config does not tell apart keep their order where their tensors differ.
+
+    T5's first block has a table of relative positions, Zamba's first attention the weights that later ones share: no
+    key says so. Of such layers the first in the output has to be like the first in the donor, and so on.
+
+    Args:
+        donor: whose config the output gets.
+        layers: for each output layer, the model it comes from and its layer there.
+
+    Raises:
+        PlanError: they do not.
+    """
+    told = _told(donor)
+    own: dict[str, list[frozenset[str]]] = defaultdict(list)
+    for index, kind in enumerate(told):
+        own[kind].append(_names(donor, index))
+    if all(len(set(names)) == 1 for names in own.values()):
+        return
+    by_model = {donor.key: told}
+    counts: dict[str, int] = defaultdict(int)
+    for place, (model, index) in enumerate(layers):
+        if model.key not in by_model:
+            by_model[model.key] = _told(model)
+        kind = by_model[model.key][index]
+        expected = _at(own[kind], counts[kind]) if kind in own else None
+        counts[kind] += 1
+        found = _names(model, index)
+        if expected is not None and found != expected:
+            name = min(found ^ expected)
+            raise PlanError(
+                f"output layer {place} is layer {index} of its model, "
+                f"{'with' if name in found else 'without'} {name!r}: layers of {donor.reference} differ in it, and "
+                "config.json does not say which have it",
+                where=f"slices, model {model.reference}",
+                remedy="choose slices that leave the layers with other tensors than the rest where they are",
+            )
+
+
+def check_nothing_by_layer(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
+    """See that no tensor outside the layers has a part for each layer, unless all layers are taken in their order.
+
+    Args:
+        donor: who gives what is outside the layers.
+        layers: for each output layer, the model it comes from and its layer there.
+
+    Raises:
+        PlanError: one has.
+    """
+    count = donor.anatomy.num_layers
+    if [index for _, index in layers] == list(range(count)):
+        return
+    width = language_view(donor.checkpoint.config).get("hidden_size_per_layer_input")
+    for name in (*donor.anatomy.before, *donor.anatomy.after):
+        shape = donor.weights.specs[name].shape
+        if _LIST_ITEM.search(name):
+            siblings = [other for other in donor.anatomy.after if _LIST_ITEM.sub("", other) == _LIST_ITEM.sub("", name)]
+            has_parts = len(siblings) in (count - 1, count)
+        else:
+            has_parts = shape == (count,) and not _VECTOR.search(name)
+            has_parts |= isinstance(width, int) and width > 0 and count * width in shape
+        if has_parts:
+            raise PlanError(
+                f"this model stores something for each layer outside the layers: {name!r}, of shape {list(shape)}",
+                where=f"slices, model {donor.reference}",
+                remedy="such tensors cannot be cut with the layers: merge all layers in their order, without slices",
+            )
+
+
+def _names(model: Model, index: int) -> frozenset[str]:
+    layers = model.anatomy.layers.get(model.anatomy.main or "", ())
+    return frozenset(name for name in layers[index] if not is_buffer(name)) if index < len(layers) else frozenset()
+
+
+def _told(model: Model) -> list[str]:
+    """What the config says of each layer, in any form that can be compared."""
+    config = language_view(model.checkpoint.config)
+    count = configured_layers(config) or model.anatomy.num_layers
+    told: list[list[Any]] = [[] for _ in range(count)]
+    for level in language_levels(model.checkpoint.config):
+        for rule in rules_of(level):
+            for kinds, kind in zip(told, rule.kinds({**config, **level}, count), strict=False):
+                kinds.append(kind)
+    for value in config.values():
+        if isinstance(value, list) and len(value) == count:
+            for kinds, kind in zip(told, value, strict=True):
+                kinds.append(kind)
+    return [repr(kinds) for kinds in told]
+
+
+def _at(names: Sequence[frozenset[str]], place: int) -> frozenset[str] | None:
+    """The names in some place of a sequence that goes on as it began; None if it does not say how."""
+    if place < len(names) or not names:
+        return names[place] if names else None
+    if len([i for i in range(1, len(names)) if names[i] != names[i - 1]]) <= 1:
+        return names[-1]
+    periods = (p for p in range(2, len(names) // 2 + 1) if all(names[i] == names[i - p] for i in range(p, len(names))))
+    period = next(periods, None)
+    return None if period is None else names[place % period]
