@@ -268,6 +268,10 @@ def _sparsity(_: Config, index: int, count: int) -> float:
     return 0.95 if index < 10 < count else 0.0
 
 
+def _places(_: Config, count: int) -> list[int]:
+    return list(range(count))
+
+
 def _named(*names: str) -> frozenset[str]:
     return frozenset(names)
 
@@ -292,7 +296,6 @@ RULES = (
         _say_dense,
         _named("flint"),
         ("mlp_only_layers", "decoder_sparse_step"),
-        is_indices=True,
     ),
     Rule(
         "moe_layers",
@@ -300,7 +303,6 @@ RULES = (
         lambda _, kinds: {"moe_layers": where(kinds)},
         _named("llama4_text"),
         ("moe_layers",),
-        is_indices=True,
     ),
     Rule("moe_layer_interval", each(_is_ernie_sparse), _say_ernie, _named("ernie4_5_moe")),
     jamba_rule("attn_layer", 8, 4),
@@ -356,6 +358,8 @@ RULES = (
     list_rule("mlp_layer_types", "minimax_m3_vl_text", _minimax_m3_moe),
     list_rule("mlp_layer_types", "step3p5", _step3),
     list_rule("activation_sparsity_pattern", "gemma3n_text", _sparsity),
+    # GPT-2 may divide its attention by the number of the layer.
+    Rule("scale_attn_by_inverse_layer_idx", _places, triggers=("scale_attn_by_inverse_layer_idx",)),
     # Periods that cannot be told in another way, or whose family is not known here.
     period_rule("n_layers_per_attn_res_block", families={"inkling2_text": 6}),
     period_rule("sliding_window_pattern", "layer_types"),

@@ -243,7 +243,7 @@ def test_configs_of_single_layers_go_with_them() -> None:
 def test_layers_that_are_not_sparse_are_listed_where_a_step_does_not_say_it() -> None:
     donor = {"num_hidden_layers": 6, "num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     same = adapted(donor, layers=cut(donor, [0, 1, 2, 3]))
-    assert (same["decoder_sparse_step"], same["mlp_only_layers"]) == (1, [0, 2, 3])
+    assert (same["decoder_sparse_step"], same["mlp_only_layers"]) == (2, [3])
     result = adapted(donor, layers=cut(donor, ORDER))
     assert (result["decoder_sparse_step"], result["mlp_only_layers"]) == (1, [0, 2, 3, 4, 5, 6])
 
@@ -266,6 +266,14 @@ def test_periods_of_unknown_families_have_to_go_on() -> None:
     refused(donor, [0, 1, 2, 3, 1], "attn_layer_period", 4)
     listed = {**donor, "layers_block_type": list("abababab")}
     assert adapted(listed, layers=cut(listed, [1, 1]))["layers_block_type"] == ["b", "b"]
+
+
+def test_attention_that_is_divided_by_the_number_of_the_layer() -> None:
+    key = "scale_attn_by_inverse_layer_idx"
+    donor = {"model_type": "gpt2", "n_layer": 4, key: True}
+    assert adapted(donor, layers=cut(donor, [0, 1, 2]))["n_layer"] == 3
+    refused(donor, [0, 1, 1], key, 2)
+    assert adapted({**donor, key: False}, layers=cut({**donor, key: False}, [0, 1, 1]))["n_layer"] == 3
 
 
 def test_kimis_lists_begin_with_one() -> None:
