@@ -25,6 +25,7 @@ from mergekit_ray.architectures.layer_rules import (
     below,
     each,
     every,
+    family_of,
     indices_rule,
     items,
     jamba_rule,
@@ -69,7 +70,7 @@ _DENSE = {
 
 def rules_of(config: Config) -> list[Rule]:
     """The rules of a config's family, and all others whose keys it has, in the order in which they are applied."""
-    family = config.get("model_type")
+    family = family_of(config)
     known = {rule.key for rule in RULES if family in rule.families}
     return [
         rule
@@ -120,13 +121,14 @@ def _qwen_window(config: Config, index: int, _: int) -> str:
     is_used = is_used and config.get("sliding_window", True) is not None
     if config.get("model_type") == "qwen2_moe":
         return SLIDING if is_used and index % 2 == 0 and index < number(config, "max_window_layers", 28) else FULL
-    first = number(config, "max_window_layers", _WINDOWLESS.get(str(config.get("model_type")), 0))
+    first = number(config, "max_window_layers", _WINDOWLESS.get(family_of(config), 0))
     return SLIDING if is_used and index >= first else FULL
 
 
 def _with_rope(config: Config, index: int, _: int) -> int:
     listed = items(config, "no_rope_layers")
-    return listed[index] if index < len(listed) else int((index + 1) % number(config, "no_rope_layer_interval", 4) != 0)
+    period = max(number(config, "no_rope_layer_interval", 4), 1)
+    return listed[index] if index < len(listed) else int((index + 1) % period != 0)
 
 
 def _llama4(config: Config, index: int, count: int) -> str:
@@ -196,7 +198,8 @@ def _dots3_moe(config: Config, index: int, _: int) -> str:
 def _deepseek_v4(config: Config, index: int, _: int) -> str:
     ratios = {0: SLIDING, 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
     listed = items(config, "compress_ratios")
-    return ratios[4 if index > 1 and index % 2 else 128] if index >= len(listed) else ratios.get(listed[index], SLIDING)
+    ratio = listed[index] if index < len(listed) else 4 if index > 1 and index % 2 else 128
+    return ratios.get(ratio, SLIDING) if isinstance(ratio, int) else SLIDING
 
 
 def _minimax_m3(config: Config, index: int, _: int) -> str:

@@ -42,6 +42,12 @@ class Rule:
 # -- kinds ------------------------------------------------------------------------------------------------------------
 
 
+def family_of(config: Config) -> str:
+    """The ``model_type``; empty if there is none."""
+    family = config.get("model_type")
+    return family if isinstance(family, str) else ""
+
+
 def number(config: Config, key: str, default: int) -> int:
     """A whole number under a key; the length of a pattern that is spelt out (``LLLG``)."""
     value = config.get(key)
@@ -106,7 +112,7 @@ def below(key: str, default: int | Defaults, low: Any, high: Any) -> Kind:
 
 
 def _default(config: Config, default: int | Defaults) -> int:
-    return default if isinstance(default, int) else default.get(str(config.get("model_type")), 0)
+    return default if isinstance(default, int) else default.get(family_of(config), 0)
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------

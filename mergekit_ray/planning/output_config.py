@@ -15,7 +15,7 @@ from mergekit_ray.architectures.anatomy import (
     stating,
 )
 from mergekit_ray.architectures.layer_kinds import rules_of
-from mergekit_ray.architectures.layer_rules import Rule
+from mergekit_ray.architectures.layer_rules import Rule, family_of
 from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
@@ -148,7 +148,8 @@ def _sources_of_keys(key: str, layers: Layers) -> list[int]:
     for place, (config, index) in enumerate(layers):
         last[id(config), index] = place
         theirs = config.get(key)
-        source = theirs[index] if isinstance(theirs, list) and index < len(theirs) else index
+        given = theirs[index] if isinstance(theirs, list) and index < len(theirs) else None
+        source = given if isinstance(given, int) else index
         if (id(config), source) not in last:
             raise PlanError(
                 f"output layer {place}, layer {index} of its model, uses the keys and values of layer {source} there "
@@ -167,7 +168,7 @@ def _set_kinds(level: dict[str, Any], layers: Layers) -> None:
         PlanError: the config cannot say it.
     """
     rules = rules_of(level)
-    own = {rule.key for rule in rules if level.get("model_type") in rule.families}
+    own = {rule.key for rule in rules if family_of(level) in rule.families}
     configs = {id(config): config for config, _ in layers}
     checks = []
     for rule in rules:
@@ -186,7 +187,7 @@ def _set_kinds(level: dict[str, Any], layers: Layers) -> None:
     for rule, wanted in checks:
         found = rule.kinds(level, len(layers))
         if found != wanted:
-            place = next(i for i in range(len(layers)) if found[i] != wanted[i])
+            place = next(i for i in range(len(layers)) if found[i : i + 1] != wanted[i : i + 1])
             raise PlanError(
                 f"output layer {place}, layer {layers[place][1]} of its model, would be of another kind there: "
                 f"{rule.key} tells kinds of layers by their places, and cannot tell this order",
@@ -197,5 +198,5 @@ def _set_kinds(level: dict[str, Any], layers: Layers) -> None:
 
 def _as(level: Mapping[str, Any], rule: Rule, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A source's config as one of the family that the rule is of."""
-    family = level.get("model_type")
+    family = family_of(level)
     return {**config, "model_type": family} if family in rule.families else config

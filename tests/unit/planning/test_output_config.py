@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mergekit_ray.architectures.layer_kinds import RULES
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.output_config import output_config
@@ -312,3 +316,29 @@ def test_layers_that_share_keys_of_others_come_last() -> None:
 def test_lists_with_items_for_layers_beyond_the_stack() -> None:
     donor = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "layer_types": ["a", "b", "c"]}
     assert adapted(donor, layers=cut(donor, [1, 0, 1]))["layer_types"] == ["b", "a", "b"]
+
+
+KEYS = sorted(
+    {key for rule in RULES for key in (rule.key, *rule.triggers, *rule.told_by)}
+    | {"decoder_sparse_step", "no_rope_layer_interval", "sliding_window", "use_sliding_window", "linear_attn_config"}
+    | {"compress_ratios", "sparse_attention_config", "index_topk_freq", "index_topk_pattern", "moe_layers_enum"}
+    | {"prefix_dense_sliding_window_pattern", "attn_layer_offset", "moe_layer_start_index", "moe_layer_end_index"}
+    | {"per_layer_config", "kv_source_layers", "hybrid_override_pattern", "rope_parameters", "local_layer_ids"}
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.sampled_from(["", "a", "FSS", "1,x,3", "full_attention"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["0", "kda_layers", "full_attn_layers", "rope_theta"]), inner)
+    ),
+    max_leaves=8,
+)
+TYPES = st.sampled_from(sorted({family for rule in RULES for family in rule.families})) | VALUES
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6), TYPES, st.lists(st.integers(0, 3), max_size=6))
+def test_whatever_a_config_holds_it_is_adapted_or_refused(told: dict[str, Any], kind: Any, order: list[int]) -> None:
+    donor = {**told, "model_type": kind, "num_hidden_layers": 4}
+    with contextlib.suppress(PlanError):
+        assert adapted(donor, layers=cut(donor, order))["num_hidden_layers"] == len(order)
