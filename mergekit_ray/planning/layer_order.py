@@ -79,7 +79,7 @@ def check_nothing_by_layer(donor: Model, layers: Sequence[tuple[Model, int]]) ->
             has_parts = len(siblings) in (count - 1, count)
         else:
             has_parts = shape == (count,) and not _VECTOR.search(name)
-            has_parts |= isinstance(width, int) and width > 0 and count * width in shape
+            has_parts |= "per_layer" in name and isinstance(width, int) and width > 0 and count * width in shape
         if has_parts:
             raise PlanError(
                 f"this model stores something for each layer outside the layers: {name!r}, of shape {list(shape)}",

@@ -81,6 +81,8 @@ PER_LAYER = {
     "model.per_layer_model_projection.weight": (8, 4),
     "model.per_layer_projection_norm.weight": (2,),
 }
+NARROW = {"model.embed_tokens_per_layer.weight": (10, 4), "model.per_layer_model_projection.weight": (4, 4)}
+"""All parts together as wide as the model."""
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,7 @@ PER_LAYER = {
     [
         (PER_LAYER, {"hidden_size_per_layer_input": 2}, "model.embed_tokens_per_layer.weight"),
         (PER_LAYER, {"text_config": {"hidden_size_per_layer_input": 2}}, "model.embed_tokens_per_layer.weight"),
+        (NARROW, {"hidden_size_per_layer_input": 1}, "model.embed_tokens_per_layer.weight"),
         ({"model.scales": (4,)}, {}, "model.scales"),
         ({f"model.queries.{i}": (5,) for i in range(4)}, {}, "model.queries.0"),
         ({f"model.queries.{i}": (5,) for i in range(3)}, {}, "model.queries.0"),
