@@ -13,8 +13,13 @@ from typing import Any
 _WITH_PLAIN_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Endings of the classes that call their head ``lm_head`` if they call their embedding as below."""
 
+_WITH_HEAD = (*_WITH_PLAIN_HEAD, "ForMaskedLM", "WithLMHead", "ForPreTraining", "MTModel")
+"""Endings of the classes that give logits over the vocabulary."""
+
 _PLAIN_EMBEDDING = re.compile(
     r"(?P<outer>language_model\.)?(model\.|model\.language_model\.|model\.text_model\.)?embed_tokens\.weight"
+    r"|(?P<neox>gpt_neox\.embed_in\.weight)"
+    r"|(?P<opt>(model\.)?decoder\.embed_tokens\.weight)"
     r"|(transformer\.)?(wte|word_embeddings)\.weight"
     r"|(model\.|model\.language_model\.)?shared\.weight"
     r"|backbone\.embeddings\.weight"
@@ -32,13 +37,15 @@ def unstored_head(embedding: str | None, config: Mapping[str, Any]) -> str | Non
     classes = _classes(config)
     if found is None or (classes and not any(name.endswith(_WITH_PLAIN_HEAD) for name in classes)):
         return None
-    return f"{found['outer'] or ''}lm_head.weight"
+    if found["opt"] and classes != ["OPTForCausalLM"]:
+        return None  # decoders of pairs have heads of many names
+    return "embed_out.weight" if found["neox"] else f"{found['outer'] or ''}lm_head.weight"
 
 
 def may_have_head(config: Mapping[str, Any]) -> bool:
-    """Whether the class of a model may have a head: those called ``...Model`` have none."""
+    """Whether a model may have a head: its class gives logits over the vocabulary, or is not named."""
     classes = _classes(config)
-    return not classes or not all(name.endswith("Model") and not name.endswith("LMHeadModel") for name in classes)
+    return not classes or any(name.endswith(_WITH_HEAD) for name in classes)
 
 
 def _classes(config: Mapping[str, Any]) -> list[str]:

@@ -137,3 +137,22 @@ def test_gpt2_without_its_prefix_gets_a_head_that_is_loaded(tmp_path: Path) -> N
     model = loaded(tmp_path / "out", "GPT2LMHeadModel")
     assert torch.equal(model.lm_head.weight, tensors_of(tmp_path / "b")["wte.weight"])
     assert torch.equal(model.transformer.wte.weight, tensors_of(tmp_path / "a")["wte.weight"])
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48, "pad_token_id": 1}),
+        ("GPTNeoX", {"intermediate_size": 48, "tie_word_embeddings": True}),
+    ],
+)
+def test_slices_of_tied_decoders_get_the_head_that_their_class_loads(family: str, sizes: Any, tmp_path: Path) -> None:
+    shape = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{family}Config")(**shape, max_position_embeddings=64, **sizes)
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path / name)
+    mergekit_ray.merge(halves(tmp_path / "a", tmp_path / "b"), tmp_path / "out")
+    model, b = loaded(tmp_path / "out", f"{family}ForCausalLM"), tensors_of(tmp_path / "b")
+    embeddings = [name for name in b if name.endswith(("embed_tokens.weight", "embed_in.weight"))]
+    assert torch.equal(model.get_output_embeddings().weight, b[embeddings[0]])
