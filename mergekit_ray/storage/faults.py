@@ -10,6 +10,10 @@ TRANSIENT_STATUS: Final = {408, 429, 500, 502, 503, 504}
 """Of HTTP answers: the same request may succeed if it is sent again."""
 
 
+FULL_STATUS: Final = 507
+"""Of HTTP answers: there is no room for what is to be written, and another try makes none."""
+
+
 class ShortBodyError(OSError):
     """An answer that ended before it was complete."""
 
@@ -24,6 +28,11 @@ def changed(where: str, remedy: str = "let nothing write to the inputs, and star
     return CheckpointError(
         "changed while it was being read: it is no longer the file that was planned for", where=where, remedy=remedy
     )
+
+
+def full(what: str, where: str, remedy: str = "free some space or choose another place") -> StorageError:
+    """There is no room, or a quota is used up: nothing that passes by itself, so the merge ends at once."""
+    return StorageError(what, where=where, remedy=f"{remedy}, and run again to resume", retryable=False)
 
 
 def discarded(where: str) -> StorageError:

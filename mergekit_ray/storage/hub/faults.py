@@ -13,7 +13,16 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from mergekit_ray.core.errors import MergekitRayError, ModelError, StorageError
-from mergekit_ray.storage.faults import TRANSIENT_STATUS, ShortBodyError, failed, is_untrusted, missing, untrusted
+from mergekit_ray.storage.faults import (
+    FULL_STATUS,
+    TRANSIENT_STATUS,
+    ShortBodyError,
+    failed,
+    full,
+    is_untrusted,
+    missing,
+    untrusted,
+)
 from mergekit_ray.storage.transfers import RetryPolicy, retry
 
 T = TypeVar("T")
@@ -144,6 +153,8 @@ def explain(error: Exception, *, doing: str, subject: Subject, num_attempts: int
             where=subject.uri,
             remedy=f"wait some minutes, and run again to resume{more}",
         )
+    if status == FULL_STATUS:
+        return full(f"{what}: there is no room for it", subject.uri, "free some space of this account")
     if status:
         answered = "the store behind the Hub" if isinstance(error, BackingStoreError) else "the Hub"
         passing = is_transient(error)
@@ -191,7 +202,8 @@ def _refusal(error: Any, subject: Subject) -> MergekitRayError | None:
         )
     if isinstance(error, errors.DisabledRepoError):
         return ModelError("the repository was disabled", where=repository, remedy=f"its page says why: {subject.page}")
-    invalid = "invalid credentials" in (error.response.headers.get("X-Error-Message") or "").lower()
+    said = (error.response.headers.get("X-Error-Message") or "").lower()
+    invalid = "invalid credentials" in said
     if isinstance(error, errors.RepositoryNotFoundError) and not invalid:
         access = "if it is private, use a token that may read it" if has_token() else f"if it is private, {LOG_IN}"
         return NotOnHubError(
@@ -199,6 +211,9 @@ def _refusal(error: Any, subject: Subject) -> MergekitRayError | None:
             where=repository,
             remedy=f"check the name; {access}",
         )
+    if "storage limit" in said:  # "Private repository storage limit reached, please upgrade your plan"
+        remedy = "free some space of this account, write to a public repository, or have the limit raised"
+        return full("this account's storage limit is reached", repository, remedy)
     return _denial(status_of(error), subject)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mergekit_ray.core.errors import MergekitRayError, PlanError, StorageError
-from mergekit_ray.storage.faults import discarded, wrong_size
+from mergekit_ray.storage.faults import discarded, full, wrong_size
 from mergekit_ray.storage.local.direct_io import AppendingFile
 from mergekit_ray.storage.local.file_system import is_in_memory
 from mergekit_ray.storage.protocols import FileStat
@@ -71,9 +71,7 @@ def local_fault(error: OSError, path: Path, num_bytes: int | None = None) -> Mer
         free = _free_bytes(path)
         if num_bytes is not None and free is not None:
             what = f"no space left: {num_bytes} bytes are needed, {free} are free"
-        return StorageError(
-            what, where=str(path), remedy="free some space or choose another place, and run again to resume"
-        )
+        return full(what, str(path))
     if error.errno in _DENIED:
         return StorageError(
             what, where=str(path), remedy="check the permissions of the folder, and that it is not mounted read-only"
@@ -176,12 +174,7 @@ class LocalUpload:
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
-                try:
-                    with self._path.open("xb") as file:
-                        file.write(temporary.read_bytes())
-                        file.flush()
-                        os.fsync(file.fileno())
-                except FileExistsError:
+                if not _create(self._path, temporary.read_bytes()):
                     return False
             sync_folder(self._path.parent)
         except FileNotFoundError:
@@ -262,6 +255,23 @@ class LocalUpload:
         os.close(fd)
         sync_folder(self._path.parent)
         return FileStat(self._name, status.st_size, self._version(self._name, status))
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Write a file where there is none; whether there was none. It may be seen before it is complete."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()
+        raise
+    return True
 
 
 def _hold(fd: int) -> bool:

@@ -8,7 +8,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mergekit_ray.core.errors import StorageError
-from mergekit_ray.storage.faults import TRANSIENT_STATUS, ShortBodyError, failed, is_untrusted, untrusted
+from mergekit_ray.storage.faults import (
+    FULL_STATUS,
+    TRANSIENT_STATUS,
+    ShortBodyError,
+    failed,
+    full,
+    is_untrusted,
+    untrusted,
+)
 from mergekit_ray.storage.transfers import RetryPolicy, retry
 
 T = TypeVar("T")
@@ -28,6 +36,9 @@ _TRANSIENT_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
+
+_FULL_CODES = {"InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull"}
+"""Amazon's has no end. Servers send these with several statuses, some of which would be worth another try."""
 
 _CREDENTIALS = (
     "give credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, by AWS_PROFILE, in ~/.aws/credentials, or by the "
@@ -125,7 +136,8 @@ def is_transient(error: Exception) -> bool:
     from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
     if isinstance(error, exceptions.ClientError):
-        return status_of(error) in TRANSIENT_STATUS or code_of(error) in _TRANSIENT_CODES
+        passes = status_of(error) in TRANSIENT_STATUS or code_of(error) in _TRANSIENT_CODES
+        return passes and not _is_full(error)
     if isinstance(error, exceptions.SSLError):
         return not is_untrusted(error)
     kinds = (
@@ -149,6 +161,9 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
     if isinstance(error, exceptions.ClientError):
         code, status = code_of(error), status_of(error)
         named = code if code and not code.isdigit() else "no reason given"
+        if _is_full(error):
+            make_room = "free some space there, have the bucket's quota raised, or choose another place"
+            return full(f"{what}: there is no room: the server answered {status} ({named})", where, make_room)
         remedy = _REMEDY_BY_CODE.get(code)
         if remedy is None and status in (401, 403):
             remedy = f"access is denied: {_CREDENTIALS}"
@@ -185,6 +200,10 @@ def explain(error: Exception, *, doing: str, where: str, num_attempts: int = 1) 
         remedy="check the URI and the AWS settings",
         retryable=False,
     )
+
+
+def _is_full(error: Exception) -> bool:
+    return status_of(error) == FULL_STATUS or code_of(error) in _FULL_CODES
 
 
 def _kinds() -> tuple[type[Exception], ...]:

@@ -129,9 +129,10 @@ def test_tokens_are_for_the_hub_alone(monkeypatch: pytest.MonkeyPatch, url: str,
 # Faults
 
 
-def answered(status: int, url: str = SIGNED) -> errors.HfHubHTTPError:
+def answered(status: int, url: str = SIGNED, said: str = "") -> errors.HfHubHTTPError:
     request = httpx.Request("GET", url, headers={"authorization": "Bearer sesame"})
-    return errors.HfHubHTTPError(f"failed for {url}", response=httpx.Response(status, request=request))
+    response = httpx.Response(status, request=request, headers={"X-Error-Message": said})
+    return errors.HfHubHTTPError(f"failed for {url}", response=response)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ def answered(status: int, url: str = SIGNED) -> errors.HfHubHTTPError:
         (answered(503), True),
         (answered(429), True),
         (answered(404), False),
+        (answered(507), False),
         (BackingStoreError(403), True),
         (BackingStoreError(418), False),
         (BackingStoreError(502), True),
@@ -166,6 +168,8 @@ def test_what_is_worth_another_try(error: Exception, expected: bool) -> None:
         (answered(410), "the Hub answered 410", "HF_ENDPOINT"),
         (answered(401), "the Hub asks who this is", "hf auth login"),
         (answered(403), "may not read", "settings/tokens"),
+        (answered(403, said="Private repository storage limit reached"), "limit is reached", "run again to resume"),
+        (answered(507), "there is no room for it", "free some space of this account, and run again to resume"),
         (BackingStoreError(502), "the store behind the Hub answered 502", "run again"),
         (httpx.ConnectError("to https://store/blob?Signature=sesame"), "ConnectError", "hf download org/name"),
         (httpx.ConnectError("CERTIFICATE_VERIFY_FAILED"), "no secure connection", "SSL_CERT_FILE"),

@@ -47,6 +47,40 @@ class TestLocalStoreWithoutHardLinks(TestLocalStore):
 
         monkeypatch.setattr(os, "link", unsupported)
 
+    def test_of_racers_who_take_each_other_for_dead_one_wins(
+        self, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another removes what the first has prepared, at the worst moment."""
+        create = local_upload._create
+
+        def with_another(path: Path, data: bytes) -> bool:
+            monkeypatch.setattr(local_upload, "_create", create)
+            for temporary in local_upload.temporaries_of([path]):
+                temporary.unlink()
+            return create(path, data)
+
+        monkeypatch.setattr(local_upload, "_create", with_another)
+        assert store.put_if_absent("lease", b"mine") is True
+        assert store.read("lease", max_bytes=9) == b"mine"
+
+    def test_a_disk_that_fills_up_leaves_no_part_of_a_file(
+        self, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fsync, synced = os.fsync, []
+
+        def full(fd: int) -> None:
+            synced.append(fd)
+            if len(synced) == 2:  # that of the file itself, after its temporary one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(fd)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="no space left"):
+            store.put_if_absent("lease", b"mine")
+        assert store.list() == []
+        assert self.leftovers(store) == []
+        assert store.put_if_absent("lease", b"mine") is True
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
@@ -119,6 +153,23 @@ def test_a_full_disk_is_told_with_what_is_needed(
     with pytest.raises(StorageError, match=r"no space left: 1000 bytes are needed, \d+ are free") as caught:
         store.open("a", 1000)
     assert "free some space" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "replace", "link"])
+def test_a_full_disk_is_told_wherever_it_is_noticed(
+    call: str, number: int, store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((Path, call) if call == "replace" else (os, call)), full)
+    write = store.put_if_absent if call == "link" else store.put
+    with pytest.raises(StorageError, match="no space left: 1 bytes are needed") as caught:
+        write("a", b"1")
+    assert "free some space or choose another place, and run again to resume" in str(caught.value)
+    assert not caught.value.retryable
     assert list(tmp_path.iterdir()) == []
 
 

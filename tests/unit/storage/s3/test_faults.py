@@ -99,6 +99,44 @@ def test_a_permanent_fault_is_not_tried_again(server: FaultyS3, store: S3Store, 
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (507, "XMinioStorageFull"),
+        (507, "InsufficientStorage"),
+        (503, "XMinioStorageFull"),
+        (400, "XMinioAdminBucketQuotaExceeded"),
+        (403, "QuotaExceeded"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 3, 11])
+@pytest.mark.usefixtures("small_parts")
+def test_no_room_is_told_at_once(server: FaultyS3, store: S3Store, code: int, name: str, at: int) -> None:
+    """Whether the upload begins, sends a part, or is completed."""
+    server.faults.extend([lambda _: True] * at + [status(code, name)] * 40)
+    with pytest.raises(StorageError, match=rf"there is no room: the server answered {code} \({name}\)") as caught:
+        store_bytes(store, "b", DATA)
+    assert not caught.value.retryable
+    assert "have the bucket's quota raised, or choose another place, and run again to resume" in str(caught.value)
+    assert "prefix/b" not in server.objects
+    assert len(server.requests) == at + 1 if at != 3 else len(server.requests) <= 11, "other parts were under way"
+
+
+def test_no_room_for_the_lease_or_a_note(server: FaultyS3, store: S3Store) -> None:
+    for change in (
+        lambda: store.put("b", b"1"),
+        lambda: store.put_if_absent("lease", b"1"),
+        lambda: store.replace("a", b"1", version="etag"),
+        lambda: store.move({"a": "b"}),
+    ):
+        server.faults.clear()
+        server.faults.extend([status(507, "XMinioStorageFull")] * 9)
+        server.requests.clear()
+        with pytest.raises(StorageError, match="there is no room"):
+            change()
+        assert len(server.requests) == 1
+
+
 def test_a_server_that_ignores_the_condition_is_caught(store: S3Store) -> None:
     with pytest.raises(CheckpointError, match="changed"):
         fetch(store, "a", [(0, 10)], "another")
