@@ -13,6 +13,10 @@ def missing() -> str:
     """Why there can be no hosts here; empty if nothing is in the way."""
     if os.geteuid() != 0:
         return "network namespaces need root"
+    try:
+        _run("unshare", "--net", "true")
+    except (OSError, subprocess.CalledProcessError):
+        return "network namespaces are not permitted"
     lacking = [program for program in ("ip", "tc") if shutil.which(program) is None]
     return f"{' and '.join(lacking)} not installed (iproute2)" if lacking else ""
 
@@ -53,6 +57,12 @@ class Hosts:
         """Where the namespace of a host is found."""
         return Path("/run/netns", name)
 
+    def throttle(self, host: str, kbit: int) -> None:
+        """Have a host's link carry no more than so many kbit/s each way."""
+        limit = ("root", "tbf", "rate", f"{kbit}kbit", "burst", "1600", "latency", "400ms")
+        _run("tc", "qdisc", "replace", "dev", f"{host}-v", *limit)
+        _run("ip", "netns", "exec", host, "tc", "qdisc", "replace", "dev", "eth0", *limit)
+
     def _make(self) -> None:
         _run("ip", "link", "add", self._bridge, "type", "bridge")
         _run("ip", "addr", "add", f"{self.hub}/24", "dev", self._bridge)
@@ -74,6 +84,8 @@ class Hosts:
 
     def _remove(self) -> None:
         for host in self.names:
+            # Connections that still wait to end keep a namespace, and with it the link.
+            subprocess.run(("ip", "link", "delete", f"{host}-v"), check=False, stderr=subprocess.DEVNULL)
             subprocess.run(("ip", "netns", "delete", host), check=False, stderr=subprocess.DEVNULL)
         subprocess.run(("ip", "link", "delete", self._bridge), check=False, stderr=subprocess.DEVNULL)
 

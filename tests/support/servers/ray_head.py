@@ -29,6 +29,7 @@ class RayHead:
         num_cpus: that it computes with.
         environment: variables of its processes beside those of all tests, so of the jobs that it runs.
         commands: ``bin`` of the virtual environment that it runs in.
+        host: address that it is reached at.
 
     Attributes:
         address: of the cluster; known, as the others, before it is up.
@@ -43,7 +44,9 @@ class RayHead:
         environment: Mapping[str, str] | None = None,
         *,
         commands: Path = COMMANDS,
+        host: str = "127.0.0.1",
     ) -> None:
+        self._host = host
         self._num_cpus = num_cpus
         self._commands = commands
         outside = [place for place in os.environ["PATH"].split(os.pathsep) if Path(place) != COMMANDS]
@@ -53,9 +56,9 @@ class RayHead:
         self._folder = ""
         self._ports = _free_ports(6)
         port, page, *_, metrics = self._ports
-        self.address = f"127.0.0.1:{port}"
-        self.dashboard = f"http://127.0.0.1:{page}"
-        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
+        self.address = f"{host}:{port}"
+        self.dashboard = f"http://{host}:{page}"
+        self.metrics = f"http://{host}:{metrics}/metrics"
 
     def __enter__(self) -> Self:
         port, page, client, agent, agent_grpc, metrics = self._ports
@@ -63,7 +66,8 @@ class RayHead:
         self._folder = tempfile.mkdtemp(prefix="ray-")
         ports = [f"--port={port}", f"--dashboard-port={page}", f"--ray-client-server-port={client}"]
         ports += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
-        ports += [f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+        ports += [f"--metrics-export-port={metrics}", f"--node-ip-address={self._host}"]
+        ports += [f"--dashboard-host={self._host}"]
         sizes = [f"--num-cpus={self._num_cpus}", f"--object-store-memory={80 << 20}", f"--temp-dir={self._folder}"]
         command = [
             str(self._commands / "ray"),
@@ -108,12 +112,7 @@ class RayHead:
         process, self._process = self._process, None
         if process is None:
             return
-        # Those whose parent is gone are nobody's children: all are found before the first is killed.
-        for each in _below(process.pid):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.kill()
-        process.wait()
+        _kill_tree(process)
 
     def kill_raylet(self) -> None:
         """Kill the process that does Ray's work on this machine, as the kernel does where memory runs out."""
@@ -134,6 +133,41 @@ class RayHead:
     def _end(self) -> None:
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class RayNode:
+    """A node with one CPU on a host of its own, which joins a cluster: `ray start --address`.
+
+    Args:
+        head: of the cluster.
+        netns: network namespace that it runs in.
+        address: of the host.
+    """
+
+    def __init__(self, head: RayHead, netns: str, address: str) -> None:
+        arguments = [f"--address={head.address}", f"--node-ip-address={address}", "--num-cpus=1", "--block"]
+        start = [str(COMMANDS / "ray"), "start", *arguments, f"--object-store-memory={80 << 20}"]
+        self._command = ["ip", "netns", "exec", netns, *start]
+        self._environment = head.environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, env=self._environment, stdout=quiet, stderr=quiet)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process is not None:
+            _kill_tree(self._process)
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    # Those whose parent is gone are nobody's children: all are found before the first is killed.
+    for each in _below(process.pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.kill()
+    process.wait()
 
 
 def _below(pid: int) -> list[psutil.Process]:
