@@ -28,7 +28,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test test-quick check format site parity gpu memory ray fuzz container package bench clean clean-venv
+.PHONY: help setup demo demo-moe test test-quick check format site families families-page parity gpu memory ray fuzz container package bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -67,6 +67,12 @@ format: $(READY)  ## put the code into the form that `check` wants
 
 site: $(READY)  ## build the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict
+
+families: $(READY)  ## merge every family that transformers knows, small, and compare with docs/families.md (minutes)
+	PYTHONPATH=tests $(BIN)/python -m support.sweep --check
+
+families-page: $(READY)  ## write docs/families.md anew
+	PYTHONPATH=tests $(BIN)/python -m support.sweep
 
 # mergekit is LGPL and pins much: it lives apart, is only ever run as a program, and its environment is made only for this.
 $(MERGEKIT_READY): tests/parity/requirements.txt
