@@ -149,7 +149,10 @@ def _selected(chunk: Chunk, selection: Selection | None) -> torch.Tensor:
     import torch  # noqa: PLC0415
 
     kept = chunk.scratch.like(chunk.inputs[0], torch.uint8)
-    return kept.fill_(1) if selection is None else kept.copy_(selection.mask(variances(chunk), chunk.start))
+    if selection is None:
+        return kept.fill_(1)
+    selection.flag_(variances(chunk), chunk.start, kept.view(torch.bool))
+    return kept
 
 
 def energies(chunk: Chunk, kept: torch.Tensor) -> list[torch.Tensor]:

@@ -53,11 +53,19 @@ class Selection:
 
     def mask(self, values: torch.Tensor, start: int) -> torch.Tensor:
         """Boolean mask of what is kept; arguments as for `trim_`, ``values`` is not changed."""
-        magnitudes = values.abs()
-        kept = magnitudes > self.threshold
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
+        return self.flag_(values.clone(), start, values.new_empty(values.shape, dtype=torch.bool))
+
+    def flag_(self, values: torch.Tensor, start: int, out: torch.Tensor) -> torch.Tensor:
+        """`mask` into ``out``, boolean, without any other memory: ``values`` become their magnitudes."""
+        import torch  # noqa: PLC0415 - declarations are read without torch
+
         place = min(max(self.cut - start, 0), values.numel())
-        kept[:place] |= magnitudes[:place] == self.threshold
-        return kept
+        values.abs_()
+        torch.ge(values[:place], self.threshold, out=out[:place])
+        torch.gt(values[place:], self.threshold, out=out[place:])
+        return out
 
 
 @dataclass(frozen=True, slots=True)
