@@ -15,7 +15,7 @@ from typing import Any, cast
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import TensorSpec
 
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Names under which ``config.json`` gives the number of layers of the main stack."""
 
 TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")

@@ -19,41 +19,6 @@ _VECTOR = re.compile(r"(norm\w*|ln_f)\.weight$|bias$")
 """What has an element for each hidden unit, of which there may be as many as layers."""
 
 
-def check_one_stack(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
-    """See that the layers which slices cut are those that the config counts, and all that it counts.
-
-    Args:
-        donor: whose config the output gets.
-        layers: for each output layer, the model it comes from and its layer there.
-
-    Raises:
-        PlanError: there are an encoder and a decoder, or each layer stands in several lists, or no key says how many
-            layers there are.
-    """
-    anatomy, config = donor.anatomy, language_view(donor.checkpoint.config)
-    if [index for _, index in layers] == list(range(anatomy.num_layers)):
-        return
-    main = anatomy.main or ""
-    alike = [
-        stack
-        for stack, count in anatomy.stacks.items()
-        if stack != main and count == anatomy.num_layers and stack.rpartition(".")[0] == main.rpartition(".")[0]
-    ]
-    what = None
-    if config.get("is_encoder_decoder") or donor.checkpoint.config.get("is_encoder_decoder"):
-        what = "it has an encoder and a decoder, and slices cut one stack of layers"
-    elif alike:
-        what = f"each of its layers has a part in {main!r} and in {', '.join(map(repr, sorted(alike)))}"
-    elif configured_layers(donor.checkpoint.config) != anatomy.num_layers:
-        what = f"its config.json does not say in a key that is known how many layers {main!r} has"
-    if what is not None:
-        raise PlanError(
-            f"the layers of this model cannot be cut: {what}",
-            where=f"slices, model {donor.reference}",
-            remedy="merge all layers in their order, without slices",
-        )
-
-
 def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
     """See that layers which the config does not tell apart keep their order where their tensors differ.
 

@@ -100,7 +100,7 @@ def _set_layers(level: dict[str, Any], layers: Layers) -> None:
             level[key] = 0
     old = next((level[key] for key in LAYER_COUNT_KEYS if key in level), None)
     for key in LAYER_COUNT_KEYS:
-        if key in level and level[key] == old:
+        if key in level:
             level[key] = len(layers)
     if not isinstance(old, int):
         return

@@ -110,33 +110,3 @@ def test_what_has_a_part_for_each_layer_outside_of_them(
 def test_what_happens_to_be_as_long_as_there_are_layers() -> None:
     outside = {"model.a_norm.weight": (4,), "head.bias": (4,), "model.pair.0": (5,), "model.pair.1": (5,)}
     assert frankenmerge(model("aaaa", outside), (0, 3)).config["num_hidden_layers"] == 3
-
-
-class TestOneStack:
-    def test_an_encoder_and_a_decoder(self) -> None:
-        outside = {"encoder.layers.0.a.weight": (4, 4), "encoder.layers.1.a.weight": (4, 4)}
-        given = model("aaaa", outside, is_encoder_decoder=True)
-        with pytest.raises(PlanError, match="cannot be cut: it has an encoder and a decoder") as raised:
-            frankenmerge(given, (0, 3))
-        assert raised.value.where == "slices, model /a"
-        assert frankenmerge(given, (0, 2), (2, 4)).config["num_hidden_layers"] == 4
-
-    def test_layers_in_several_lists(self) -> None:
-        """As in XLM: attentions, feed-forward layers and norms each stand in a list of their own."""
-        outside = {f"model.ffns.{layer}.lin.weight": (4, 2) for layer in range(4)}
-        with pytest.raises(PlanError, match=r"each of its layers has a part in 'model.layers' and in 'model.ffns'"):
-            frankenmerge(model("aaaa", outside), (0, 3))
-
-    def test_a_tower_with_as_many_layers_is_no_part_of_them(self) -> None:
-        outside = {f"vision.layers.{layer}.lin.weight": (4, 2) for layer in range(4)}
-        assert frankenmerge(model("aaaa", outside), (0, 3)).config["num_hidden_layers"] == 3
-
-    def test_a_config_that_does_not_count_them(self) -> None:
-        given = model("aaaa")
-        del given.config["num_hidden_layers"]
-        with pytest.raises(PlanError, match=r"does not say in a key that is known how many layers 'model.layers' has"):
-            frankenmerge(given, (0, 3))
-
-    def test_every_key_that_counts_them_is_changed(self) -> None:
-        found = frankenmerge(model("aaaa", num_blocks=4, n_layers=9), (0, 3)).config
-        assert [found[key] for key in ("num_hidden_layers", "num_blocks", "n_layers")] == [3, 3, 9]
