@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ def different_kinds(merged: Any, sources: Mapping[str, Any], stacks: Sequence[st
             ours = _kind(merged.get_submodule(f"{stack}.{place}"))
             theirs = _kind(sources[model].get_submodule(f"{stack}.{layer}"))
             for key in sorted(ours.keys() | theirs.keys()):
-                if ours.get(key) != theirs.get(key):
+                if not _is_same(ours.get(key), theirs.get(key)):
                     return f"layer {place}, {key}: {ours.get(key)} instead of {theirs.get(key)} as in layer {layer}"
     text, before = (model.config.get_text_config(decoder=True).to_dict() for model in (merged, sources[order[0][0]]))
     depth = max(layer for _, layer in order) + 1
@@ -83,6 +84,10 @@ def different_kinds(merged: Any, sources: Mapping[str, Any], stacks: Sequence[st
             if text.get(key) != expected:
                 return f"config.json, {key}: {text.get(key)} instead of {expected}"
     return ""
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def _expected_list(listed: list[Any], order: Order) -> list[Any]:

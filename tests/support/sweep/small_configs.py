@@ -109,6 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<|extra_200|>": FIRST_PLACEHOLDER, "<image>": FIRST_PLACEHOLDER + 1}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 2, 1]},
+    "evolla": {"resampler_depth": 2},
     "fun_asr_nano": {"adaptor_config.intermediate_size": _HIDDEN // 4},
     "gemma3n_text": {
         "layer_types": _ALTERNATING,
@@ -163,7 +164,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "vibevoice_asr": {
         f"{kind}_tokenizer_encoder_config.{key}": value
         for kind in ("acoustic", "semantic")
-        for key, value in (("num_filters", 2), ("depths", [1] * 7))
+        for key, value in (("num_filters", 2), ("depths", [1] * 5), ("downsampling_ratios", [2, 2, 4, 5]))
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attn_layer_period": 3, "attn_layer_offset": 2, **_TWICE_AS_WIDE},
