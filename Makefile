@@ -69,10 +69,10 @@ site: $(READY)  ## build the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict
 
 families: $(READY)  ## merge every family that transformers knows, small, and compare with docs/families.md (minutes)
-	PYTHONPATH=tests $(BIN)/python -m support.sweep --check
+	PYTHONPATH=tests $(BIN)/python -m support.sweep.run --check
 
 families-page: $(READY)  ## write docs/families.md anew
-	PYTHONPATH=tests $(BIN)/python -m support.sweep
+	PYTHONPATH=tests $(BIN)/python -m support.sweep.run
 
 # mergekit is LGPL and pins much: it lives apart, is only ever run as a program, and its environment is made only for this.
 $(MERGEKIT_READY): tests/parity/requirements.txt

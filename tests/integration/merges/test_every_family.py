@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import mergekit_ray
-from support.sweep.__main__ import PAGE
 from support.sweep.columns import COLUMNS, Outcome, Status, outcomes
+from support.sweep.run import PAGE
 
 SAMPLE = ("bert", "deepseek_v3", "falcon_mamba", "gpt2", "qwen2_vl", "qwen3_next")
 """An encoder, experts behind dense layers, no attention, other names, a tower beside, two kinds of layers."""

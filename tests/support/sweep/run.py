@@ -1,8 +1,8 @@
 """Every family, and the page that says what came of it.
 
-python -m support.sweep            # write docs/families.md
-python -m support.sweep --check    # fail if it says something else, or if anything is wrong
-python -m support.sweep qwen3 bart # only say what comes of these
+python -m support.sweep.run            # write docs/families.md
+python -m support.sweep.run --check    # fail if it says something else, or if anything is wrong
+python -m support.sweep.run qwen3 bart # only say what comes of these
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "families.md"
 
 def main() -> int:
     """The exit code."""
-    parser = argparse.ArgumentParser(prog="python -m support.sweep")
+    parser = argparse.ArgumentParser(prog="python -m support.sweep.run")
     parser.add_argument("families", nargs="*", help="only these, and only to say what comes of them")
     parser.add_argument("--check", action="store_true", help="compare with the page instead of writing it")
     arguments = parser.parse_args()
