@@ -15,8 +15,14 @@ from typing import Any, cast
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import TensorSpec
 
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks", "layers")
 """Names under which ``config.json`` gives the number of layers of the main stack."""
+
+_COUNT_KEYS_OF_PARTS = {
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+    "encoder": ("encoder_layers", "num_encoder_layers"),
+}
+"""Names of the same where a model has an encoder and a decoder, by the component of the stack's name."""
 
 TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Sub-configs that describe the language model inside a multimodal one."""
@@ -149,11 +155,35 @@ def stating(config: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def configured_layers(config: Mapping[str, Any]) -> int | None:
     """The number of layers ``config.json`` states, None if it states none."""
     inner = language_config(config)
-    for key in LAYER_COUNT_KEYS:
-        value = inner.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
+    for key in (*LAYER_COUNT_KEYS, *_COUNT_KEYS_OF_PARTS["decoder"]):
+        if _is_count(inner.get(key)):
+            return cast(int, inner[key])
     return None
+
+
+def count_keys(part: Mapping[str, Any], stack: str | None, stacks: Iterable[str] = ()) -> list[str]:
+    """The keys under which a part of a config gives the number of a stack's layers.
+
+    Where a model has an encoder and a decoder, each has a key of its own, and ``num_hidden_layers`` may be another name
+    of the other's. A decoder by itself keeps the encoder's key, from which code may take the number all the same.
+
+    Args:
+        part: of a config.
+        stack: the prefix of its layers.
+        stacks: the prefixes of all stacks of the model.
+    """
+    components = {component for name in stacks for component in name.split(".")}
+    own = [name for name in _COUNT_KEYS_OF_PARTS if name in (stack or "").split(".")]
+    keys = [key for name in own for key in _COUNT_KEYS_OF_PARTS[name]]
+    if not any(_is_count(part.get(key)) for key in keys):
+        keys = [*LAYER_COUNT_KEYS]
+    elif components and not components >= _COUNT_KEYS_OF_PARTS.keys():
+        keys += [*LAYER_COUNT_KEYS, *(key for names in _COUNT_KEYS_OF_PARTS.values() for key in names)]
+    return [key for key in dict.fromkeys(keys) if _is_count(part.get(key))]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Anatomy:

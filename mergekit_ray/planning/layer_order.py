@@ -7,13 +7,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_ray.architectures.anatomy import configured_layers, is_buffer, language_levels, language_view
+from mergekit_ray.architectures.anatomy import configured_layers, count_keys, is_buffer, language_levels, language_view
 from mergekit_ray.architectures.layer_kinds import rules_of
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.lowering import Model
 
 _LIST_ITEM = re.compile(r"\.\d+$")
 """The end of the name of a parameter in a list of parameters."""
+
+_OTHER_STACKS = ("cross_layer_interval", "num_layers_per_stack")
+"""Keys of families with more than one stack, whose layers go together (IDEFICS, HRM)."""
 
 _VECTOR = re.compile(r"(norm\w*|ln_f)\.weight$|bias$")
 """What has an element for each hidden unit, of which there may be as many as layers."""
@@ -56,6 +59,44 @@ def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None
                 where=f"slices, model {model.reference}",
                 remedy="choose slices that leave the layers with other tensors than the rest where they are",
             )
+
+
+def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
+    """See that the config says how many layers there are, and that one stack holds all of each layer.
+
+    Args:
+        donor: whose config the output gets.
+        layers: for each output layer, the model it comes from and its layer there.
+
+    Raises:
+        PlanError: it does not, or XLM's way: a list of attentions, one of feed-forward networks, and so on.
+    """
+    stack, count = donor.anatomy.main, donor.anatomy.num_layers
+    if stack is None or [index for _, index in layers] == list(range(count)):
+        return
+    where, remedy = f"slices, model {donor.reference}", "merge all layers in their order, without slices"
+    parent = stack.rpartition(".")[0]
+    for other, its_count in donor.anatomy.stacks.items():
+        if other != stack and its_count == count and other.rpartition(".")[0] == parent:
+            raise PlanError(
+                f"each layer is spread over several lists, such as {stack!r} and {other!r}; slices cut only one",
+                where=where,
+                remedy=remedy,
+            )
+    levels = language_levels(donor.checkpoint.config)
+    if key := next((key for key in _OTHER_STACKS for level in levels if level.get(key)), None):
+        raise PlanError(
+            f"{key} says that layers of other stacks go with those of {stack!r}; slices cut only one stack",
+            where=where,
+            remedy=remedy,
+        )
+    lists = (value for level in levels for value in level.values() if isinstance(value, list))
+    if len(levels) == 1 and not count_keys(levels[0], stack) and all(len(value) != count for value in lists):
+        raise PlanError(
+            f"config.json gives the number of layers of {stack!r} under no key that is known, and so it cannot change",
+            where=where,
+            remedy=remedy,
+        )
 
 
 def check_nothing_by_layer(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:

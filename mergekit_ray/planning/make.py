@@ -26,7 +26,7 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import check_agreement
 from mergekit_ray.planning.beside import check_sizes, side_warnings
 from mergekit_ray.planning.dense import lower, rules_of
-from mergekit_ray.planning.layer_order import check_layer_order, check_nothing_by_layer
+from mergekit_ray.planning.layer_order import check_is_counted, check_layer_order, check_nothing_by_layer
 from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.moe.experts import COMPUTE_DTYPES, Routing
@@ -125,11 +125,14 @@ def make_plan(
             warnings += leftover_warnings(found, where)
             lowering.dropped |= {f"{model.reference}: {name}": reason for name, reason in found.dropped.items()}
     if lowering.layers is not None:
+        check_is_counted(donor, lowering.layers)
         check_nothing_by_layer(donor, lowering.layers)
         check_layer_order(donor, lowering.layers)
     config = output_config(
         donor_config,
         layers=None if lowering.layers is None else [(m.checkpoint.config, i) for m, i in lowering.layers],
+        stacks=donor.anatomy.stacks,
+        main=donor.anatomy.main,
         # diffusers' configs say nothing of dtypes.
         dtype=None if stem == DIFFUSERS_STEM else stored or _most_common_dtype(lowering),
         tied=lowering.tied,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from mergekit_ray.architectures.anatomy import (
     LAYER_COUNT_KEYS,
     configured_layers,
+    count_keys,
     language_config,
     language_levels,
     language_view,
@@ -42,6 +44,8 @@ def output_config(
     donor: Mapping[str, Any],
     *,
     layers: Layers | None,
+    stacks: Mapping[str, int],
+    main: str | None,
     dtype: DType | None,
     tied: bool | None,
     vocab_size: int | None,
@@ -52,6 +56,8 @@ def output_config(
         donor: the config to start from.
         layers: for each output layer of the main stack, the config it comes from and its layer there; None if the
             layers are the donor's own.
+        stacks: the donor's, with their numbers of layers.
+        main: the stack whose layers they are.
         dtype: what most weights are stored in, None to leave it.
         tied: whether the output's head is its embedding, None if it has no such pair.
         vocab_size: new number of rows of the embedding, None to leave it.
@@ -66,10 +72,12 @@ def output_config(
     levels = cast(list[dict[str, Any]], language_levels(config))  # parts of our own copy
     if layers is not None:
         views = {id(source): language_view(source) for source, _ in layers}
-        if configured_layers(config) is None and levels[1:]:
+        counts = [count_keys(level, main, stacks) for level in levels]
+        default = None if any(counts) else stacks.get(main or "", 0)
+        for level, keys in zip(levels, counts, strict=True):
+            _set_layers(level, keys, default, [(views[id(source)], index) for source, index in layers])
+        if default is not None and levels[1:]:
             levels[-1]["num_hidden_layers"] = len(layers)  # it left the number to the family's default
-        for level in levels:
-            _set_layers(level, [(views[id(source)], index) for source, index in layers])
     if dtype is not None:
         parts = [(part, key) for key in _DTYPE_KEYS for part in stating(config, key)] or [(config, "torch_dtype")]
         for part, key in parts:
@@ -92,18 +100,27 @@ def without_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _set_layers(level: dict[str, Any], layers: Layers) -> None:
-    """Set the number of layers, and cut all that config says of single layers the way the layers were cut."""
+def _set_layers(level: dict[str, Any], counts: Sequence[str], default: int | None, layers: Layers) -> None:
+    """Set the number of layers, and cut all that config says of single layers the way the layers were cut.
+
+    Args:
+        level: what is changed.
+        counts: the keys under which it gives their number.
+        default: how many layers the donor has if no level counts them; None if another level does.
+        layers: for each output layer, all that its model's config says of the language model, and its layer there.
+    """
     beyond = max((level[key] for key in _BEYOND_KEYS if isinstance(level.get(key), int)), default=0)
     for key in _BEYOND_KEYS:
         if key in level:
             level[key] = 0
-    old = next((level[key] for key in LAYER_COUNT_KEYS if key in level), None)
-    for key in LAYER_COUNT_KEYS:
-        if key in level:
-            level[key] = len(layers)
-    if not isinstance(old, int):
+    old = level[counts[0]] if counts else default
+    if old is None:
         return
+    # Another number under another name is of something else.
+    level |= {key: len(layers) for key in counts if level[key] == old or key not in LAYER_COUNT_KEYS}
+    if isinstance(scale := level.get("scale_depth"), int | float) and old > 0:
+        # MiniCPM divides it by the root of the number of layers: so each still adds as much as in its model.
+        level["scale_depth"] = scale * math.sqrt(len(layers) / old)
     _recut(level, (old, old + beyond), layers)
     _set_kinds(level, layers)
 

@@ -76,6 +76,23 @@ def test_of_each_kind_that_the_config_tells_the_first_may_have_more() -> None:
         frankenmerge(zamba, (3, 7))
 
 
+@pytest.mark.parametrize(
+    ("config", "outside", "message"),
+    [
+        ({"cross_layer_interval": 2}, {}, "cross_layer_interval says that layers of other stacks"),
+        ({}, {f"model.ffns.{layer}.weight": (4, 4) for layer in range(4)}, r"'model\.layers' and 'model\.ffns'"),
+        ({"num_hidden_layers": None}, {}, r"number of layers of 'model\.layers' under no key that is known"),
+    ],
+)
+def test_layers_that_one_stack_does_not_hold_or_nothing_counts_stay_in_order(
+    config: dict[str, Any], outside: dict[str, Sequence[int]], message: str
+) -> None:
+    given = model("aaaa", outside, **config)
+    frankenmerge(given, (0, 2), (2, 4))
+    with pytest.raises(PlanError, match=message):
+        frankenmerge(given, (0, 3), (1, 4))
+
+
 PER_LAYER = {
     "model.embed_tokens_per_layer.weight": (10, 8),
     "model.per_layer_model_projection.weight": (8, 4),

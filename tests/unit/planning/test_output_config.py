@@ -19,7 +19,8 @@ from mergekit_ray.planning.output_config import output_config
 
 def adapted(donor: dict[str, Any], **changes: Any) -> dict[str, Any]:
     before = copy.deepcopy(donor)
-    result = output_config(donor, **{"layers": None, "dtype": None, "tied": None, "vocab_size": None, **changes})
+    unchanged: dict[str, Any] = dict.fromkeys(("layers", "main", "dtype", "tied", "vocab_size"))
+    result = output_config(donor, **{"stacks": {}, **unchanged, **changes})
     assert donor == before, "the donor's config is not touched"
     return result
 
@@ -33,7 +34,7 @@ def test_nothing_to_change() -> None:
     assert adapted(donor) == donor
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_layers", "n_layers"])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks", "layers"])
 def test_layer_counts_under_every_name(key: str) -> None:
     assert adapted({key: 2}, layers=cut({key: 2}, [0, 1, 1])) == {key: 3}
 
@@ -41,6 +42,43 @@ def test_layer_counts_under_every_name(key: str) -> None:
 def test_all_names_of_the_layer_count_agree() -> None:
     donor = {"num_hidden_layers": 2, "n_layer": 2}
     assert adapted(donor, layers=cut(donor, [0])) == {"num_hidden_layers": 1, "n_layer": 1}
+
+
+@pytest.mark.parametrize(
+    ("stack", "donor", "changed"),
+    [
+        ("model.decoder.layers", {"encoder_layers": 3, "decoder_layers": 2, "num_hidden_layers": 3}, "decoder_layers"),
+        ("model.encoder.layers", {"encoder_layers": 2, "decoder_layers": 3}, "encoder_layers"),
+        ("encoder.block", {"num_layers": 2, "num_decoder_layers": 3}, "num_layers"),
+        ("decoder.block", {"num_layers": 3, "num_decoder_layers": 2}, "num_decoder_layers"),
+        ("bert.encoder.layer", {"num_hidden_layers": 2}, "num_hidden_layers"),
+    ],
+)
+def test_encoder_and_decoder_are_counted_apart(stack: str, donor: dict[str, Any], changed: str) -> None:
+    stacks = {"model.encoder.layers": 3, "model.decoder.layers": 3, stack: 2}
+    assert adapted(donor, stacks=stacks, main=stack, layers=cut(donor, [0, 1, 1])) == {**donor, changed: 3}
+
+
+def test_a_decoder_by_itself_takes_all_names_of_the_count() -> None:
+    donor = {"encoder_layers": 2, "decoder_layers": 2, "num_hidden_layers": 2}
+    main = "model.decoder.layers"
+    result = adapted(donor, stacks={main: 2}, main=main, layers=cut(donor, [0, 1, 1]))
+    assert result == dict.fromkeys(donor, 3)
+
+
+def test_a_list_may_be_all_that_counts_the_layers() -> None:
+    donor: dict[str, Any] = {"layers_block_type": ["mamba", "moe"]}
+    expected: dict[str, Any] = {"layers_block_type": ["mamba", "moe", "moe"]}
+    stack: dict[str, Any] = {"stacks": {"model.layers": 2}, "main": "model.layers"}
+    assert adapted(donor, **stack, layers=cut(donor, [0, 1, 1])) == expected
+    donor, layers = {"text_config": donor}, cut({"text_config": donor}, [0, 1, 1])
+    assert adapted(donor, **stack, layers=layers) == {"text_config": {**expected, "num_hidden_layers": 3}}
+
+
+def test_a_scale_that_is_divided_by_the_depth_stays_what_it_is_for_each_layer() -> None:
+    donor = {"num_hidden_layers": 4, "scale_depth": 1.4}
+    result = adapted(donor, layers=cut(donor, [0, 1, 2, 3, 1, 2, 3, 2, 3]))
+    assert result["scale_depth"] / 9**0.5 == pytest.approx(1.4 / 4**0.5)
 
 
 def test_lists_per_layer_are_cut_like_the_layers() -> None:
