@@ -127,3 +127,13 @@ def test_what_has_a_part_for_each_layer_outside_of_them(
 def test_what_happens_to_be_as_long_as_there_are_layers() -> None:
     outside = {"model.a_norm.weight": (4,), "head.bias": (4,), "model.pair.0": (5,), "model.pair.1": (5,)}
     assert frankenmerge(model("aaaa", outside), (0, 3)).config["num_hidden_layers"] == 3
+
+
+def test_a_tower_with_as_many_layers_is_no_part_of_them() -> None:
+    outside = {f"vision.layers.{layer}.lin.weight": (4, 2) for layer in range(4)}
+    assert frankenmerge(model("aaaa", outside), (0, 3)).config["num_hidden_layers"] == 3
+
+
+def test_every_key_that_counts_them_is_changed_and_no_other() -> None:
+    found = frankenmerge(model("aaaa", num_blocks=4, n_layers=9), (0, 3)).config
+    assert [found[key] for key in ("num_hidden_layers", "num_blocks", "n_layers")] == [3, 3, 9]
