@@ -35,6 +35,9 @@ _HEAD = re.compile(
     r"|generator_lm_head|vocab_projector|output_projection|proj_out|lm_loss)\.(weight|bias)$"
 )
 _ALWAYS_HEAD = ("lm_head", "embed_out")
+_UNTIED = frozenset({"bigbird_pegasus"})
+"""Types of models whose class stores its head, whatever the config says of ties."""
+
 _BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|project_in|rotary_emb)(\.|$)")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,8}")
 """The number of a layer, as everyone writes it; what is longer is a name."""
@@ -240,6 +243,8 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
     heads = frozenset(n for n in outside if _is_head(n, specs, embedding))
     head = next((n for n in sorted(heads) if n.endswith(".weight")), None)
     flag = config.get("tie_word_embeddings", language_config(config).get("tie_word_embeddings"))
+    if config.get("model_type") in _UNTIED and head is not None:
+        flag = False
     tied = embedding is not None and (bool(flag) if flag is not None else head is None)
     redundant = frozenset({head}) if tied and head is not None and flag else frozenset()
     return Anatomy(
@@ -296,8 +301,13 @@ def _is_head(name: str, specs: Mapping[str, TensorSpec], embedding: str | None) 
     if found is None or place_of(name) is not None:
         return False
     # "output", "decoder" and the like are also what projectors of other modalities call their last layer.
-    is_as_long = embedding is not None and specs[name].shape[:1] == specs[embedding].shape[:1]
-    return found[2] in _ALWAYS_HEAD or is_as_long
+    shape = specs[name].shape
+    is_alike = (
+        embedding is not None
+        and shape[:1] == specs[embedding].shape[:1]
+        and len(shape) == (2 if name.endswith(".weight") else 1)
+    )
+    return found[2] in _ALWAYS_HEAD or is_alike
 
 
 def _is_before(name: str, heads: frozenset[str]) -> bool:

@@ -122,11 +122,21 @@ def check_nothing_by_layer(donor: Model, layers: Sequence[tuple[Model, int]]) ->
             has_parts = shape == (count,) and not _VECTOR.search(name)
             has_parts |= "per_layer" in name and isinstance(width, int) and width > 0 and count * width in shape
         if has_parts:
-            raise PlanError(
-                f"this model stores something for each layer outside the layers: {name!r}, of shape {list(shape)}",
-                where=f"slices, model {donor.reference}",
-                remedy="such tensors cannot be cut with the layers: merge all layers in their order, without slices",
-            )
+            raise _by_layer(donor, name, shape)
+    for stack, parts in donor.anatomy.layers.items():
+        if stack == donor.anatomy.main or len(parts) != count:
+            continue
+        names = [f"{stack}.{index}.{rest}" for index, rests in enumerate(parts) for rest in rests]
+        if names and all(donor.weights.specs[name].num_elements == 1 for name in names):
+            raise _by_layer(donor, names[0], donor.weights.specs[names[0]].shape)
+
+
+def _by_layer(donor: Model, name: str, shape: Sequence[int]) -> PlanError:
+    return PlanError(
+        f"this model stores something for each layer outside the layers: {name!r}, of shape {list(shape)}",
+        where=f"slices, model {donor.reference}",
+        remedy="such tensors cannot be cut with the layers: merge all layers in their order, without slices",
+    )
 
 
 def _names(model: Model, index: int) -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mergekit_ray.architectures.anatomy import language_config
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.matching.names import RENAMED
 
 NESTED = ".base_layer"
 """What PEFT puts behind a module's name for each further parameter that it adapts there."""
@@ -21,9 +22,6 @@ _INPUTS_FIRST = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 
 _SEPARATE = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 """What files call the parts of a parameter, where they have each expert by itself."""
-
-_RENAMED = ((".mlp.experts", ".block_sparse_moe.experts"),)
-"""Modules of experts that files call otherwise (Mixtral)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ def parameter(
     if whole is not None and len(shape := specs[whole].shape) == 3:
         part = Experts(whole, 0, shape[0], shape[0], (0, shape[1]))
         return Parameter(f"{module}.{name}", (shape[0], shape[1], shape[2]), (part,))
-    places = [module, *(module.replace(old, new) for old, new in _RENAMED if old in module)]
+    places = [module, *(module.replace(old, new) for old, new in RENAMED if old in module)]
     for leaves in _SEPARATE.get(name, ()):
         for place in places:
             found = _separate(place, leaves, find)

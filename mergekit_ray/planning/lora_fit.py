@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from mergekit_ray.architectures.anatomy import Anatomy, anatomy, language_config, stating
+from mergekit_ray.architectures.heads import unstored_head
 from mergekit_ray.checkpoint.adapter import Adapter, Change
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.spelling import nearest
@@ -167,7 +168,14 @@ class AdapterFit:
         if not saved or (self._adapter.config.keeps_ties and len(whole) == 2):
             return
         self._is_tied = False
-        head = saved.get(True) or next(iter(self._anatomy.redundant), None) or self._adapted_head() or _HEADS[0]
+        head = saved.get(True) or next(iter(self._anatomy.redundant), None) or self._adapted_head()
+        head = head or unstored_head(embedding, self._base_config)
+        if head is None:
+            raise self._fault(
+                f"it stores {embedding!r} whole, so the head that is tied to it must be stored too; nothing tells what "
+                "the class calls a head of its own",
+                _MERGE_WITH_PEFT,
+            )
         self.tensors[head] = Tensor(source=embedding)
         spec = self._base_specs[embedding]
         self.specs[head] = TensorSpec(head, spec.dtype, spec.shape)

@@ -20,6 +20,9 @@ WRAPPERS = frozenset(
 )
 """Components of names by which classes of models hold a language model, or hold themselves."""
 
+RENAMED = ((".mlp.", ".block_sparse_moe."),)
+"""Parts of a layer that transformers calls by the first name, and files by the second (Mixtral, MiniMax)."""
+
 
 def bare(name: str) -> str:
     """A tensor's name without wrappers; below the number of a layer, and for module and parameter, all is kept."""
@@ -37,7 +40,7 @@ class Names:
         self._by_bare: Mapping[str, list[str]] | None = None
 
     def find(self, name: str) -> list[str]:
-        """Names of the tensor: the same one, or all that differ by wrappers, or else by their first component."""
+        """Names of the tensor: the same one, or all that differ by wrappers or by `RENAMED`, or by their first part."""
         if name in self._names:
             return [name]
         if self._by_bare is None:
@@ -47,6 +50,9 @@ class Names:
             self._by_bare = dict(by_bare)
         if found := self._by_bare.get(bare(name)):
             return found
+        for ours, theirs in RENAMED:
+            if ours in name and (found := self._by_bare.get(bare(name.replace(ours, theirs)))):
+                return found
         shorter = name.partition(".")[2]
         if shorter in self._names:
             return [shorter]

@@ -16,8 +16,11 @@ Order = list[tuple[str, int]]
 _COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
 _OF_PLACE = re.compile(
     r"(\w+_)?idx|(layer|block)_?(id|index|num|number)|index|seed|training|lambda_init|num_hidden_layers"
+    r"|store_full_length_kv"
 )
-"""Attributes that follow from where a layer stands, whatever its kind. No config can say DIFF Transformer's lambdas."""
+"""Attributes that follow from where a layer stands, whatever its kind. No config can say DIFF Transformer's lambdas; in
+Gemma 3n and 4 the last layer of a kind stores what later ones share.
+"""
 
 _SIMPLE = (bool, int, float, str, type(None))
 

@@ -137,3 +137,22 @@ def test_weights_are_no_buffers(name: str) -> None:
 )
 def test_configured_layers(config: dict[str, Any], count: int | None) -> None:
     assert configured_layers(config) == count
+
+
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("bigbird_pegasus", False)])
+def test_a_stored_head_of_a_config_that_says_tied(model_type: str, tied: bool) -> None:
+    """It is a copy that the class ignores, but for a class that does not heed the config."""
+    found = read(llama_shapes(2), {"num_hidden_layers": 2, "model_type": model_type, "tie_word_embeddings": True})
+    assert found.tied is tied
+    assert found.head == (None if tied else "lm_head.weight")
+    assert found.redundant == ({"lm_head.weight"} if tied else set())
+
+
+def test_a_convolution_of_another_tower_is_no_head() -> None:
+    shapes = {
+        **llama_shapes(2),
+        "vq.mid.attn.proj_out.weight": (*llama_shapes(2)["model.embed_tokens.weight"][:1], 4, 1, 1),
+    }
+    del shapes["lm_head.weight"]
+    found = read(shapes, {"num_hidden_layers": 2, "tie_word_embeddings": True})
+    assert (found.head, found.redundant) == (None, set())

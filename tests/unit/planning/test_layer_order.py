@@ -137,3 +137,11 @@ def test_a_tower_with_as_many_layers_is_no_part_of_them() -> None:
 def test_every_key_that_counts_them_is_changed_and_no_other() -> None:
     found = frankenmerge(model("aaaa", num_blocks=4, n_layers=9), (0, 3)).config
     assert [found[key] for key in ("num_hidden_layers", "num_blocks", "n_layers")] == [3, 3, 9]
+
+
+def test_a_list_of_scalars_for_each_layer_beside_them() -> None:
+    outside = {f"model.encoder.layers.{layer}.layer_scalar": (1,) for layer in range(4)}
+    with pytest.raises(
+        PlanError, match=r"something for each layer outside the layers: 'model.encoder.layers.0.layer_sc"
+    ):
+        frankenmerge(model("aaaa", outside), (0, 3))

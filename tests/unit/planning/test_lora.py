@@ -216,6 +216,14 @@ def test_a_side_that_is_stored_whole_unties(
     assert all(x.spec.name != HEAD for x in loads(found.expression(HEAD)) if x.model == "m0")
 
 
+def test_no_head_is_made_up_where_its_name_is_not_known() -> None:
+    base = llama("/base", tied=True)
+    base.config["architectures"] = ["SomeForMaskedLM"]
+    with pytest.raises(ModelError, match="nothing tells what the class calls a head of its own") as caught:
+        view(base, adapter_of({EMBEDDING: (10, 4)}, modules_to_save=["embed_tokens"]))
+    assert "merge_and_unload" in str(caught.value.remedy)
+
+
 def test_a_tie_that_was_kept_in_training_stays() -> None:
     shapes = {EMBEDDING: (10, 4), HEAD: (10, 4)}
     found = view(

@@ -46,6 +46,13 @@ def test_the_same_name_comes_before_all_others() -> None:
     assert len(names.find(f"transformer.{LAYER}")) == 3
 
 
+def test_a_part_of_a_layer_may_have_another_name_in_files() -> None:
+    names = Names(["model.layers.0.block_sparse_moe.gate.weight", "model.layers.1.mlp.gate.weight"])
+    assert names.find("model.layers.0.mlp.gate.weight") == ["model.layers.0.block_sparse_moe.gate.weight"]
+    assert names.find("model.layers.1.mlp.gate.weight") == ["model.layers.1.mlp.gate.weight"]
+    assert names.find("model.layers.2.mlp.gate.weight") == []
+
+
 def test_an_unknown_wrapper_may_be_the_first_component() -> None:
     assert Names(["mine.a.b.weight"]).find("a.b.weight") == ["mine.a.b.weight"]
     assert Names(["a.b.weight"]).find("mine.a.b.weight") == ["a.b.weight"]
