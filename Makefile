@@ -28,7 +28,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test test-quick check format site families families-page parity gpu memory ray fuzz container package bench clean clean-venv
+.PHONY: help setup demo demo-moe test test-quick check format site families families-page parity gpu memory fencing soak ray fuzz container package bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -93,6 +93,9 @@ memory: $(READY)  ## what workers hold beside what plans say, by method, on a ma
 
 fencing: $(READY)  ## two drivers, one output, stopped before each change of theirs: all ways to interleave (hours)
 	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(BIN)/python -m pytest tests/integration/failures/test_fencing.py $(PYTEST_ARGS)
+
+soak: $(READY)  ## merges while the store fails, and drivers that are stopped and killed, by 300 schedules each (an hour)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.soak --schedules 300 --duels 300
 
 ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's: the oldest, or RAY=2.50.0
 	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray

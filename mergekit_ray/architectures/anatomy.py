@@ -18,6 +18,9 @@ from mergekit_ray.core.tensors import TensorSpec
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks", "layers")
 """Names under which ``config.json`` gives the number of layers of the main stack."""
 
+GROUP_COUNT_KEY = "num_hidden_groups"
+"""Name of the number of layers that are stored where the model's layers share them (ALBERT)."""
+
 _COUNT_KEYS_OF_PARTS = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
     "encoder": ("encoder_layers", "num_encoder_layers"),
@@ -156,9 +159,9 @@ def stating(config: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def configured_layers(config: Mapping[str, Any]) -> int | None:
-    """The number of layers ``config.json`` states, None if it states none."""
+    """The number of stored layers ``config.json`` states, None if it states none."""
     inner = language_config(config)
-    for key in (*LAYER_COUNT_KEYS, *_COUNT_KEYS_OF_PARTS["decoder"]):
+    for key in (GROUP_COUNT_KEY, *LAYER_COUNT_KEYS, *_COUNT_KEYS_OF_PARTS["decoder"]):
         if _is_count(inner.get(key)):
             return cast(int, inner[key])
     return None

@@ -7,7 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_ray.architectures.anatomy import configured_layers, count_keys, is_buffer, language_levels, language_view
+from mergekit_ray.architectures.anatomy import (
+    GROUP_COUNT_KEY,
+    configured_layers,
+    count_keys,
+    is_buffer,
+    language_levels,
+    language_view,
+)
 from mergekit_ray.architectures.layer_kinds import rules_of
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.lowering import Model
@@ -15,8 +22,8 @@ from mergekit_ray.planning.lowering import Model
 _LIST_ITEM = re.compile(r"\.\d+$")
 """The end of the name of a parameter in a list of parameters."""
 
-_OTHER_STACKS = ("cross_layer_interval", "num_layers_per_stack")
-"""Keys of families with more than one stack, whose layers go together (IDEFICS, HRM)."""
+_GOING_TOGETHER = ("cross_layer_interval", "num_layers_per_stack", GROUP_COUNT_KEY)
+"""Keys of families whose layers go together with those of another stack (IDEFICS, HRM), or share weights (ALBERT)."""
 
 _VECTOR = re.compile(r"(norm\w*|ln_f)\.weight$|bias$")
 """What has an element for each hidden unit, of which there may be as many as layers."""
@@ -84,9 +91,9 @@ def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
                 remedy=remedy,
             )
     levels = language_levels(donor.checkpoint.config)
-    if key := next((key for key in _OTHER_STACKS for level in levels if level.get(key)), None):
+    if key := next((key for key in _GOING_TOGETHER for level in levels if level.get(key)), None):
         raise PlanError(
-            f"{key} says that layers of other stacks go with those of {stack!r}; slices cut only one stack",
+            f"{key} says that layers of {stack!r} share weights, or go with those of other stacks: they cannot be cut",
             where=where,
             remedy=remedy,
         )

@@ -77,6 +77,17 @@ class TestTiedUnderAnotherName:
         assert (tensors_of(tmp_path / "out").keys(), plan.warnings) == (tensors_of(a).keys(), ())
 
 
+def test_layers_that_share_weights_are_merged_once(tmp_path: Path) -> None:
+    """ALBERT stores one layer for all."""
+    name, config = "AlbertForMaskedLM", "AlbertConfig"
+    a, b = (made(tmp_path / each, name, config, seed, embedding_size=16) for seed, each in enumerate("ab"))
+    mergekit_ray.merge(average(a, b), tmp_path / "out")
+    merged, *models = (loaded(folder, name).state_dict() for folder in (tmp_path / "out", a, b))
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, (models[0][key] + models[1][key]) / 2)
+    assert config_of(tmp_path / "out")["num_hidden_layers"] == 4
+
+
 def loaded_keys(plan: Any) -> set[str]:
     return {tensor.spec.name for shard in plan.shards for tensor in shard.tensors}
 

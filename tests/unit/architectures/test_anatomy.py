@@ -46,6 +46,13 @@ def test_more_layers_than_any_file_holds_are_refused(count: int) -> None:
         read(llama_shapes(2), {"num_hidden_layers": count})
 
 
+def test_layers_that_share_weights_are_stored_once() -> None:
+    """As ALBERT's."""
+    shapes = {name: shape for name, shape in llama_shapes(1).items() if not name.startswith("lm_head")}
+    found = read(shapes, {"num_hidden_layers": 12, "num_hidden_groups": 1})
+    assert found.num_layers == 1
+
+
 def test_a_negative_number_of_layers_is_refused() -> None:
     with pytest.raises(CheckpointError, match="says -1 layers"):
         read(llama_shapes(2), {"num_hidden_layers": -1})

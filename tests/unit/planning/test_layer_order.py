@@ -79,7 +79,8 @@ def test_of_each_kind_that_the_config_tells_the_first_may_have_more() -> None:
 @pytest.mark.parametrize(
     ("config", "outside", "message"),
     [
-        ({"cross_layer_interval": 2}, {}, "cross_layer_interval says that layers of other stacks"),
+        ({"cross_layer_interval": 2}, {}, "cross_layer_interval says that layers of 'model.layers' share weights, or"),
+        ({"num_hidden_groups": 4, "num_hidden_layers": 12}, {}, "num_hidden_groups says that layers"),
         ({}, {f"model.ffns.{layer}.weight": (4, 4) for layer in range(4)}, r"'model\.layers' and 'model\.ffns'"),
         ({"num_hidden_layers": None}, {}, r"number of layers of 'model\.layers' under no key that is known"),
     ],
