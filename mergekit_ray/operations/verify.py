@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from mergekit_ray.architectures.anatomy import anatomy, language_config
+from mergekit_ray.architectures.anatomy import anatomy
+from mergekit_ray.architectures.sizes import misfits
 from mergekit_ray.checkpoint.header import Header, read_header
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
@@ -24,10 +25,6 @@ _READ_BYTES: Final = 32 << 20
 """A multiple of every element's size, so that no element lies across two reads."""
 
 _CONFIG_FILE: Final = "config.json"
-_HIDDEN_KEYS: Final = ("hidden_size", "n_embd", "d_model")
-_OTHER_WIDTH_KEYS: Final = ("word_embed_proj_dim", "embedding_size")
-"""Of families whose embeddings are narrower than their layers."""
-
 _FLOATING: Final = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2})
 
 _STRAYS: Final = (
@@ -272,33 +269,8 @@ class _Verifier:
         except CheckpointError as error:
             self._problem(_CONFIG_FILE, error.what)
             return
-        inner = language_config(config)
-        embedding = None if parts.embedding is None else self._specs[parts.embedding]
-        if embedding is None or len(embedding.shape) != 2:
-            return
-        self._check_size(inner, ("vocab_size",), embedding, 0, "rows", unless=("pad_vocab_size_multiple",))
-        self._check_size(inner, _HIDDEN_KEYS, embedding, 1, "columns", unless=_OTHER_WIDTH_KEYS)
-        head = None if parts.head is None else self._specs.get(parts.head)
-        if head is not None and len(head.shape) == 2 and head.shape != embedding.shape:
-            self._problem(_CONFIG_FILE, f"head {list(head.shape)} and embedding {list(embedding.shape)} do not fit")
-
-    def _check_size(
-        self,
-        config: Mapping[str, Any],
-        keys: tuple[str, ...],
-        spec: TensorSpec,
-        dimension: int,
-        word: str,
-        *,
-        unless: tuple[str, ...],
-    ) -> None:
-        key = next((key for key in keys if isinstance(config.get(key), int)), None)
-        if key is None or any(config.get(other) is not None for other in unless):
-            return
-        if config[key] != spec.shape[dimension]:
-            self._problem(
-                _CONFIG_FILE, f"says {key} {config[key]}, and {spec.name!r} has {spec.shape[dimension]} {word}"
-            )
+        for misfit in misfits(parts, self._specs, config):
+            self._problem(_CONFIG_FILE, misfit)
 
     def _read(self, name: str, start: int, end: int, version: str) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(_READ_BYTES, end - start)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_ray.architectures.anatomy import anatomy
 from mergekit_ray.architectures.quantisation_config import SIDE_FILES
+from mergekit_ray.architectures.sizes import misfits
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.diffusers import is_of_diffusers
 from mergekit_ray.checkpoint.opening import Checkpoint
@@ -141,6 +142,11 @@ def make_plan(
     if not lowering.keeps_beyond:
         config = without_beyond(config)
     check_sizes(donor.checkpoint)
+    warnings += [
+        f"config.json of {model.reference} {misfit}"
+        for model in models.values()
+        for misfit in misfits(model.anatomy, model.weights.specs, model.checkpoint.config)
+    ]
     warnings += side_warnings(donor.checkpoint, config, lowering.files)
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(recipe, MoeRecipe) and recipe.gate_mode.needs_prompts:

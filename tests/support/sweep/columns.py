@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.verify import verify
+from mergekit_ray.storage.opening import open_source
 from support.adapters import passthrough, quiet
 from support.models import tensors_of
 from support.sweep.building import SmallFamily, difference
@@ -180,6 +182,8 @@ def _loaded(family: SmallFamily, path: Path) -> Any:
     model, complaint = family.load(path)
     if complaint:
         raise _WrongError(f"transformers finds {complaint}")
+    if problems := verify(open_source(str(path))).problems:
+        raise _WrongError(f"verify finds {'; '.join(problems)}")
     return model
 
 
