@@ -122,6 +122,11 @@ class TestRouters:
         planned = run_command("mergekit-ray", "plan", file, "--json")
         assert planned.returncode == 0, planned.stderr
         assert "routers are made from the prompts when the merge is run" in planned.stdout
+        refused = run_command("mergekit-ray", "validate", "--models", file)
+        assert refused.returncode == 3
+        assert "there is no tokenizer beside the model, and routers made from prompts need one" in refused.stderr
+        with_tokenizer = models.get("llama", 1, with_tokenizer=True)
+        file.write_text(json.dumps({"base_model": str(with_tokenizer), "experts": listed}))
         validated = run_command("mergekit-ray", "validate", "--models", file)
         assert validated.returncode == 0, validated.stderr
         assert "a Mixture-of-Experts recipe, valid, and its models fit together" in validated.stdout
