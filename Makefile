@@ -95,6 +95,7 @@ fencing: $(READY)  ## two drivers, one output, stopped before each change of the
 	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(BIN)/python -m pytest tests/integration/failures/test_fencing.py $(PYTEST_ARGS)
 
 soak: $(READY)  ## merges while the store fails, and drivers that are stopped and killed, by 300 schedules each (an hour)
+	MERGEKIT_RAY_SLOW_LINK=1 $(BIN)/python -m pytest tests/integration/ray/test_slow_link.py $(PYTEST_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.soak --schedules 300 --duels 300
 
 ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's: the oldest, or RAY=2.50.0

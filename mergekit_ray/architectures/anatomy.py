@@ -246,7 +246,7 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
     heads = frozenset(n for n in outside if _is_head(n, specs, embedding))
     head = next((n for n in sorted(heads) if n.endswith(".weight")), None)
     flag = config.get("tie_word_embeddings", language_config(config).get("tie_word_embeddings"))
-    if config.get("model_type") in _UNTIED and head is not None:
+    if str(config.get("model_type")) in _UNTIED and head is not None:
         flag = False
     tied = embedding is not None and (bool(flag) if flag is not None else head is None)
     redundant = frozenset({head}) if tied and head is not None and flag else frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -23,8 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def test_a_worker_behind_a_link_of_1_kbit_per_second(models: ModelLibrary, tmp_path: Path) -> None:
     """It alone can work until its link is cut to that; then another node joins. The disk is everybody's."""
     obstacle = hosts_module.missing()
-    if obstacle:
-        pytest.skip(obstacle)
+    if obstacle or "MERGEKIT_RAY_SLOW_LINK" not in os.environ:
+        pytest.skip(obstacle or "two minutes on an idle machine: `make soak` runs it")
     base, *tuned = (models.get("llama", variant, num_layers=24) for variant in range(3))
     recipe = recipe_of("ties", base, tuned, output={"max_shard_size": 1})
     path, out = tmp_path / "many.yml", tmp_path / "out"
