@@ -34,7 +34,9 @@ def misfits(parts: Anatomy, specs: Mapping[str, TensorSpec], config: Mapping[str
     if head is not None and len(head.shape) == 2:
         # Mllama and Moshi embed a few things more than they can say: the head has the rows that the config states.
         says_less = inner.get("vocab_size") == head.shape[0] < embedding.shape[0]
-        if head.shape[1] != embedding.shape[1] or (head.shape[0] != embedding.shape[0] and not says_less):
+        # Reformer's head reads two streams at once.
+        is_as_wide = head.shape[1] in (embedding.shape[1], 2 * embedding.shape[1])
+        if not is_as_wide or (head.shape[0] != embedding.shape[0] and not says_less):
             found.append(f"head {list(head.shape)} and embedding {list(embedding.shape)} do not fit")
         rows = head if says_less else embedding
     else:

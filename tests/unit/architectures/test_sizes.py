@@ -28,6 +28,7 @@ def found(embedding: tuple[int, int], head: tuple[int, int] | None, **config: An
         ((20, 8), (20, 8), {"vocab_size": 20, "hidden_size": 8}),
         ((20, 8), None, {"vocab_size": 20}),
         ((20, 8), (20, 8), {}),
+        ((20, 8), (20, 16), {"vocab_size": 20, "hidden_size": 8}),  # Reformer
         ((28, 8), (20, 8), {"vocab_size": 20}),  # Mllama
         ((21, 8), (20, 8), {"vocab_size": 20}),  # Moshi
         ((20, 4), (20, 4), {"vocab_size": 20, "hidden_size": 8, "word_embed_proj_dim": 4}),  # OPT
