@@ -13,6 +13,19 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+SMALL_TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+}
+"""Sizes of language models, alone or inside of multimodal ones."""
+
+
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def expert(model: Path, **more: Any) -> dict[str, Any]:
     return {"source_model": str(model), **more}
 
 
-def merge(recipe: dict[str, Any], out: Path) -> Any:
+def merge(recipe: dict[str, Any], out: Path, load: Callable[[Path], Any] = load) -> Any:
     """The merged model as transformers loads it, with as many parameters as the plan and the files say."""
     result = mergekit_ray.merge(recipe, out)
     model = load(out)

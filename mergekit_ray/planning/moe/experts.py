@@ -10,7 +10,7 @@ from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import Cast, Constant, Expression, Literal, Noise, Scale
 from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.lowering import Model
+from mergekit_ray.planning.lowering import Lowering, Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,22 @@ class RouterVectors(Protocol):
 
 Routing = Callable[[], RouterVectors]
 """Reads the base model and makes the routers; called once, when all else is known to be right."""
+
+
+def routed(routing: Routing | None, result: Lowering, unrouted: str) -> RouterVectors | None:
+    """The routers that prompts or the base model give; None, and a warning, where they are not to be made yet.
+
+    Args:
+        routing: makes them.
+        result: gets the warnings.
+        unrouted: what is said of a plan without them.
+    """
+    if routing is None:
+        result.warnings.append(unrouted)
+        return None
+    routers = routing()
+    result.warnings += routers.warnings
+    return routers
 
 
 class ExpertLowering:

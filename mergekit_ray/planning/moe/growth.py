@@ -16,7 +16,7 @@ from mergekit_ray.core.expressions import Concat, Expression
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Lowering, Model
 from mergekit_ray.planning.moe.checks import check_additions, vocabulary_warnings
-from mergekit_ray.planning.moe.experts import ExpertLowering, RouterVectors, Routing
+from mergekit_ray.planning.moe.experts import ExpertLowering, RouterVectors, Routing, routed
 
 COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
 """Under which ``config.json`` gives the number of routed experts, in one family or another."""
@@ -184,15 +184,12 @@ class _Growth:
         return found
 
     def _route(self, routing: Routing | None) -> RouterVectors | None:
-        if routing is None:
-            self._result.warnings.append(
-                f"gate_mode {self._recipe.gate_mode.value}: the new rows of the routers are as long as those that are "
-                "there, which are read when the merge is run; in this plan they are not yet what they will be"
-            )
-            return None
-        routers = routing()
-        self._result.warnings += routers.warnings
-        return routers
+        return routed(
+            routing,
+            self._result,
+            f"gate_mode {self._recipe.gate_mode.value}: the new rows of the routers are as long as those that are "
+            "there, which are read when the merge is run; in this plan they are not yet what they will be",
+        )
 
     def _kept(self, names: Any) -> Iterator[str]:
         """Of the base's tensors those that are weights of the model."""

@@ -20,7 +20,7 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.lowering import Arithmetic, Lowering, Model
 from mergekit_ray.planning.moe.checks import check_backbone, check_sources, vocabulary_warnings
-from mergekit_ray.planning.moe.experts import COMPUTE_DTYPES, ExpertLowering, RouterVectors, Routing
+from mergekit_ray.planning.moe.experts import COMPUTE_DTYPES, ExpertLowering, RouterVectors, Routing, routed
 from mergekit_ray.planning.moe.growth import lower_growth
 
 if TYPE_CHECKING:
@@ -244,15 +244,12 @@ class _MoeLowering:
     def _route(self, routing: Routing | None) -> RouterVectors | None:
         if not self._recipe.gate_mode.needs_prompts:
             return None
-        if routing is None:
-            self._result.warnings.append(
-                f"gate_mode {self._recipe.gate_mode.value}: the routers are made from the prompts when the merge is "
-                "run; in this plan they are zero"
-            )
-            return None
-        routers = routing()
-        self._result.warnings += routers.warnings
-        return routers
+        return routed(
+            routing,
+            self._result,
+            f"gate_mode {self._recipe.gate_mode.value}: the routers are made from the prompts when the merge is run; "
+            "in this plan they are zero",
+        )
 
     def _router(
         self, layer: int, rest: str, stream: str, num_rows: int, vectors: NDArray[np.float32] | None

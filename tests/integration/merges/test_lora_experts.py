@@ -11,19 +11,9 @@ import transformers
 
 import mergekit_ray
 from support.adapters import make_adapter, merged_by_peft, passthrough, quiet
-from support.models import load
+from support.models import SMALL_TEXT, load
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "pad_token_id": 0,
-    "num_experts_per_tok": 2,
-}
+SIZES = {**SMALL_TEXT, "num_experts_per_tok": 2}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 

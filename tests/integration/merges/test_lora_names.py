@@ -12,18 +12,8 @@ from peft import PeftModel
 
 import mergekit_ray
 from support.adapters import make_adapter, passthrough, quiet
-from support.models import tensors_of
+from support.models import SMALL_TEXT, tensors_of
 
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "pad_token_id": 0,
-}
 TOWER = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -37,21 +27,21 @@ TOWER = {
 def qwen() -> Any:
     """Stored as ``model.layers``, with its tower outside."""
     tower = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
-    config = transformers.Qwen2_5_VLConfig(text_config=TEXT, vision_config=tower)
+    config = transformers.Qwen2_5_VLConfig(text_config=SMALL_TEXT, vision_config=tower)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def llava() -> Any:
     """Stored as ``language_model.model.layers``."""
     config = transformers.LlavaConfig(
-        text_config=TEXT | {"model_type": "llama"}, vision_config=TOWER | {"model_type": "clip_vision_model"}
+        text_config=SMALL_TEXT | {"model_type": "llama"}, vision_config=TOWER | {"model_type": "clip_vision_model"}
     )
     return transformers.LlavaForConditionalGeneration(config)
 
 
 def gemma() -> Any:
     """Stored as ``language_model.model.layers``, tied."""
-    text = TEXT | {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
+    text = SMALL_TEXT | {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
     config = transformers.Gemma3Config(text_config=text, vision_config=TOWER, mm_tokens_per_image=4)
     return transformers.Gemma3ForConditionalGeneration(config)
 

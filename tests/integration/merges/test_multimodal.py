@@ -10,18 +10,8 @@ import torch
 import transformers
 
 import mergekit_ray
-from support.models import tensors_of
+from support.models import SMALL_TEXT, tensors_of
 
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "pad_token_id": 0,
-}
 TOWER = {
     "model_type": "pixtral",
     "hidden_size": 16,
@@ -37,10 +27,10 @@ TOWER = {
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Any]:
     torch.manual_seed(0)
-    config = transformers.Mistral3Config(text_config=TEXT | {"model_type": "mistral"}, vision_config=TOWER)
+    config = transformers.Mistral3Config(text_config=SMALL_TEXT | {"model_type": "mistral"}, vision_config=TOWER)
     made = {
         "vlm": transformers.Mistral3ForConditionalGeneration(config),
-        "txt": transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT)),
+        "txt": transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL_TEXT)),
     }
     for name, model in made.items():
         model.save_pretrained(tmp_path / name)

@@ -19,6 +19,7 @@ from mergekit_ray.operations.options import MergeOptions
 from support.custom_moe import code_kept_in, load_custom, reference
 from support.merging import run_command
 from support.models import ModelLibrary, build, config_of, load, logits, tensors_of
+from support.moe_cases import assert_close, expert, merge
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,8 @@ def recipe_of(base: Path, *experts: dict[str, Any], **more: Any) -> dict[str, An
     return {"base_model": str(base), "experts": list(experts), "gate_mode": "random", "experts_per_token": 2, **more}
 
 
-def expert(model: Path, **more: Any) -> dict[str, Any]:
-    return {"source_model": str(model), **more}
-
-
 def merged(recipe: dict[str, Any], out: Path) -> Any:
-    result = mergekit_ray.merge(recipe, out)
-    model = load_custom(out)
-    stored = sum(tensor.numel() for tensor in tensors_of(out).values())
-    assert result.plan.num_parameters == model.num_parameters() == stored
-    return model
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, roundings: float = 64.0) -> None:
-    """Equal to within a few roundings of float32 of the largest value."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=roundings * 2.0**-24 * float(expected.abs().max()))
+    return merge(recipe, out, load_custom)
 
 
 @pytest.mark.parametrize("name", CASES)
