@@ -16,6 +16,9 @@ _WITH_PLAIN_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WITH_HEAD = (*_WITH_PLAIN_HEAD, "ForMaskedLM", "WithLMHead", "ForPreTraining", "MTModel")
 """Endings of the classes that give logits over the vocabulary."""
 
+_WITHOUT_HEAD = re.compile(r"(Classification|QuestionAnswering\w*|MultipleChoice|Prediction|Reward|(?<!Chat)Model)$")
+"""Endings of the classes that have other heads, or none."""
+
 _PLAIN_EMBEDDING = re.compile(
     r"(?P<outer>language_model\.)?(model\.|model\.language_model\.|model\.text_model\.)?embed_tokens\.weight"
     r"|(?P<neox>gpt_neox\.embed_in\.weight)"
@@ -46,6 +49,12 @@ def may_have_head(config: Mapping[str, Any]) -> bool:
     """Whether a model may have a head: its class gives logits over the vocabulary, or is not named."""
     classes = _classes(config)
     return not classes or any(name.endswith(_WITH_HEAD) for name in classes)
+
+
+def lacks_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model's class is known to have no head over the vocabulary: it classifies, or ends with its layers."""
+    classes = _classes(config)
+    return bool(classes) and not may_have_head(config) and all(_WITHOUT_HEAD.search(name) for name in classes)
 
 
 def _classes(config: Mapping[str, Any]) -> list[str]:

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mergekit_ray.architectures.anatomy import is_buffer
-from mergekit_ray.architectures.heads import may_have_head, unstored_head
-from mergekit_ray.config.normal import NormalModule, NormalSlice
+from mergekit_ray.architectures.heads import lacks_head, may_have_head, unstored_head
+from mergekit_ray.config.normal import NormalModule
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
-from mergekit_ray.config.settings import Resolver, gradient_position
+from mergekit_ray.config.settings import gradient_position
 from mergekit_ray.core.declaration import MethodDeclaration
-from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.cuts import cut_of
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
 from mergekit_ray.planning.matching.modules import below, module_prefix
 from mergekit_ray.planning.matching.partial import PREDICTION, beyond_part, is_beyond
@@ -101,10 +102,8 @@ class _DenseLowering:
             None if module.name is None else module_prefix(module.name, self._donor) for module in modules
         ]
         for module, prefix in zip(modules, self._prefixes, strict=True):
-            cuts = [self._cut(s) for s in module.slices]
+            cuts = [cut_of(part, self._models, self._method) for part in module.slices]
             self._module(cuts, prefix)
-            if not named:
-                self._extras_of_donor(cuts)
         if named:
             self._check_all_covered()
         self._tensors.mismatches.raise_if_any()
@@ -118,68 +117,6 @@ class _DenseLowering:
             self._result.vocab_size = self._common.rows
             self._result.warnings += self._common.warnings(self._tensors.vocabulary)
         return self._result
-
-    # -- slices ---------------------------------------------------------------------------------------------------
-
-    def _cut(self, recipe: NormalSlice) -> Cut:
-        sources = tuple(self._models[source.model] for source in recipe.inputs)
-        base = None if recipe.base is None else self._models[recipe.base]
-        ranges = [source.layer_range for source in recipe.inputs]
-        is_all = all(r is None for r in ranges)
-        counts = {}
-        for source, model in zip(recipe.inputs, sources, strict=True):
-            first, last = source.layer_range or (0, model.anatomy.num_layers)
-            self._check_range(model, (first, last))
-            counts[str(model.reference)] = last - first
-        if base is not None and recipe.base_layer_range is not None:
-            self._check_range(base, recipe.base_layer_range)
-        if is_all and base is not None:
-            counts.setdefault(str(base.reference), base.anatomy.num_layers)
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
-            raise ModelError(
-                f"the models have different numbers of layers ({listed})",
-                remedy="merge models of one depth, or say with slices which layers go together",
-            )
-        firsts = tuple((source.layer_range or (0, 0))[0] for source in recipe.inputs)
-        method = self._method
-        return Cut(
-            parameters=Resolver(method.global_parameters, recipe.levels, f"method {method.name}"),
-            source_parameters=tuple(
-                Resolver(method.model_parameters, source.levels, f"model {source.model}") for source in recipe.inputs
-            ),
-            sources=sources,
-            first_layers=firsts,
-            base=base,
-            base_first_layer=self._base_first_layer(recipe, base),
-            num_layers=next(iter(counts.values())),
-            is_all=is_all,
-        )
-
-    @staticmethod
-    def _check_range(model: Model, layer_range: tuple[int, int]) -> None:
-        first, last = layer_range
-        if last > model.anatomy.num_layers:
-            raise PlanError(
-                f"layer_range [{first}, {last}] goes beyond the model's {model.anatomy.num_layers} layers",
-                where=f"model {model.reference}",
-                remedy=f"layer ranges are end exclusive: at most [0, {model.anatomy.num_layers}]",
-            )
-
-    @staticmethod
-    def _base_first_layer(recipe: NormalSlice, base: Model | None) -> int:
-        if base is None:
-            return 0
-        if recipe.base_layer_range is not None:
-            return recipe.base_layer_range[0]
-        if any(source.layer_range is not None for source in recipe.inputs):
-            firsts = ", ".join(str(source.layer_range) for source in recipe.inputs)
-            raise PlanError(
-                f"the sources of a slice take different layers ({firsts}), and the base model's are not given",
-                where=f"base_model {base.reference}",
-                remedy="add the base model to the slice's sources with the layer_range to use",
-            )
-        return 0
 
     # -- modules --------------------------------------------------------------------------------------------------
 
@@ -198,16 +135,17 @@ class _DenseLowering:
             num_layers = cut.donor.anatomy.stacks.get(stack, 0) if cut.is_all else cut.num_layers
             for i in range(num_layers):
                 donor_first = cut.base_first_layer if cut.base is not None else cut.first_layers[0]
-                self._layer(cut, stack, i, num_layers, len(layers))
+                self._layer(cut, stack, i, num_layers, len(layers), is_donors=is_whole)
                 layers.append((cut.donor, donor_first + i))
-        for other, count in _deepest(first.models).items():
+        for other, count in _deepest(self._participants(first)).items():
             if other != stack and (prefix is None or below(other, prefix)):
                 if not is_whole and PREDICTION.search(other):
-                    self._leave_out_beyond(first, [n for m in first.models for n in m.weights.specs if below(n, other)])
+                    everyone = self._participants(first)
+                    self._leave_out_beyond(first, [n for m in everyone for n in m.weights.specs if below(n, other)])
                     continue
                 whole = self._uncut(first)
                 for i in range(count):
-                    self._layer(whole, other, i, count, i)
+                    self._layer(whole, other, i, count, i, is_donors=True)
         after = self._names(last, "after", prefix, is_whole=is_whole)
         self._outside(last, self._with_head(first, last, after, prefix))
         if stack == self._donor.anatomy.main and not is_whole:
@@ -221,30 +159,20 @@ class _DenseLowering:
         layers = [(cut.donor.key, first + i) for cut, first in firsts for i in range(cut.num_layers)]
         return layers == [(self._donor.key, i) for i in range(self._donor.anatomy.num_layers)]
 
-    def _extras_of_donor(self, cuts: Sequence[Cut]) -> None:
-        """What the donor has beside its layers and no slice brings in: of a donor that is not merged, or cut away."""
-        merged = [model for model in cuts[-1].models if model is not self._donor]
-        is_whole, group = self._is_whole(cuts), []
-        for name in sorted(self._donor.weights.specs) if merged else ():
-            if (self._donor.key, name) in self._tensors.used or name in self._result.expressions or is_buffer(name):
-                continue
-            if not is_whole and is_beyond(self._donor, name):
-                self._leave_out_beyond(cuts[0], [name])
-            elif self._tensors.partial.is_extra(name, merged):
-                everyone = [Operand(model, name) for model in (self._donor, *merged)]
-                group += self._tensors.add(name, everyone, everyone[0], cuts[-1], 0.0)
-        self._add_group(group)
-
     def _leave_out_beyond(self, cut: Cut, names: Sequence[str]) -> None:
         """Layers beyond the stack proper, and modules that predict more tokens, fit no stack that is cut anew."""
-        models = [*cut.models, *([] if self._donor in cut.models else [self._donor])]
         for name in dict.fromkeys(names):
-            having = [operand for operand in (Operand(model, name) for model in models) if operand.exists]
+            operands = (Operand(model, name) for model in self._participants(cut))
+            having = [operand for operand in operands if operand.exists]
             for operand in having:
                 self._tensors.used.add((operand.model.key, name))
             where = "in " + ", ".join(dict.fromkeys(str(operand.model.reference) for operand in having))
             reason = "left out, as the layers are cut anew"
             self._tensors.partial.leave_out(name, having, beyond_part(name), where, reason)
+
+    def _participants(self, cut: Cut) -> list[Model]:
+        """Who decides which tensors the output has: a slice's models, and the donor, whose config tells of them."""
+        return [*cut.models, *([] if self._donor in cut.models else [self._donor])]
 
     @staticmethod
     def _uncut(cut: Cut) -> Cut:
@@ -256,7 +184,7 @@ class _DenseLowering:
     def _names(self, cut: Cut, side: str, prefix: str | None, *, is_whole: bool) -> list[str]:
         names: dict[str, None] = {}
         beyond: list[str] = []
-        for model in cut.models:
+        for model in self._participants(cut):
             for name in getattr(model.anatomy, side):
                 if name in model.anatomy.redundant or not (prefix is None or below(name, prefix)):
                     continue
@@ -284,19 +212,25 @@ class _DenseLowering:
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
-    def _layer(self, cut: Cut, stack: str, i: int, num_layers: int, out_layer: int) -> None:
+    def _layer(self, cut: Cut, stack: str, i: int, num_layers: int, out_layer: int, *, is_donors: bool) -> None:
+        """Add one layer; ``is_donors`` where it stands for the donor's, which then has to have the same tensors."""
         t = gradient_position(i, num_layers)
         places = [first + i for first in cut.first_layers]
         base_place = cut.base_first_layer + i
         rests: dict[str, None] = {}
-        for model, layer in [*zip(cut.sources, places, strict=True), *([(cut.base, base_place)] if cut.base else [])]:
+        everyone = [*zip(cut.sources, places, strict=True), *([(cut.base, base_place)] if cut.base else [])]
+        if is_donors:
+            everyone.append((self._donor, out_layer))
+        for model, layer in everyone:
             layers = model.anatomy.layers.get(stack, ())
             rests |= dict.fromkeys(layers[layer] if layer < len(layers) else ())
         group = []
         for rest in sorted(rests):
             operands = [Operand(m, f"{stack}.{layer}.{rest}") for m, layer in zip(cut.sources, places, strict=True)]
             base = None if cut.base is None else Operand(cut.base, f"{stack}.{base_place}.{rest}")
-            group += self._tensors.add(f"{stack}.{out_layer}.{rest}", operands, base, cut, t)
+            name = f"{stack}.{out_layer}.{rest}"
+            donors = Operand(self._donor, name) if is_donors and self._donor not in cut.models else None
+            group += self._tensors.add(name, operands, base, cut, t, donors)
         self._add_group(group)
 
     def _outside(self, cut: Cut, names: list[str]) -> None:
@@ -304,7 +238,8 @@ class _DenseLowering:
         for name in names:
             operands = [self._outside_operand(model, name) for model in cut.sources]
             base = None if cut.base is None else self._outside_operand(cut.base, name)
-            group += self._tensors.add(name, operands, base, cut, 0.0)
+            donors = None if self._donor in cut.models else self._outside_operand(self._donor, name)
+            group += self._tensors.add(name, operands, base, cut, 0.0, donors)
         self._add_group(group)
 
     def _with_head(self, first: Cut, last: Cut, names: list[str], prefix: str | None) -> list[str]:
@@ -314,7 +249,8 @@ class _DenseLowering:
         """
         embedding = last.donor.anatomy.embedding
         heads = self._head_names(first, last)
-        if embedding is None or not (prefix is None or below(embedding, prefix)):
+        is_elsewhere = embedding is None or not (prefix is None or below(embedding, prefix))
+        if embedding is None or is_elsewhere or lacks_head(self._donor.checkpoint.config):
             return names
         if not heads:
             self._keep_unnamed_tie(first, last)
@@ -327,7 +263,8 @@ class _DenseLowering:
                     self._tensors.used.add((model.key, name))
             return names
         elsewhere = any(p is not None and p != prefix and below(heads[0], p) for p in self._prefixes)
-        return names if heads[0] in names or elsewhere else sorted([*names, heads[0]])
+        exists = any(self._outside_operand(model, heads[0]).exists for model in self._participants(last))
+        return names if heads[0] in names or elsewhere or not exists else sorted([*names, heads[0]])
 
     @staticmethod
     def _head_names(first: Cut, last: Cut) -> list[str]:
@@ -349,15 +286,19 @@ class _DenseLowering:
 
     def _is_tied(self, first: Cut, last: Cut) -> bool:
         """The output is tied if every input is and head and embedding are made from the same models."""
-        if not all(model.anatomy.tied for model in (*first.models, *last.models)):
+        having = [m for m in (*first.models, *last.models) if not lacks_head(m.checkpoint.config)]
+        if not having or not all(model.anatomy.tied for model in having):
             return False
+        if all(lacks_head(model.checkpoint.config) for model in last.models):
+            return self._donor.anatomy.tied and first.models == (self._donor,)  # the head is the donor's
         return first.sources == last.sources and first.base == last.base
 
     def _outside_operand(self, model: Model, name: str) -> Operand:
         """A tied model's head is its embedding."""
         anatomy = model.anatomy
         is_head = name in self._heads and (name == anatomy.head or name not in model.weights.specs)
-        if anatomy.embedding is not None and anatomy.tied and (is_head or name in anatomy.redundant):
+        is_tied = anatomy.tied and not lacks_head(model.checkpoint.config)
+        if anatomy.embedding is not None and is_tied and (is_head or name in anatomy.redundant):
             return Operand(model, anatomy.embedding)
         return Operand(model, name)
 

@@ -53,26 +53,49 @@ class TensorLowering:
         self.vocabulary: dict[str, set[int]] = {}
         self._common = common
 
-    def add(self, name: str, operands: list[Operand], base: Operand | None, cut: Cut, t: float) -> list[TensorSpec]:
-        """Add one output tensor; returns its spec, or nothing if it is left out (and named)."""
+    def add(
+        self,
+        name: str,
+        operands: list[Operand],
+        base: Operand | None,
+        cut: Cut,
+        t: float,
+        donors: Operand | None = None,
+    ) -> list[TensorSpec]:
+        """Add one output tensor.
+
+        Args:
+            name: of the output tensor.
+            operands: the sources'.
+            base: the base's.
+            cut: the slice it is of.
+            t: where in a gradient it stands, from 0 to 1.
+            donors: that of a donor which is not merged and whose config tells of the tensor.
+
+        Returns:
+            Its spec, or nothing if it is left out (and named).
+
+        Raises:
+            PlanError: it is made already, or the recipe contradicts itself.
+        """
         if name in self._result.expressions:
             raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
         everyone = [*operands, *([base] if base is not None else [])]
-        absent = [o for o in everyone if not o.exists]
         for operand in everyone:
             self.used.add((operand.model.key, operand.name))
         if is_buffer(name):
-            return self._buffer(name, everyone, absent, base or operands[0])
+            return self._buffer(name, everyone, [o for o in everyone if not o.exists], base or operands[0])
         if not self._rules.merges(name):
             return self._unmerged(name, everyone, base, cut)
-        if absent:
-            source = self.partial.source_of(name, everyone, base)
-            return [] if source is None else self._copy(name, source, [o for o in everyone if o.exists])
+        described = [*everyone, *([donors] if donors is not None else [])]
+        if not all(operand.exists for operand in described):
+            source = self.partial.source_of(name, described, base)
+            return [] if source is None else self._copy(name, source, [o for o in described if o.exists])
         specs = [o.model.weights.specs[o.name] for o in everyone]
         if not all(spec.dtype.is_floating for spec in specs):
             return self._not_floating(name, everyone, specs, base or operands[0])
         shape = self._common_shape(name, everyone, specs)
-        if shape is None:
+        if shape is None or (donors is not None and not self._is_as_described(name, shape, everyone, donors)):
             return []
         inputs = [o.model.weights.expression(o.name, shape) for o in operands]
         base_input = None if base is None else base.model.weights.expression(base.name, shape)
@@ -183,7 +206,7 @@ class TensorLowering:
                 self._result.dropped[operand.label] = (
                     f"kept out of the merge: that of {source.model.reference} is copied"
                 )
-        return self._copy(name, source, having)
+        return self._copy(name, source, having if source in having else [*having, source])
 
     def _copy_rows(self, name: str, source: Operand, having: list[Operand]) -> tuple[int, ...] | None:
         """Shape of a copied tensor of the vocabulary: with as many rows as the merged ones have, if one is merged."""
@@ -207,6 +230,16 @@ class TensorLowering:
             if operand.model is not donor.model:
                 self._result.dropped[operand.label] = f"not floating point: that of {donor.model.reference} is copied"
         return self._as_stored(name, donor)
+
+    def _is_as_described(self, name: str, shape: tuple[int, ...], everyone: list[Operand], donors: Operand) -> bool:
+        """Whether a tensor has the shape that the donor's config describes. `Vocabulary` sees to its own."""
+        spec = donors.model.weights.specs[donors.name]
+        if spec.shape == shape or donors.name in donors.model.anatomy.vocabulary or is_of_vocabulary(donors):
+            return True
+        models = ", ".join(dict.fromkeys(str(operand.model.reference) for operand in everyone))
+        described = f"{donors.model.reference}, whose config.json the output gets: {list(spec.shape)}"
+        self.mismatches.add(name, f"different shapes ({models}: {list(shape)}, {described})")
+        return False
 
     def _common_shape(self, name: str, everyone: list[Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
         """The shape all share; for the vocabulary's tensors, the leading rows that all models have."""

@@ -61,6 +61,7 @@ class Mismatches(Groups):
         listed = "\n  ".join([*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])])
         raise ModelError(
             f"the models do not fit together:\n  {listed}",
-            remedy="merge models of one architecture and shape, leave out the layers that differ with slices, say "
-            "with `missing` where tensors come from that only some models have, or `exclude` tensors from the merge",
+            remedy="merge models of one architecture and shape; leave out the layers that differ with slices; "
+            "`missing: base` takes what only some models have from base_model or the first model, `missing: drop` "
+            "leaves it out; `exclude` keeps tensors out of the merge",
         )

@@ -2,7 +2,8 @@
 
 What ``config.json`` does not count as the model's layers (modules for multi-token prediction, towers of other
 modalities, poolers, classifier heads) is an extra: without a word in the recipe, the output has what the model has
-whose config it gets. A tensor of the stack proper, its embedding or its head is none, and must be in all models.
+whose config it gets. A tensor of the stack proper or its embedding is none, and must be in all models; so must a head,
+but for models whose class has another one, or none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from mergekit_ray.architectures.anatomy import place_of
+from mergekit_ray.architectures.heads import lacks_head
 from mergekit_ray.config.recipe import Missing
 from mergekit_ray.planning.lowering import Lowering, Model, Operand
 from mergekit_ray.planning.matching.mismatches import Groups, Mismatches
@@ -55,7 +57,7 @@ class PartialTensors:
         lacking = [operand for operand in everyone if not operand.exists]
         prefix = _absent_part(name, lacking)
         where = f"in {_listed(having)}, not in {_listed(lacking)}"
-        if self._missing == "error" or (self._missing is None and not self._is_extra(name, prefix, having)):
+        if self._missing == "error" or (self._missing is None and not self._is_extra(name, prefix, having, lacking)):
             self._mismatches.add(name, where, prefix)
             return None
         default = base or self._of_donor(name, everyone)
@@ -71,16 +73,6 @@ class PartialTensors:
                     f"not all models have it: that of {source.model.reference} is copied"
                 )
         return source
-
-    def is_extra(self, name: str, lacking: Sequence[Model]) -> bool:
-        """Whether a tensor of the donor is no part of what every model needs.
-
-        Args:
-            name: of the tensor.
-            lacking: models that have none by that name.
-        """
-        prefix = _absent_part(name, [Operand(model, name) for model in lacking])
-        return self._is_extra(name, prefix, [Operand(self._donor, name)])
 
     def leave_out(self, name: str, having: Sequence[Operand], prefix: str, where: str, reason: str) -> None:
         """Note a tensor that the output does without.
@@ -106,7 +98,7 @@ class PartialTensors:
         """The donor's tensor. A donor that is not merged has it by the output's name."""
         return next((operand for operand in everyone if operand.model is self._donor), Operand(self._donor, name))
 
-    def _is_extra(self, name: str, prefix: str, having: Sequence[Operand]) -> bool:
+    def _is_extra(self, name: str, prefix: str, having: Sequence[Operand], lacking: Sequence[Operand]) -> bool:
         main = self._donor.anatomy.main
         if main is None:
             return False
@@ -117,6 +109,8 @@ class PartialTensors:
             return is_layer and all(place.layer >= operand.model.anatomy.num_layers for operand in having)
         if f"{main}.".startswith(f"{prefix}."):
             return False
+        if all(lacks_head(o.model.checkpoint.config) for o in lacking) and all(_is_of_head(name, o) for o in having):
+            return True
         vocabulary = {n for o in having for n in (*o.model.anatomy.vocabulary, *o.model.anatomy.redundant)}
         if any(operand.name in vocabulary or operand.name == operand.model.anatomy.embedding for operand in having):
             return False
@@ -137,6 +131,15 @@ def is_beyond(model: Model, name: str) -> bool:
     if place is not None and place.stack == model.anatomy.main:
         return place.layer >= model.anatomy.num_layers
     return PREDICTION.search(name) is not None
+
+
+def _is_of_head(name: str, operand: Operand) -> bool:
+    """Whether a tensor is of a head: it comes after the layers, outside of what they stand in, or is tied to be one."""
+    anatomy = operand.model.anatomy
+    if operand.name == anatomy.embedding:
+        return name != operand.name
+    inner = (anatomy.main or "").rpartition(".")[0]
+    return operand.name in anatomy.after and inner != "" and not operand.name.startswith(f"{inner}.")
 
 
 def beyond_part(name: str) -> str:

@@ -128,7 +128,7 @@ class TestDonorsRows:
     def test_rows_that_cannot_be_given_are_refused_with_the_ids(self) -> None:
         wide = checkpoint(
             "/c",
-            llama_shapes(2, vocabulary=10, hidden=8),
+            llama_shapes(2) | {EMBEDDING: (10, 8), HEAD: (10, 8)},
             {"num_hidden_layers": 2, "text_config": {"eos_token_id": [1, 9], "image_token_index": 8}},
         )
         with pytest.raises(PlanError) as caught:

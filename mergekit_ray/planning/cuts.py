@@ -1,0 +1,81 @@
+"""A recipe's slices with their models looked up: which layers of which model each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mergekit_ray.config.normal import NormalSlice
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.settings import Resolver
+from mergekit_ray.core.declaration import MethodDeclaration
+from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.planning.lowering import Cut, Model
+
+
+def cut_of(recipe: NormalSlice, models: Mapping[ModelReference, Model], method: type[MethodDeclaration]) -> Cut:
+    """Look up what a slice takes.
+
+    Args:
+        recipe: the slice.
+        models: every model it names.
+        method: the recipe's merge method.
+
+    Raises:
+        ModelError: models of different depths, and the recipe does not say which layers go together.
+        PlanError: a layer range goes beyond its model, or the base's is not given.
+    """
+    sources = tuple(models[source.model] for source in recipe.inputs)
+    base = None if recipe.base is None else models[recipe.base]
+    is_all = all(source.layer_range is None for source in recipe.inputs)
+    counts = {}
+    for source, model in zip(recipe.inputs, sources, strict=True):
+        first, last = source.layer_range or (0, model.anatomy.num_layers)
+        _check_range(model, (first, last))
+        counts[str(model.reference)] = last - first
+    if base is not None and recipe.base_layer_range is not None:
+        _check_range(base, recipe.base_layer_range)
+    if is_all and base is not None:
+        counts.setdefault(str(base.reference), base.anatomy.num_layers)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise ModelError(
+            f"the models have different numbers of layers ({listed})",
+            remedy="merge models of one depth, or say with slices which layers go together",
+        )
+    return Cut(
+        parameters=Resolver(method.global_parameters, recipe.levels, f"method {method.name}"),
+        source_parameters=tuple(
+            Resolver(method.model_parameters, source.levels, f"model {source.model}") for source in recipe.inputs
+        ),
+        sources=sources,
+        first_layers=tuple((source.layer_range or (0, 0))[0] for source in recipe.inputs),
+        base=base,
+        base_first_layer=_base_first_layer(recipe, base),
+        num_layers=next(iter(counts.values())),
+        is_all=is_all,
+    )
+
+
+def _check_range(model: Model, layer_range: tuple[int, int]) -> None:
+    first, last = layer_range
+    if last > model.anatomy.num_layers:
+        raise PlanError(
+            f"layer_range [{first}, {last}] goes beyond the model's {model.anatomy.num_layers} layers",
+            where=f"model {model.reference}",
+            remedy=f"layer ranges are end exclusive: at most [0, {model.anatomy.num_layers}]",
+        )
+
+
+def _base_first_layer(recipe: NormalSlice, base: Model | None) -> int:
+    if base is None:
+        return 0
+    if recipe.base_layer_range is not None:
+        return recipe.base_layer_range[0]
+    if any(source.layer_range is not None for source in recipe.inputs):
+        firsts = ", ".join(str(source.layer_range) for source in recipe.inputs)
+        raise PlanError(
+            f"the sources of a slice take different layers ({firsts}), and the base model's are not given",
+            where=f"base_model {base.reference}",
+            remedy="add the base model to the slice's sources with the layer_range to use",
+        )
+    return 0
