@@ -12,13 +12,21 @@ from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.planning.lowering import Cut, Model
 
 
-def cut_of(recipe: NormalSlice, models: Mapping[ModelReference, Model], method: type[MethodDeclaration]) -> Cut:
+def cut_of(
+    recipe: NormalSlice,
+    models: Mapping[ModelReference, Model],
+    method: type[MethodDeclaration],
+    donor: Model,
+    stack: str | None,
+) -> Cut:
     """Look up what a slice takes.
 
     Args:
         recipe: the slice.
         models: every model it names.
         method: the recipe's merge method.
+        donor: whose config the output gets.
+        stack: whose layers it takes; None if its module has none.
 
     Raises:
         ModelError: models of different depths, and the recipe does not say which layers go together.
@@ -29,13 +37,13 @@ def cut_of(recipe: NormalSlice, models: Mapping[ModelReference, Model], method: 
     is_all = all(source.layer_range is None for source in recipe.inputs)
     counts = {}
     for source, model in zip(recipe.inputs, sources, strict=True):
-        first, last = source.layer_range or (0, model.anatomy.num_layers)
-        _check_range(model, (first, last))
+        first, last = source.layer_range or (0, model.anatomy.stacks.get(stack or "", 0))
+        _check_range(model, (first, last), donor, stack)
         counts[str(model.reference)] = last - first
     if base is not None and recipe.base_layer_range is not None:
-        _check_range(base, recipe.base_layer_range)
+        _check_range(base, recipe.base_layer_range, donor, stack)
     if is_all and base is not None:
-        counts.setdefault(str(base.reference), base.anatomy.num_layers)
+        counts.setdefault(str(base.reference), base.anatomy.stacks.get(stack or "", 0))
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
         raise ModelError(
@@ -56,13 +64,16 @@ def cut_of(recipe: NormalSlice, models: Mapping[ModelReference, Model], method: 
     )
 
 
-def _check_range(model: Model, layer_range: tuple[int, int]) -> None:
+def _check_range(model: Model, layer_range: tuple[int, int], donor: Model, stack: str | None) -> None:
     first, last = layer_range
-    if last > model.anatomy.num_layers:
+    count = model.anatomy.stacks.get(stack or "", 0)
+    if last > count:
+        is_main = stack is not None and stack == donor.anatomy.main
+        whose = f"the model's {count} layers" if is_main else f"the {count} layers of {stack or 'its module'}"
         raise PlanError(
-            f"layer_range [{first}, {last}] goes beyond the model's {model.anatomy.num_layers} layers",
+            f"layer_range [{first}, {last}] goes beyond {whose}",
             where=f"model {model.reference}",
-            remedy=f"layer ranges are end exclusive: at most [0, {model.anatomy.num_layers}]",
+            remedy=f"layer ranges are end exclusive: at most [0, {count}]" if count else "remove layer_range",
         )
 
 

@@ -19,7 +19,7 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.cuts import cut_of
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
-from mergekit_ray.planning.matching.modules import below, module_prefix
+from mergekit_ray.planning.matching.modules import below, main_stack, module_prefix
 from mergekit_ray.planning.matching.partial import PREDICTION, beyond_part, is_beyond
 from mergekit_ray.planning.matching.renaming import notes, renamed
 from mergekit_ray.planning.tensors import TensorLowering
@@ -89,6 +89,7 @@ class _DenseLowering:
         self._result = Lowering()
         self._tensors = TensorLowering(method, arithmetic, rules, self._models, donor, self._result, common)
         self._prefixes: list[str | None] = []
+        self._stacks: set[str | None] = set()  # that modules have made, with as many layers as they say
         self._heads = {head for model in models.values() for head in _heads_of(model)}
 
     @property
@@ -102,8 +103,9 @@ class _DenseLowering:
             None if module.name is None else module_prefix(module.name, self._donor) for module in modules
         ]
         for module, prefix in zip(modules, self._prefixes, strict=True):
-            cuts = [cut_of(part, self._models, self._method) for part in module.slices]
-            self._module(cuts, prefix)
+            stack = main_stack(self._donor, prefix)
+            cuts = [cut_of(part, self._models, self._method, self._donor, stack) for part in module.slices]
+            self._module(cuts, prefix, stack)
         if named:
             self._check_all_covered()
         self._tensors.mismatches.raise_if_any()
@@ -120,13 +122,9 @@ class _DenseLowering:
 
     # -- modules --------------------------------------------------------------------------------------------------
 
-    def _module(self, cuts: list[Cut], prefix: str | None) -> None:
+    def _module(self, cuts: list[Cut], prefix: str | None, stack: str | None) -> None:
         first, last = cuts[0], cuts[-1]
-        anatomy = first.donor.anatomy
-        stack = anatomy.main
-        if prefix is not None and (stack is None or not below(stack, prefix)):
-            stack = max((s for s in anatomy.stacks if below(s, prefix)), key=lambda s: anatomy.stacks[s], default=None)
-        is_whole = self._is_whole(cuts)
+        is_whole = self._is_whole(cuts, stack)
         self._outside(first, self._names(first, "before", prefix, is_whole=is_whole))
         layers: list[tuple[Model, int]] = []
         for cut in cuts:
@@ -148,16 +146,17 @@ class _DenseLowering:
                     self._layer(whole, other, i, count, i, is_donors=True)
         after = self._names(last, "after", prefix, is_whole=is_whole)
         self._outside(last, self._with_head(first, last, after, prefix))
+        self._stacks.add(stack)
         if stack == self._donor.anatomy.main and not is_whole:
             self._result.layers = layers
 
-    def _is_whole(self, cuts: Sequence[Cut]) -> bool:
-        """Whether the main stack is the donor's, layer by layer."""
+    def _is_whole(self, cuts: Sequence[Cut], stack: str | None) -> bool:
+        """Whether a stack is the donor's, layer by layer."""
         if len(cuts) == 1 and cuts[0].is_all:
             return True
         firsts = [(cut, cut.base_first_layer if cut.base is not None else cut.first_layers[0]) for cut in cuts]
         layers = [(cut.donor.key, first + i) for cut, first in firsts for i in range(cut.num_layers)]
-        return layers == [(self._donor.key, i) for i in range(self._donor.anatomy.num_layers)]
+        return layers == [(self._donor.key, i) for i in range(self._donor.anatomy.stacks.get(stack or "", 0))]
 
     def _leave_out_beyond(self, cut: Cut, names: Sequence[str]) -> None:
         """Layers beyond the stack proper, and modules that predict more tokens, fit no stack that is cut anew."""
@@ -202,7 +201,8 @@ class _DenseLowering:
             if name not in self._result.expressions
             and name not in self._donor.anatomy.redundant
             and not is_buffer(name)
-            and (self._donor.anatomy.main is None or not below(name, self._donor.anatomy.main))
+            and self._donor.label(name) not in self._result.dropped
+            and not any(stack is not None and below(name, stack) for stack in self._stacks)
         ]
         if missing:
             raise PlanError(

@@ -74,6 +74,23 @@ def module_prefix(name: str, donor: Model) -> str | None:
     )
 
 
+def main_stack(donor: Model, prefix: str | None) -> str | None:
+    """The stack that layer ranges of a module count: the model's main one, or else the module's with the most tensors.
+
+    Args:
+        donor: the model whose names the output has.
+        prefix: the module's, as `module_prefix` finds it.
+
+    Returns:
+        None if the module has no layers.
+    """
+    anatomy = donor.anatomy
+    if prefix is None or (anatomy.main is not None and below(anatomy.main, prefix)):
+        return anatomy.main
+    own = [stack for stack in anatomy.stacks if below(stack, prefix)]
+    return max(own, key=lambda s: (sum(map(len, anatomy.layers[s])), -anatomy.stacks[s]), default=None)
+
+
 def _modules(names: Iterable[str]) -> Iterable[str]:
     """Every module above the tensors, down to the first numbered one."""
     for name in names:

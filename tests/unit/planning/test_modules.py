@@ -70,7 +70,7 @@ def test_default_is_the_whole_model() -> None:
     ("text", "message"),
     [
         ("modules: {audio: {models: [{model: /a}]}}", "no tensors belong to a module 'audio'"),
-        ("modules: {visual: {models: [{model: /a}]}}", "no module covers 3 tensors, the first is 'model.embed_tokens"),
+        ("modules: {visual: {models: [{model: /a}]}}", "no module covers 9 tensors, the first is 'model.embed_tokens"),
         (
             "modules: {default: {models: [{model: /a}]}, visual: {models: [{model: /a}]}}",
             "two modules make 'visual.*'",
@@ -130,3 +130,55 @@ def test_a_name_that_may_be_several_parts_is_refused() -> None:
     with pytest.raises(PlanError, match="a module 'vision_encoder' may be any of several parts") as caught:
         plan_of("merge_method: passthrough\nmodules: {vision_encoder: {models: [{model: /a}]}}", a)
     assert "one of: vision_high, vision_low" in str(caught.value.remedy)
+
+
+def pair_of_stacks(path: str, encoder: int, decoder: int) -> Any:
+    """An encoder and a decoder of their own depths, and a projector with two numbered matrices."""
+    shapes = {"shared.weight": (10, 4), "encoder.proj.mlp.0.weight": (4, 4), "encoder.proj.mlp.2.weight": (4, 4)}
+    for side, count in (("encoder", encoder), ("decoder", decoder)):
+        shapes |= {f"{side}.layers.{i}.{fc}.weight": (4, 4) for i in range(count) for fc in ("fc1", "fc2")}
+    return checkpoint(path, shapes, {"encoder_layers": encoder, "decoder_layers": decoder})
+
+
+def cut(encoder: str, decoder: str) -> str:
+    """A recipe with a range of layers for each side."""
+    sides = (("encoder", encoder), ("decoder", decoder), ("shared", None))
+    lines = [
+        f"  {side}: {{models: [{{model: /a}}]}}"
+        if layers is None
+        else f"  {side}: {{slices: [{{sources: [{{model: /a, layer_range: {layers}}}]}}]}}"
+        for side, layers in sides
+    ]
+    return "\n".join(["merge_method: passthrough", "modules:", *lines])
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(4, 2), (2, 4), (1, 3)])
+def test_layer_ranges_count_the_modules_own_layers(encoder: int, decoder: int) -> None:
+    a = pair_of_stacks("/a", encoder, decoder)
+    assert set(stack(cut(f"[0, {encoder}]", f"[0, {decoder}]"), a)) == set(a.tensors)
+    with pytest.raises(PlanError, match=rf"\[0, 5\] goes beyond the {encoder} layers of encoder\.layers"):
+        stack(cut("[0, 5]", f"[0, {decoder}]"), a)
+    with pytest.raises(PlanError, match=rf"\[0, 5\] goes beyond the model's {decoder} layers"):
+        stack(cut(f"[0, {encoder}]", "[0, 5]"), a)
+
+
+def test_a_module_without_layers_has_none_to_cut() -> None:
+    text = cut("[0, 2]", "[0, 2]").replace(
+        "shared: {models: [{model: /a}]}", "shared: {slices: [{sources: [{model: /a, layer_range: [0, 1]}]}]}"
+    )
+    with pytest.raises(PlanError, match=r"goes beyond the 0 layers of its module\n.*remove layer_range"):
+        stack(text, pair_of_stacks("/a", 2, 2))
+
+
+def test_layers_that_a_module_cuts_away_are_covered() -> None:
+    a = pair_of_stacks("/a", 4, 4)
+    found = stack(cut("[0, 2]", "[1, 4]"), a)
+    assert [n for n in found if "encoder" in n and "fc1" in n] == [f"encoder.layers.{i}.fc1.weight" for i in range(2)]
+    assert found["decoder.layers.0.fc1.weight"] == ["m0: decoder.layers.1.fc1.weight"]
+    assert {"encoder.proj.mlp.0.weight", "encoder.proj.mlp.2.weight"} <= found.keys()
+
+
+def test_layers_that_no_module_names_are_not_covered() -> None:
+    text = "merge_method: passthrough\nmodules: {shared: {models: [{model: /a}]}, encoder: {models: [{model: /a}]}}"
+    with pytest.raises(PlanError, match=r"no module covers 4 tensors, the first is 'decoder\.layers\.0\.fc1\.weight'"):
+        stack(text, pair_of_stacks("/a", 2, 2))
