@@ -171,7 +171,7 @@ def count_keys(part: Mapping[str, Any], stack: str | None, stacks: Iterable[str]
     """The keys under which a part of a config gives the number of a stack's layers.
 
     Where a model has an encoder and a decoder, each has a key of its own, and ``num_hidden_layers`` may be another name
-    of the other's. A decoder by itself keeps the encoder's key, from which code may take the number all the same.
+    of the encoder's. A decoder by itself keeps the encoder's key, from which code may take the number all the same.
 
     Args:
         part: of a config.
@@ -185,6 +185,9 @@ def count_keys(part: Mapping[str, Any], stack: str | None, stacks: Iterable[str]
         keys = [*LAYER_COUNT_KEYS]
     elif components and not components >= _COUNT_KEYS_OF_PARTS.keys():
         keys += [*LAYER_COUNT_KEYS, *(key for names in _COUNT_KEYS_OF_PARTS.values() for key in names)]
+    elif own == ["encoder"]:
+        counts = [part[key] for key in keys if _is_count(part.get(key))]
+        keys += [key for key in LAYER_COUNT_KEYS if part.get(key) in counts]
     return [key for key in dict.fromkeys(keys) if _is_count(part.get(key))]
 
 

@@ -106,9 +106,9 @@ class _DenseLowering:
             stack = main_stack(self._donor, prefix)
             cuts = [cut_of(part, self._models, self._method, self._donor, stack) for part in module.slices]
             self._module(cuts, prefix, stack)
+        self._tensors.mismatches.raise_if_any()
         if named:
             self._check_all_covered()
-        self._tensors.mismatches.raise_if_any()
         for (models, what, remedy), names in self._tensors.refused.items():
             more = "" if len(names) == 1 else f" and {len(names) - 1} more"
             raise PlanError(what, where=f"tensor {names[0]!r}{more} of {models}", remedy=remedy)
@@ -147,8 +147,11 @@ class _DenseLowering:
         after = self._names(last, "after", prefix, is_whole=is_whole)
         self._outside(last, self._with_head(first, last, after, prefix))
         self._stacks.add(stack)
-        if stack == self._donor.anatomy.main and not is_whole:
-            self._result.layers = layers
+        if stack is not None and not is_whole:
+            if stack == self._donor.anatomy.main:
+                self._result.layers = layers
+            else:
+                self._result.towers[stack] = layers
 
     def _is_whole(self, cuts: Sequence[Cut], stack: str | None) -> bool:
         """Whether a stack is the donor's, layer by layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from mergekit_ray.architectures.anatomy import (
     GROUP_COUNT_KEY,
@@ -18,6 +18,8 @@ from mergekit_ray.architectures.anatomy import (
 from mergekit_ray.architectures.layer_kinds import rules_of
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.lowering import Model
+
+T = TypeVar("T")
 
 _LIST_ITEM = re.compile(r"\.\d+$")
 """The end of the name of a parameter in a list of parameters."""
@@ -54,7 +56,7 @@ def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None
         if model.key not in by_model:
             by_model[model.key] = _told(model)
         kind = by_model[model.key][index]
-        expected = _at(own[kind], counts[kind]) if kind in own else None
+        expected = expected_at(own[kind], counts[kind]) if kind in own else None
         counts[kind] += 1
         found = _names(model, index)
         if expected is not None and found != expected:
@@ -97,6 +99,15 @@ def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
             where=where,
             remedy=remedy,
         )
+    pair = stack.replace("decoder", "encoder")
+    for level in levels if pair != stack and pair in donor.anatomy.stacks else ():
+        shared = set(count_keys(level, stack, (stack, pair))) & set(count_keys(level, pair, (stack, pair)))
+        if shared:
+            raise PlanError(
+                f"config.json gives the number of layers of {stack!r} and of {pair!r} under one key, {min(shared)}",
+                where=where,
+                remedy="add num_decoder_layers, or the key that the family has for it, to its config.json",
+            )
     lists = (value for level in levels for value in level.values() if isinstance(value, list))
     if len(levels) == 1 and not count_keys(levels[0], stack) and all(len(value) != count for value in lists):
         raise PlanError(
@@ -167,7 +178,7 @@ def _told(model: Model) -> list[str]:
     return [repr(kinds) for kinds in told]
 
 
-def _at(names: Sequence[frozenset[str]], place: int) -> frozenset[str] | None:
+def expected_at(names: Sequence[frozenset[T]], place: int) -> frozenset[T] | None:
     """The names in some place of a sequence that goes on as it began; None if it does not say how."""
     if place < len(names) or not names:
         return names[place] if names else None

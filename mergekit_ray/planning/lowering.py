@@ -107,6 +107,7 @@ class Lowering:
         groups: what comes before the layers, each layer, what comes after; empty groups are left out.
         expressions: by output name.
         layers: source of each output layer of the main stack: the model and its layer; None where they are the donor's.
+        towers: the same of each other stack that modules cut anew, by its prefix.
         tied: whether the output's head is its embedding; None if there is no embedding.
         vocab_size: rows of the output's embedding where inputs had to be cut, else None.
         keeps_beyond: whether the donor's layers beyond those that its config counts are in the output.
@@ -117,6 +118,7 @@ class Lowering:
     groups: list[list[TensorSpec]] = field(default_factory=list)
     expressions: dict[str, Expression] = field(default_factory=dict)
     layers: list[tuple[Model, int]] | None = None
+    towers: dict[str, list[tuple[Model, int]]] = field(default_factory=dict)
     tied: bool | None = None
     vocab_size: int | None = None
     keeps_beyond: bool = True

@@ -35,6 +35,7 @@ from mergekit_ray.planning.moe.lower import lower_moe
 from mergekit_ray.planning.output_config import output_config, without_beyond
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import leftover_warnings, quantisation_of, weights_of
+from mergekit_ray.planning.towers import set_tower
 from mergekit_ray.planning.weights import Weights
 
 Recipe = DenseRecipe | MoeRecipe
@@ -139,6 +140,8 @@ def make_plan(
         tied=lowering.tied,
         vocab_size=lowering.vocab_size,
     )
+    for stack, layers in lowering.towers.items():
+        set_tower(config, donor, stack, layers)
     if not lowering.keeps_beyond:
         config = without_beyond(config)
     check_sizes(donor.checkpoint)
