@@ -90,7 +90,7 @@ class TensorLowering:
         described = [*everyone, *([donors] if donors is not None else [])]
         if not all(operand.exists for operand in described):
             source = self.partial.source_of(name, described, base)
-            return [] if source is None else self._copy(name, source, [o for o in described if o.exists])
+            return [] if source is None else self._copy(name, source, [o for o in described if o.exists], cut)
         specs = [o.model.weights.specs[o.name] for o in everyone]
         if not all(spec.dtype.is_floating for spec in specs):
             return self._not_floating(name, everyone, specs, base or operands[0])
@@ -172,10 +172,14 @@ class TensorLowering:
         self._result.expressions[name] = operand.model.weights.expression(operand.name)
         return [TensorSpec(name, spec.dtype, spec.shape)]
 
-    def _copy(self, name: str, operand: Operand, having: list[Operand]) -> list[TensorSpec]:
+    def _copy(self, name: str, operand: Operand, having: list[Operand], cut: Cut) -> list[TensorSpec]:
         """Add one model's tensor, in the dtype of the output, where it is not merged with those that others have."""
         spec = operand.model.weights.specs[operand.name]
         self.used.add((operand.model.key, operand.name))
+        donors = Operand(self._donor, name)
+        is_described = donors.exists and operand.model is not self._donor and not self._is_recut(name, cut)
+        if is_described and not self._is_as_described(name, spec.shape, [operand], donors):
+            return []
         if is_buffer(name) or not spec.dtype.is_floating:
             return self._as_stored(name, operand)
         dtype = self._arithmetic.stored or self._arithmetic.inputs or spec.dtype
@@ -187,8 +191,7 @@ class TensorLowering:
         wanted = self._source or (base.model if base is not None else self._donor)
         source = next((operand for operand in everyone if operand.model is wanted), None)
         if source is None:
-            place = place_of(name)
-            is_recut = place is not None and place.stack == self._donor.anatomy.main and not cut.is_all
+            is_recut = self._is_recut(name, cut)
             if is_recut and self._source is not None:
                 raise PlanError(
                     f"{name!r} is to come from {wanted.reference}, which is not in the slice that makes it",
@@ -200,13 +203,18 @@ class TensorLowering:
         if not source.exists:
             lacking = [*(o for o in everyone if not o.exists), source]
             found = self.partial.source_of(name, [*having, *lacking], source)
-            return [] if found is None else self._copy(name, found, having)
+            return [] if found is None else self._copy(name, found, having, cut)
         for operand in having:
             if operand.model is not source.model:
                 self._result.dropped[operand.label] = (
                     f"kept out of the merge: that of {source.model.reference} is copied"
                 )
-        return self._copy(name, source, having if source in having else [*having, source])
+        return self._copy(name, source, having if source in having else [*having, source], cut)
+
+    def _is_recut(self, name: str, cut: Cut) -> bool:
+        """Whether a tensor is of the layers that slices put together anew: the donor's of that name is of another."""
+        place = place_of(name)
+        return place is not None and place.stack == self._donor.anatomy.main and not cut.is_all
 
     def _copy_rows(self, name: str, source: Operand, having: list[Operand]) -> tuple[int, ...] | None:
         """Shape of a copied tensor of the vocabulary: with as many rows as the merged ones have, if one is merged."""

@@ -111,6 +111,29 @@ def test_heads_of_other_sizes_than_the_config_says_are_refused(tmp_path: Path) -
         mergekit_ray.merge(slices((three, 0, 2), (two, 2, 4)), tmp_path / "out")
 
 
+@pytest.mark.parametrize("donor", [2, 3])
+def test_a_head_from_another_model_fits_the_config_or_is_refused(donor: int, tmp_path: Path) -> None:
+    name, config = "BertForSequenceClassification", "BertConfig"
+    models = {n: made(tmp_path / str(n), name, config, n, **SMALL, num_labels=n) for n in (2, 3)}
+    other = models[5 - donor]
+    for source in models.values():
+        recipe = linear(models[donor], other, exclude=["classifier.*"]) | {"from": str(source)}
+        if source == other:
+            with pytest.raises(ModelError, match=rf"classifier\.weight: different shapes \(.*\[{donor}, 32\]\)"):
+                mergekit_ray.merge(recipe, tmp_path / "out")
+        else:
+            mergekit_ray.merge(recipe, tmp_path / "out")
+            assert loads_whole(tmp_path / "out", name).config.num_labels == donor
+    assert tensors_of(tmp_path / "out")["classifier.weight"].shape == (donor, 32)
+
+
+def test_a_head_from_another_model_of_the_same_size_is_copied(tmp_path: Path) -> None:
+    name, config = "BertForSequenceClassification", "BertConfig"
+    a, b = (made(tmp_path / str(n), name, config, n, **SMALL, num_labels=3) for n in range(2))
+    mergekit_ray.merge(linear(a, b, exclude=["classifier.*"]) | {"from": str(b)}, tmp_path / "out")
+    assert torch.equal(tensors_of(tmp_path / "out")["classifier.weight"], tensors_of(b)["classifier.weight"])
+
+
 @pytest.mark.parametrize("donor", ["text", "multimodal"])
 @pytest.mark.parametrize("is_last", [False, True])
 def test_text_and_multimodal_models(donor: str, is_last: bool, tmp_path: Path) -> None:
