@@ -18,6 +18,8 @@ def cut_of(
     method: type[MethodDeclaration],
     donor: Model,
     stack: str | None,
+    *,
+    is_only: bool,
 ) -> Cut:
     """Look up what a slice takes.
 
@@ -27,6 +29,7 @@ def cut_of(
         method: the recipe's merge method.
         donor: whose config the output gets.
         stack: whose layers it takes; None if its module has none.
+        is_only: whether its module has no other slice.
 
     Raises:
         ModelError: models of different depths, and the recipe does not say which layers go together.
@@ -44,6 +47,8 @@ def cut_of(
         _check_range(base, recipe.base_layer_range, donor, stack)
     if is_all and base is not None:
         counts.setdefault(str(base.reference), base.anatomy.stacks.get(stack or "", 0))
+    if is_all and is_only:  # no slices: the config that the output gets tells of as many layers
+        counts.setdefault(str(donor.reference), donor.anatomy.stacks.get(stack or "", 0))
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
         raise ModelError(

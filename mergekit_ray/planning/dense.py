@@ -104,7 +104,10 @@ class _DenseLowering:
         ]
         for module, prefix in zip(modules, self._prefixes, strict=True):
             stack = main_stack(self._donor, prefix)
-            cuts = [cut_of(part, self._models, self._method, self._donor, stack) for part in module.slices]
+            is_only = len(module.slices) == 1
+            cuts = [
+                cut_of(part, self._models, self._method, self._donor, stack, is_only=is_only) for part in module.slices
+            ]
             self._module(cuts, prefix, stack)
         self._tensors.mismatches.raise_if_any()
         if named:
@@ -264,7 +267,7 @@ class _DenseLowering:
                 for name in model.anatomy.redundant:
                     self._result.aliased[name] = embedding
                     self._tensors.used.add((model.key, name))
-            return names
+            return [name for name in names if name not in heads]  # an untied donor's, which is not merged
         elsewhere = any(p is not None and p != prefix and below(heads[0], p) for p in self._prefixes)
         exists = any(self._outside_operand(model, heads[0]).exists for model in self._participants(last))
         return names if heads[0] in names or elsewhere or not exists else sorted([*names, heads[0]])

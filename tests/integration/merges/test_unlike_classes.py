@@ -86,6 +86,25 @@ def test_a_donor_that_is_not_merged_gives_its_head(tmp_path: Path) -> None:
     assert torch.equal(tensors_of(tmp_path / "out")["lm_head.weight"], tensors_of(language)["lm_head.weight"])
 
 
+def test_an_untied_donor_that_is_not_merged_unties_nothing(tmp_path: Path) -> None:
+    name, config = "LlamaForCausalLM", "LlamaConfig"
+    a, b = (made(tmp_path / str(n), name, config, n, **SMALL, tie_word_embeddings=True) for n in range(2))
+    donor = made(tmp_path / "donor", name, config, 2, **SMALL, tie_word_embeddings=False)
+    mergekit_ray.merge(linear(a, b, base_model=str(donor)), tmp_path / "out")
+    model = loads_whole(tmp_path / "out", name)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(a).keys()
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_a_donor_of_another_depth_is_refused(layers: int, tmp_path: Path) -> None:
+    name, config = "LlamaForCausalLM", "LlamaConfig"
+    a, b = (made(tmp_path / str(n), name, config, n, **SMALL) for n in range(2))
+    donor = made(tmp_path / "donor", name, config, 2, **{**SMALL, "num_hidden_layers": layers})
+    with pytest.raises(ModelError, match=rf"different numbers of layers \(.*: 4, .*donor: {layers}\)"):
+        mergekit_ray.merge(linear(a, b, base_model=str(donor)), tmp_path / "out")
+
+
 def test_missing_error_names_what_either_lacks_and_the_remedy(tmp_path: Path) -> None:
     language, classifier = pair("Roberta", tmp_path).values()
     with pytest.raises(ModelError) as caught:
