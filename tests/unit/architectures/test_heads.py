@@ -9,7 +9,7 @@ import pytest
 import transformers
 from transformers.models.auto import modeling_auto
 
-from mergekit_ray.architectures.heads import may_have_head, unstored_head
+from mergekit_ray.architectures.heads import lacks_head, may_have_head, unstored_head
 
 MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
 
@@ -73,3 +73,23 @@ def test_without_a_class_the_embedding_decides() -> None:
 )
 def test_models_without_logits_have_no_head(classes: list[str] | None, expected: bool) -> None:
     assert may_have_head({"architectures": classes}) is expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["RobertaForSequenceClassification"], True),
+        (["BertForQuestionAnswering"], True),
+        (["Qwen2ForRewardModel"], True),
+        (["BertModel"], True),
+        (["LlamaForCausalLM"], False),
+        (["GPT2LMHeadModel"], False),
+        (["InternVLChatModel"], False),  # holds a whole language model
+        (["BertForSequenceClassification", "BertForMaskedLM"], False),
+        (["SomethingElse"], False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_which_classes_are_known_to_have_no_head_over_the_vocabulary(classes: object, expected: bool) -> None:
+    assert lacks_head({"architectures": classes}) is expected
