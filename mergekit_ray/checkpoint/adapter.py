@@ -35,6 +35,7 @@ _FACTOR = re.compile(
 )
 _ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 _COPY_OF_BASE = ".original_module."
+_SAVED = ".modules_to_save."
 _WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)|\.modules_to_save(\.[^.]+)?(?=\.(weight|bias)$)")
 
 
@@ -168,7 +169,7 @@ def _open_weights(
     return {file: stat for file, (_, stat) in zip(files, headers, strict=True)}, tensors
 
 
-def _sort(tensors: Mapping[str, object], where: str, *, has_nested: bool) -> _Found:
+def _sort(tensors: Mapping[str, tuple[TensorSpec, Location]], where: str, *, has_nested: bool) -> _Found:
     """Tell factors from whole tensors, by their names; ``has_nested`` if one module may have several pairs."""
     found = _Found()
     for stored in tensors:
@@ -187,10 +188,10 @@ def _sort(tensors: Mapping[str, object], where: str, *, has_nested: bool) -> _Fo
                 remedy="merge the adapter with PEFT (merge_and_unload) and name the result",
             )
         elif _COPY_OF_BASE not in name:
-            name = _WRAPPED.sub("", name)
-            if name in found.replaced:
-                raise _twice(found.replaced[name], stored, where)
-            found.replaced[name] = stored
+            plain = _WRAPPED.sub("", name)
+            known = found.replaced.setdefault(plain, stored)
+            if known != stored:
+                found.replaced[plain] = _unwrapped(known, stored, tensors, where)
     if len(found.adapters) > 1:
         raise ModelError(
             f"the file holds several adapters: {', '.join(sorted(found.adapters))}",
@@ -218,6 +219,15 @@ def _enter(found: _Found, stored: str, factor: re.Match[str], where: str, *, has
         raise _twice(known, stored, where)
     setattr(change, attribute, stored)
     change.is_embedding = change.is_embedding or part.startswith("embedding")
+
+
+def _unwrapped(first: str, second: str, tensors: Mapping[str, tuple[TensorSpec, Location]], where: str) -> str:
+    """Of a whole module stored twice, as PEFT does where the vocabulary was resized, the tensor that PEFT loads."""
+    plain = [name for name in (first, second) if _SAVED not in name]
+    a, b = tensors[first][0], tensors[second][0]
+    if len(plain) != 1 or (a.dtype, a.shape) != (b.dtype, b.shape):
+        raise _twice(first, second, where)
+    return plain[0]
 
 
 def _twice(first: str, second: str, where: str) -> CheckpointError:

@@ -120,6 +120,35 @@ def test_an_adapter_of_a_resized_vocabulary(bases: dict[str, Path], tmp_path: Pa
     assert load(tmp_path / "out").get_input_embeddings().weight.shape[0] == 44
 
 
+RESIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole modules": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "whole head": ("llama", {"modules_to_save": ["lm_head"]}),
+    "tied, whole embedding": ("tied", {"modules_to_save": ["embed_tokens"]}),
+    "tied and kept so": ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "single tokens": ("llama", {"trainable_token_indices": [41, 43, 2]}),
+    "factors": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_what_peft_stores_of_a_resized_base(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Where PEFT sees that the vocabulary was resized it stores embeddings once more, whole modules under two names."""
+    kind, settings = RESIZED[case]
+    base = load(bases[kind])
+    base.resize_token_embeddings(44, mean_resizing=False)
+    base.save_pretrained(tmp_path / "resized")
+    model = load(tmp_path / "resized")
+    model.name_or_path = str(bases[kind])
+    adapter = make_adapter(model, tmp_path / "adapter", **{"target_modules": ["q_proj"], **settings})
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert any(name.endswith((".embed_tokens.weight", ".base_layer.weight")) for name in stored), stored
+    mergekit_ray.merge(passthrough(f"{bases[kind]}+{adapter}"), tmp_path / "out")
+    ours, theirs = load(tmp_path / "out").state_dict(), merged_by_peft(tmp_path / "resized", adapter).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        check(tensor, theirs[name], name)
+
+
 WEIGHTS = (0.25, 0.6)
 
 

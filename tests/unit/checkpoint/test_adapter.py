@@ -228,9 +228,24 @@ def test_spellings_of_whole_tensors(folder: Folder, spelling: str) -> None:
     assert folder.open().replaced == {"lm_head.weight": f"base_model.model.{spelling}"}
 
 
+def test_of_a_module_stored_twice_the_tensor_that_peft_loads(folder: Folder) -> None:
+    names = [f"base_model.model.lm_head{middle}.weight" for middle in (".modules_to_save", "", ".original_module")]
+    folder.weights(*names)
+    assert folder.open().replaced == {"lm_head.weight": names[1]}
+    specs = [TensorSpec(name, DType.F32, (2, 2 + index)) for index, name in enumerate(names)]
+    folder.store.put("adapter_model.safetensors", encode_header(specs) + bytes(sum(spec.num_bytes for spec in specs)))
+    with pytest.raises(CheckpointError, match="the same tensor under two names"):
+        folder.open()
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
+        (
+            ["x.modules_to_save.weight", "x.modules_to_save.one.weight"],
+            CheckpointError,
+            "the same tensor under two names",
+        ),
         ([A, A.removeprefix("base_model.model.")], CheckpointError, "the same tensor under two names"),
         (["x.weight", "base_model.model.x.weight"], CheckpointError, "the same tensor under two names"),
         (
