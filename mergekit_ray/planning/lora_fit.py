@@ -130,12 +130,26 @@ class AdapterFit:
         if found is None and (several := self._names.find(name)):
             meant = " or ".join(map(repr, several))
             raise self._fault(f"tensor {stored!r} belongs to {name!r}, which in the base is {meant}", _MERGE_WITH_PEFT)
+        if found is None and (module := self._new_module(name)):
+            raise self._fault(
+                f"it stores {module!r} whole (modules_to_save, tensor {stored!r}), which the base does not have: the "
+                "result would be of another class, which no config.json describes",
+                "load base and adapter with PEFT in the class it was trained in, merge them (merge_and_unload), save "
+                "and name the result",
+            )
         if found is None:
             raise self._fault(
                 f"tensor {stored!r} belongs to {name!r}, which the base does not have{nearest(name, self._base_specs)}",
                 "apply the adapter to the model it was trained on, or one with the same names",
             )
         return self._target(found)
+
+    def _new_module(self, name: str) -> str | None:
+        """The module to save that a tensor is of, if the base has none of it: the head of another class."""
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+        saved = next((module for module in modules if self._adapter.config.is_saved(module)), None)
+        return None if saved is None or any(f".{saved}." in f".{known}" for known in self._base_specs) else saved
 
     def _target(self, name: str) -> str:
         """The tensor that carries ``name``: a tied head's is the embedding."""

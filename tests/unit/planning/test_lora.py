@@ -286,6 +286,16 @@ def test_what_does_not_fit_is_named(shapes: dict[str, Any], message: str) -> Non
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("leaf", ["weight", "out_proj.bias"])
+def test_the_head_of_another_class_is_merged_by_peft(leaf: str) -> None:
+    shapes = {**pair(Q, 4, 4), f"classifier.{leaf}": (3, 4)}
+    with pytest.raises(ModelError, match=rf"stores 'classifier' whole .*model.classifier.{leaf}'") as caught:
+        view(llama("/base"), adapter_of(shapes, task_type="SEQ_CLS", modules_to_save=["classifier", "score"]))
+    assert "merge_and_unload" in str(caught.value.remedy)
+    with pytest.raises(ModelError, match=r"belongs to 'model.norm.scale', which the base does not have"):
+        view(llama("/base"), adapter_of({"model.norm.scale": (4,)}, modules_to_save=["norm"]))
+
+
 def test_magnitudes_that_are_missing_or_of_another_length() -> None:
     with pytest.raises(ModelError, match=r"lora_A\.weight' has no magnitude, and use_dora is true"):
         view(llama("/base"), adapter_of(pair(Q, 4, 4), use_dora=True))
