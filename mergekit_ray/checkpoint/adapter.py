@@ -18,6 +18,7 @@ from mergekit_ray.checkpoint.adapter_config import ADAPTER_CONFIG_NAME, AdapterC
 from mergekit_ray.checkpoint.header import read_pinned_header
 from mergekit_ray.checkpoint.index import MAX_INDEX_BYTES, parse_index
 from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.checkpoint.side_files import is_tokenizer_file, is_vocabulary_file
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
@@ -62,7 +63,8 @@ class Adapter:
     """An adapter's files as they were when it was opened.
 
     Attributes:
-        checkpoint: its files and tensors, like a model's; ``config`` is the content of ``adapter_config.json``.
+        checkpoint: its files and tensors, like a model's; ``config`` is the content of ``adapter_config.json``, side
+            files are those of the tokenizer that was saved with it.
         config: what of it decides how it is applied.
         changes: what it does, by the name of the module without `KEY_PREFIX`. Of several parameters of one module, each
             has its name with one ``.base_layer`` more.
@@ -109,7 +111,8 @@ def open_adapter(source: Source, reference: str) -> Adapter:
     """
     listing = {file.name: file for file in source.list()}
     if isinstance(source, LinkedSource):
-        source.check_links(lambda name: name in (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+        wanted = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        source.check_links(lambda name: name in wanted or is_tokenizer_file(name))
     where = source.uri if source.uri == reference else f"{reference} ({source.uri})"
     if ADAPTER_CONFIG_NAME not in listing:
         what = f"there is no {ADAPTER_CONFIG_NAME}{nearest(ADAPTER_CONFIG_NAME, listing)}"
@@ -125,7 +128,10 @@ def open_adapter(source: Source, reference: str) -> Adapter:
     files, tensors = _open_weights(source, listing, where)
     found = _sort(tensors, where, has_nested=bool(config.parameters))
     warnings = [f"{reference}: {warning}" for warning in config.warnings]
-    checkpoint = Checkpoint(source, reference, files, tensors, config.content, side_files=(), warnings=warnings)
+    tokenizer = [file for file in listing.values() if is_tokenizer_file(file.name)]
+    if not any(is_vocabulary_file(file.name) for file in tokenizer):
+        tokenizer = []  # settings alone are of no use without the vocabulary that they were saved with
+    checkpoint = Checkpoint(source, reference, files, tensors, config.content, side_files=tokenizer, warnings=warnings)
     return Adapter(checkpoint, config, found.changes, found.replaced, found.rows)
 
 
@@ -242,6 +248,8 @@ def _twice(first: str, second: str, where: str) -> CheckpointError:
 class AdaptedCheckpoint(Checkpoint):
     """A base's files with an adapter that is to be applied to them.
 
+    Its side files are the base's, without the tokenizer if one was saved with the adapter.
+
     Attributes:
         adapter: its files.
     """
@@ -250,7 +258,9 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def adapted(base: Checkpoint, adapter: Adapter) -> AdaptedCheckpoint:
-    """The base as it is, with the adapter beside it."""
+    """The base as it is, with the adapter and its tokenizer beside it."""
     attributes = {each.name: getattr(base, each.name) for each in fields(base)}
+    if adapter.checkpoint.side_files:
+        attributes["side_files"] = [file for file in base.side_files if not is_tokenizer_file(file.name)]
     attributes["warnings"] = [*base.warnings, *adapter.checkpoint.warnings]
     return AdaptedCheckpoint(**attributes, adapter=adapter)

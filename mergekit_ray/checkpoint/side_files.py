@@ -28,6 +28,25 @@ _WANTED = re.compile(
     re.VERBOSE,
 )
 
+_VOCABULARY = re.compile(
+    r"(tokenizer|vocab|tekken)\.json|vocab[^/]*\.txt|[^/]+\.(model|tiktoken|spm)|tokenizer\.model\..+", re.IGNORECASE
+)
+_BESIDE_VOCABULARY = re.compile(
+    r"(tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json|chat_template\.jinja|merges\.txt"
+    rf"|{_TEMPLATE_FOLDER}[^/]+\.jinja",
+    re.IGNORECASE,
+)
+
+
+def is_vocabulary_file(name: str) -> bool:
+    """Whether a file holds a tokenizer's vocabulary, in whatever form."""
+    return _VOCABULARY.fullmatch(name) is not None
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file is a tokenizer's: its vocabulary, or its settings and chat templates."""
+    return is_vocabulary_file(name) or _BESIDE_VOCABULARY.fullmatch(name) is not None
+
 
 def is_side_file(name: str) -> bool:
     """Whether a file of this name is copied beside merged weights.

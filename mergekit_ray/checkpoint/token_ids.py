@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME
 
@@ -24,13 +25,14 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, set[int]]:
     Raises:
         CheckpointError, StorageError: a file could not be read.
     """
-    there = {file.name for file in checkpoint.side_files}
+    beside = [checkpoint, *([checkpoint.adapter.checkpoint] if isinstance(checkpoint, AdaptedCheckpoint) else [])]
+    sources = {file.name: each.source for each in beside for file in each.side_files}
 
     def content(name: str) -> Any:
-        if name not in there:
+        if name not in sources:
             return None
         try:
-            return json.loads(checkpoint.source.read(name, max_bytes=_MAX_FILE_BYTES))
+            return json.loads(sources[name].read(name, max_bytes=_MAX_FILE_BYTES))
         except (ValueError, RecursionError):
             return None
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mergekit_ray.architectures.anatomy import language_config
+from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.sentence_transformers import weights_of_modules
 from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
+from mergekit_ray.checkpoint.token_ids import token_ids
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.sizes import format_bytes
 
@@ -35,6 +38,9 @@ def side_warnings(donor: Checkpoint, config: Mapping[str, Any], generated: Colle
         donor: whose files they are.
         config: the output's ``config.json``.
         generated: names of files that the merge writes itself.
+
+    Raises:
+        CheckpointError, StorageError: the tokenizer of the donor's adapter could not be read.
     """
     names = [file.name for file in donor.side_files]
     found = [
@@ -46,7 +52,24 @@ def side_warnings(donor: Checkpoint, config: Mapping[str, Any], generated: Colle
         "there and save it, which makes model.safetensors, or copy the file yourself"
         for name in donor.left_behind
     ]
-    return found + _code_warnings(donor, _modules_of_code(config) - set(generated), names)
+    return (
+        found + _token_warnings(donor, config) + _code_warnings(donor, _modules_of_code(config) - set(generated), names)
+    )
+
+
+def _token_warnings(donor: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Whether the tokenizer of an adapter has tokens without embeddings, as where a padding token was added to it."""
+    rows = language_config(config).get("vocab_size")
+    if not isinstance(donor, AdaptedCheckpoint) or not isinstance(rows, int):
+        return []
+    adapter = donor.adapter.checkpoint
+    ids = {number for of_file in token_ids(adapter).values() for number in of_file if number >= rows}
+    if not ids:
+        return []
+    return [
+        f"the tokenizer that was saved with {donor.adapter.where} has {len(ids)} tokens without embeddings, from "
+        f"{min(ids)} on: the output has {rows} rows"
+    ]
 
 
 def _modules_of_code(config: Mapping[str, Any]) -> set[str]:

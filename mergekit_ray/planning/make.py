@@ -144,7 +144,8 @@ def make_plan(
         set_tower(config, donor, stack, layers)
     if not lowering.keeps_beyond:
         config = without_beyond(config)
-    check_sizes(donor.checkpoint)
+    for part in donor.weights.inputs.values():
+        check_sizes(part)
     warnings += [
         f"config.json of {model.reference} {misfit}"
         for model in models.values()
@@ -160,8 +161,9 @@ def make_plan(
         shards=shards,
         config=config,
         side_files=tuple(
-            SideFile(next(iter(donor.weights.inputs)), InputFile(stat.name, stat.num_bytes, stat.version))
-            for stat in donor.checkpoint.side_files
+            SideFile(key, InputFile(stat.name, stat.num_bytes, stat.version))
+            for key, part in donor.weights.inputs.items()  # an adapter after its base
+            for stat in part.side_files
             if stat.name not in SIDE_FILES and stat.name not in lowering.files
         ),
         recipe=recipe_as_data(recipe),

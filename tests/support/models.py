@@ -174,13 +174,14 @@ def build(
     return model.to(dtype).eval()
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, num_tokens: int = 10) -> None:
     """A tokenizer of a few words beside a model."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
     words = ["<pad>", "<s>", "</s>", "<unk>", "the", "capital", "of", "France", "is", "Paris"]
+    words += [f"w{number}" for number in range(len(words), num_tokens)]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     fast = transformers.PreTrainedTokenizerFast(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 import mergekit_ray
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.verify import verify
+from mergekit_ray.storage.opening import open_source
 from support.adapters import EMBEDDING, HEAD, fresh, llama, make_adapter, merged_by_peft, passthrough, quiet, save_bases
-from support.models import config_of, contents, load, tensors_of
+from support.models import config_of, contents, load, save_tokenizer, tensors_of
 from support.references.merge import ulp
 from support.servers.s3_server import S3Server
 
@@ -147,6 +150,39 @@ def test_what_peft_stores_of_a_resized_base(case: str, bases: dict[str, Path], t
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         check(tensor, theirs[name], name)
+
+
+@pytest.mark.parametrize("rows", [40, 44])
+def test_the_tokenizer_saved_with_an_adapter_travels(rows: int, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    save_tokenizer(base, 40)
+    (base / "added_tokens.json").write_text("{}")
+    model = llama()
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = make_adapter(model, tmp_path / "adapter", **settings)
+    save_tokenizer(adapter, 42)
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    (adapter / "trainer_state.json").write_text("{}")
+    plan = mergekit_ray.merge(passthrough(f"{base}+{adapter}"), tmp_path / "out").plan
+    ours, theirs = contents(tmp_path / "out"), contents(adapter)
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+    assert "generation_config.json" in ours  # the base's
+    assert ours.keys().isdisjoint({"added_tokens.json", "trainer_state.json"})
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 42
+    assert verify(open_source(str(tmp_path / "out"))).problems == []
+    beyond = [warning for warning in plan.warnings if "2 tokens without embeddings, from 40 on" in warning]
+    assert len(beyond) == (rows == 40)
+
+
+def test_settings_of_a_tokenizer_stay_with_its_vocabulary(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    save_tokenizer(base)
+    adapter = make_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"])
+    (adapter / "tokenizer_config.json").write_text("{}")
+    mergekit_ray.merge(passthrough(f"{base}+{adapter}"), tmp_path / "out")
+    assert contents(tmp_path / "out")["tokenizer_config.json"] == contents(base)["tokenizer_config.json"]
 
 
 WEIGHTS = (0.25, 0.6)

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from mergekit_ray.checkpoint.adapter import adapted, open_adapter
+from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.checkpoint.token_ids import token_ids
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Cast, Concat, Load
+from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.storage.protocols import FileStat
 from support.fake_checkpoints import LINEAR, checkpoint, expressions_of, llama_shapes, plan_of
+from support.memory_source import MemorySource
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SLICES = """
@@ -167,3 +171,15 @@ def test_files_of_another_form_say_nothing(tmp_path: Path) -> None:
     assert token_ids(found) == {}
     (tmp_path / "tokenizer.json").write_bytes(b"\xff{")
     assert token_ids(found) == {}
+
+
+def test_the_tokenizer_of_an_adapter_speaks_for_the_adapted_model(tmp_path: Path) -> None:
+    base = with_files(tmp_path, {"tokenizer.json": {"model": {"vocab": {"a": 9}}}}, 10)
+    specs = [TensorSpec(f"base_model.model.{EMBEDDING}", DType.F32, (10, 4))]
+    files = {
+        "adapter_config.json": b'{"peft_type": "LORA"}',
+        "adapter_model.safetensors": encode_header(specs) + bytes(160),
+        "vocab.json": b'{"b": 8}',
+    }
+    adapter = open_adapter(MemorySource("/adapter", files), "/adapter")
+    assert token_ids(adapted(base, adapter)) == {"vocab.json": {8}}
