@@ -17,7 +17,7 @@ from mergekit_ray.architectures.anatomy import (
     stating,
 )
 from mergekit_ray.architectures.layer_kinds import rules_of
-from mergekit_ray.architectures.layer_rules import Rule, family_of
+from mergekit_ray.architectures.layer_rules import SLIDING, Rule, family_of, items
 from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
@@ -38,6 +38,10 @@ _PARTS_WITH_LISTS = ("sparse_attention_config",)
 
 _NOT_PER_LAYER = ("_id", "_ids", "architectures", "_token", "_factor", "_section")
 """Endings of keys whose lists are of something else, should they happen to be as long as there are layers."""
+
+
+_WIDTHS = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""How many positions layers of a kind attend to."""
 
 
 def output_config(
@@ -122,6 +126,7 @@ def _set_layers(level: dict[str, Any], counts: Sequence[str], default: int | Non
         # MiniCPM divides it by the root of the number of layers: so each still adds as much as in its model.
         level["scale_depth"] = scale * math.sqrt(len(layers) / old)
     _recut(level, (old, old + beyond), layers)
+    _take_windows(level, layers)
     _set_kinds(level, layers)
 
 
@@ -176,6 +181,27 @@ def _sources_of_keys(key: str, layers: Layers) -> list[int]:
             )
         found.append(last[id(config), source])
     return found
+
+
+def _take_windows(level: dict[str, Any], layers: Layers) -> None:
+    """Where the config has no window, give it that of the first layer that attends to one."""
+    rule = next((rule for rule in rules_of(level) if rule.key == "layer_types"), None)
+    kinds: dict[int, Sequence[Any]] = {}
+    for config, index in layers:
+        if id(config) not in kinds:
+            counted = configured_layers(config) or 0
+            kinds[id(config)] = (
+                items(config, "layer_types") if rule is None else rule.kinds(_as(level, rule, config), counted)
+            )
+        kind = kinds[id(config)][index] if index < len(kinds[id(config)]) else None
+        key = _WIDTHS.get(kind) if isinstance(kind, str) else None
+        if key is None or config.get(key) is None:
+            continue
+        is_switched_on = key == "sliding_window" and config.get("use_sliding_window") is True
+        if is_switched_on and level.get("use_sliding_window") is not True:
+            level |= {"use_sliding_window": True, key: config[key]}
+        elif key in level and level[key] is None:
+            level[key] = config[key]
 
 
 def _set_kinds(level: dict[str, Any], layers: Layers) -> None:

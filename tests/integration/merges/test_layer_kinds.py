@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import mergekit_ray
 from mergekit_ray.architectures.layer_kinds import RULES
 from mergekit_ray.core.errors import PlanError
-from support.models import config_of, load
+from support.models import config_of, load, logits
 
 CUTS = ((0, 8), (3, 5), (4, 9))
 """Of nine layers: no period of up to six goes on, the leading layers lead, the last is the last."""
@@ -181,3 +181,19 @@ def test_tensors_outside_the_layers_with_a_part_for_each(wide: int, tmp_path: Pa
     else:
         merge((0, 8), (5, 9))
         assert len(layers_of(load(tmp_path / "out"))) == 12
+
+
+@pytest.mark.parametrize("family", ["qwen2", "smollm3"])
+def test_layers_with_a_window_in_a_model_without(family: str, tmp_path: Path) -> None:
+    """The donor's config has no window to attend to, and layers of the other model need one."""
+    make(family, tmp_path / "plain", use_sliding_window=False)
+    make(family, tmp_path / "windowed", use_sliding_window=True)
+    taken = [("plain", 0, 3), ("windowed", 2, 9)]
+    slices = [{"sources": [{"model": str(tmp_path / name), "layer_range": [*cut]}]} for name, *cut in taken]
+    mergekit_ray.merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    out, natures = load(tmp_path / "out"), []
+    for name, first, last in taken:
+        natures += [nature(layer) for layer in layers_of(load(tmp_path / name))[first:last]]
+    assert [nature(layer) for layer in layers_of(out)] == natures
+    assert out.config.sliding_window == SIZES["sliding_window"]
+    assert logits(out).isfinite().all()
