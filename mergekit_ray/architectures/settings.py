@@ -150,6 +150,16 @@ def _window_layers(config: Mapping[str, Any]) -> Any:
     return config.get("max_window_layers", UNSTATED) if config.get("use_sliding_window") else UNSTATED
 
 
+def _labels(config: Mapping[str, Any]) -> Any:
+    """Classes by their ids. What transformers calls classes that were given no names says nothing."""
+    found, ids = config.get("id2label"), config.get("label2id")
+    if not isinstance(found, Mapping) and isinstance(ids, Mapping):
+        found = {str(number): label for label, number in ids.items()}
+    if not isinstance(found, Mapping) or all(label == f"LABEL_{number}" for number, label in found.items()):
+        return UNSTATED
+    return {str(number): label for number, label in found.items()}
+
+
 _ACTIVATIONS: Final = (
     "hidden_activation",
     "hidden_act",
@@ -290,3 +300,12 @@ NUANCES: Final = (
         ("image_size",),
     ),
 )
+
+OUTER: Final = (
+    Setting("id2label", ("id2label",), _labels),
+    *_settings(
+        ("problem_type",),
+        null_is_default=True,
+    ),
+)
+"""Of the whole model rather than its parts: what the rows of a head mean."""

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mergekit_ray.architectures.anatomy import is_buffer, language_config
-from mergekit_ray.architectures.settings import MODEL_TYPE, NUANCES, SIZES, STRUCTURE, UNSTATED, Setting, parts
+from mergekit_ray.architectures.settings import (
+    MODEL_TYPE,
+    NUANCES,
+    OUTER,
+    SIZES,
+    STRUCTURE,
+    UNSTATED,
+    Setting,
+    parts,
+)
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.normal import NormalModule, NormalSlice, normalise
 from mergekit_ray.config.recipe import DenseRecipe
@@ -68,7 +77,9 @@ def check_agreement(
 def check_pair(base: Model, tuned: Model, *, allow_conflicts: bool = False) -> list[str]:
     """Compare the configs of two models whose difference is to be an adapter; as `check_agreement`."""
     both = [base, tuned]
-    found = Findings(differences(both, STRUCTURE), differences(both, (MODEL_TYPE, *NUANCES)))
+    found = Findings(
+        differences(both, STRUCTURE), [*differences(both, (MODEL_TYPE, *NUANCES)), *outer_differences(both)]
+    )
     return _settled(found, "an adapter changes no config.json", allow_conflicts=allow_conflicts)
 
 
@@ -95,13 +106,37 @@ def differences(models: Sequence[Model], settings: Sequence[Setting], *, per_lay
     of_models = [(model, parts(model.checkpoint.config)) for model in models]
     for part in of_models[0][1]:
         there = [(model, found[part]) for model, found in of_models if part in found]
-        for setting in settings:
-            values = _grouped([(model, setting.value(config)) for model, config in there], per_layer=per_layer)
-            if len(values) > 1:
-                key = setting.spelling([config for _, config in there])
-                said = ", ".join(f"{repr(value)[:_MAX_VALUE]} in {' and '.join(names)}" for value, names in values)
-                lines.append(f"{part}{'.' if part else ''}{key}: {said}")
+        lines += [f"{part}{'.' if part else ''}{line}" for line in _differing(there, settings, per_layer=per_layer)]
     return lines
+
+
+def outer_differences(models: Sequence[Model]) -> list[str]:
+    """As `differences`, of what configs say of the whole model beside its parts."""
+    return list(_differing([(model, model.checkpoint.config) for model in models], OUTER, per_layer=True))
+
+
+def _differing(
+    there: Sequence[tuple[Model, Mapping[str, Any]]], settings: Sequence[Setting], *, per_layer: bool
+) -> Iterator[str]:
+    for setting in settings:
+        values = _grouped([(model, setting.value(config)) for model, config in there], per_layer=per_layer)
+        if len(values) > 1:
+            key = setting.spelling([config for _, config in there])
+            shown = _shown([value for value, _ in values])
+            said = (f"{value} in {' and '.join(names)}" for value, (_, names) in zip(shown, values, strict=True))
+            yield f"{key}: {', '.join(said)}"
+
+
+def _shown(values: Sequence[Any]) -> list[str]:
+    """Values for a message; of tables only what differs."""
+    if all(isinstance(value, Mapping) for value in values):
+        keys = [
+            key
+            for key in dict.fromkeys(key for value in values for key in value)
+            if any(key not in value or value[key] != values[0].get(key) for value in values)
+        ]
+        values = [{key: value[key] for key in keys if key in value} for value in values]
+    return [repr(value)[:_MAX_VALUE] for value in values]
 
 
 def _grouped(values: Sequence[tuple[Model, Any]], *, per_layer: bool) -> list[tuple[Any, list[str]]]:
@@ -139,6 +174,7 @@ def _compare(module: NormalModule, models: Mapping[ModelReference, Model], donor
     (found.conflicts if is_cut else found.remarks).extend(of_type)
     found.conflicts += differences(listed, STRUCTURE, per_layer=not is_cut)
     found.remarks += differences(listed, NUANCES, per_layer=not is_cut)
+    found.remarks += outer_differences(listed)
     if is_cut:
         found.conflicts += _unlike_layers(module, models, donor)
 

@@ -112,6 +112,21 @@ def test_structure_must_be_alike(text: str, ours: dict[str, Any], theirs: dict[s
             "max_position_embeddings: 64 in /a, 128 in /b",
         ),
         (
+            {"id2label": {"0": "B", "1": "A", "2": "C"}},
+            {"id2label": {"0": "A", "1": "B", "2": "C"}},
+            "id2label: {'0': 'B', '1': 'A'} in /a, {'0': 'A', '1': 'B'} in /b",
+        ),
+        (
+            {"label2id": {"A": 0, "B": 1}},
+            {"id2label": {0: "A", 1: "C"}},
+            "id2label: {'1': 'B'} in /a, {'1': 'C'} in /b",
+        ),
+        (
+            {"problem_type": "regression"},
+            {"problem_type": "multi_label_classification"},
+            "problem_type: 'regression' in /a, 'multi_label_classification' in /b",
+        ),
+        (
             {"final_logit_softcapping": 30.0},
             {"final_logit_softcapping": None},
             "final_logit_softcapping: 30.0 in /a, None in /b",
@@ -150,6 +165,8 @@ def test_nuances_are_named(text: str, ours: dict[str, Any], theirs: dict[str, An
         ),
         ({"sliding_window": 9, "use_sliding_window": False}, {"sliding_window": None, "use_sliding_window": False}),
         ({"attention_bias": False}, {}),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {"id2label": {"0": "B", "1": "A"}}),
+        ({"label2id": {"B": 0, "A": 1}}, {"id2label": {"0": "B", "1": "A"}}),
         ({"time_step_limit": [0.0, math.inf]}, {"time_step_limit": [0.0, {"__float__": "Infinity"}]}),
         ({"_name_or_path": "a", "transformers_version": "4.40.0", "eos_token_id": 2}, {"eos_token_id": 7}),
         ({"tie_word_embeddings": False, "use_cache": True}, {"use_cache": False}),
