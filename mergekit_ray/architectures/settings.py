@@ -305,7 +305,15 @@ OUTER: Final = (
     Setting("id2label", ("id2label",), _labels),
     *_settings(
         ("problem_type",),
+        *((f"{kind}_token_id", f"{kind}_token_index") for kind in ("image", "video", "audio")),
+        *((f"{kind}_token_id",) for kind in ("vision_start", "vision_end", "audio_start", "audio_end")),
+        ("boi_token_index", "boi_token_id"),
+        ("eoi_token_index", "eoi_token_id"),
+        ("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_image_tokens"),
+        ("vision_feature_layer",),
+        ("vision_feature_select_strategy",),
+        ("projector_hidden_act",),
         null_is_default=True,
     ),
 )
-"""Of the whole model rather than its parts: what the rows of a head mean."""
+"""Of the whole model rather than its parts: what the rows of a head mean, and where other modalities go."""

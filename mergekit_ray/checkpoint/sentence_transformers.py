@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.storage.protocols import FileStat, Source
@@ -44,6 +45,29 @@ def is_module_file(name: str, folders: Sequence[str]) -> bool:
         return False
     base = name.rpartition("/")[2]
     return base in (CONFIG_NAME, _WEIGHTS_NAME) or is_side_file(base)
+
+
+def module_settings(source: Source, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """What the configs of modules say (how token embeddings are pooled), by file; what is no JSON object says nothing.
+
+    Args:
+        source: the model's store.
+        names: its side files.
+
+    Raises:
+        CheckpointError, StorageError: one could not be read.
+    """
+    found = {}
+    for name in names:
+        if not name.endswith(f"/{CONFIG_NAME}"):
+            continue
+        try:
+            content = json.loads(source.read(name, max_bytes=_MAX_MODULES_BYTES))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, Mapping):
+            found[name] = content
+    return found
 
 
 def weights_of_modules(names: Sequence[str]) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mergekit_ray.architectures.anatomy import language_config
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
-from mergekit_ray.checkpoint.sentence_transformers import weights_of_modules
+from mergekit_ray.checkpoint.sentence_transformers import module_settings, weights_of_modules
 from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.checkpoint.token_ids import token_ids
 from mergekit_ray.core.errors import PlanError
@@ -55,6 +55,27 @@ def side_warnings(donor: Checkpoint, config: Mapping[str, Any], generated: Colle
     return (
         found + _token_warnings(donor, config) + _code_warnings(donor, _modules_of_code(config) - set(generated), names)
     )
+
+
+def module_warnings(donor: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
+    """Warnings about modules of sentence-transformers models that are set otherwise than the donor's.
+
+    Raises:
+        CheckpointError, StorageError: the config of a module could not be read.
+    """
+    found = []
+    for other in others:
+        theirs = {file.name for file in other.side_files}
+        shared = [file.name for file in donor.side_files if file.name in theirs]
+        own, their_own = module_settings(donor.source, shared), module_settings(other.source, shared)
+        found += [
+            f"{name}: {key} is {value!r} in {donor.reference}, {their_own[name][key]!r} in {other.reference}; the "
+            f"result has the file of {donor.reference}"
+            for name, content in own.items()
+            for key, value in content.items()
+            if name in their_own and key in their_own[name] and their_own[name][key] != value
+        ]
+    return found
 
 
 def _token_warnings(donor: Checkpoint, config: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from mergekit_ray.core.plan import DIFFUSERS_STEM, STEM, InputFile, InputModel, 
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import check_agreement
-from mergekit_ray.planning.beside import check_sizes, side_warnings
+from mergekit_ray.planning.beside import check_sizes, module_warnings, side_warnings
 from mergekit_ray.planning.dense import lower, rules_of
 from mergekit_ray.planning.layer_order import check_is_counted, check_layer_order, check_nothing_by_layer
 from mergekit_ray.planning.lora import LoraWeights
@@ -151,6 +151,7 @@ def make_plan(
         for model in models.values()
         for misfit in misfits(model.anatomy, model.weights.specs, model.checkpoint.config)
     ]
+    warnings += module_warnings(donor.checkpoint, [m.checkpoint for m in models.values() if m is not donor])
     warnings += side_warnings(donor.checkpoint, config, lowering.files)
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(recipe, MoeRecipe) and recipe.gate_mode.needs_prompts:

@@ -64,3 +64,18 @@ def test_modules_are_replaced_with_the_model(models: ModelLibrary, tmp_path: Pat
     mergekit_ray.merge(recipe(second), out, options=MergeOptions(overwrite=True))
     assert contents(out)["1_Pooling/config.json"] == b'{"of": "another"}'
     assert verify(open_source(str(out))).problems == []
+
+
+def test_modules_that_are_set_otherwise_are_named(models: ModelLibrary, tmp_path: Path) -> None:
+    both = [sentence_transformer(models.get("llama", variant), tmp_path / f"{variant}") for variant in (1, 2)]
+    for folder, value in zip(both, (True, False), strict=True):
+        settings = {"pooling_mode_cls_token": value, "word_embedding_dimension": 32}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+        (folder / "2_Dense" / "config.json").write_text("[")
+    plan = mergekit_ray.plan(recipe(*both))
+    told = [warning for warning in plan.warnings if "1_Pooling" in warning]
+    assert told == [
+        f"1_Pooling/config.json: pooling_mode_cls_token is True in {both[0]}, False in {both[1]}; the result has the "
+        f"file of {both[0]}"
+    ]
+    assert not any("1_Pooling" in warning for warning in mergekit_ray.plan(recipe(both[0], both[0])).warnings)

@@ -126,6 +126,8 @@ def test_structure_must_be_alike(text: str, ours: dict[str, Any], theirs: dict[s
             {"problem_type": "multi_label_classification"},
             "problem_type: 'regression' in /a, 'multi_label_classification' in /b",
         ),
+        ({"image_token_index": 9}, {"image_token_id": 8}, "image_token_index: 9 in /a, 8 in /b"),
+        ({"mm_tokens_per_image": 1}, {"mm_tokens_per_image": 4}, "mm_tokens_per_image: 1 in /a, 4 in /b"),
         (
             {"final_logit_softcapping": 30.0},
             {"final_logit_softcapping": None},
