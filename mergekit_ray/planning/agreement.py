@@ -66,7 +66,8 @@ def check_agreement(
     if isinstance(recipe, MoeRecipe):
         sources = [expert.source_model for expert in (*recipe.experts, *(recipe.shared_experts or ()))]
         # Attention is not taken from them; what is must fit (`planning.moe.checks`).
-        found.remarks += differences([models[each] for each in dict.fromkeys((recipe.donor, *sources))], SIZES)
+        everyone = [models[each] for each in dict.fromkeys((recipe.donor, *sources))]
+        found.remarks += differences(everyone, (*SIZES, *NUANCES))
     dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
     for module in normalise(dense) if dense is not None else ():
         if _is_language(module, donor):

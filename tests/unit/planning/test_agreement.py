@@ -289,18 +289,38 @@ slices:
 # -- Mixtures of Experts, modules and adapters ------------------------------------------------------------------------
 
 
-def test_experts_need_not_have_the_attention_of_the_base() -> None:
+GATED: dict[str, Any] = {
+    "hidden_size": 4,
+    "intermediate_size": 6,
+    "hidden_act": "silu",
+    "num_key_value_heads": 2,
+    "vocab_size": 10,
+}
+EXPERTS = "base_model: /a\ngate_mode: random\nexperts:\n- source_model: /a\n- source_model: /b\n"
+
+
+def gated_shapes() -> Shapes:
     gated = llama_shapes(2)
     for i in range(2):
         gated |= {f"model.layers.{i}.mlp.gate_proj.weight": (6, 4), f"model.layers.{i}.mlp.down_proj.weight": (4, 6)}
         gated |= {f"model.layers.{i}.self_attn.{p}_proj.weight": (4, 4) for p in "kvo"}
         gated |= {f"model.layers.{i}.post_attention_layernorm.weight": (4,)}
-    sizes = {"hidden_size": 4, "intermediate_size": 6, "hidden_act": "silu", "num_key_value_heads": 2, "vocab_size": 10}
-    a = of("/a", gated, **sizes, num_attention_heads=2)
-    b = of("/b", gated, **sizes, num_attention_heads=4)
-    text = "base_model: /a\ngate_mode: random\nexperts:\n- source_model: /a\n- source_model: /b\n"
-    plan = make_plan(load_recipe(text), {ModelReference.parse(c.reference): c for c in (a, b)})
+    return gated
+
+
+def test_experts_need_not_have_the_attention_of_the_base() -> None:
+    a = of("/a", gated_shapes(), **GATED, num_attention_heads=2)
+    b = of("/b", gated_shapes(), **GATED, num_attention_heads=4)
+    plan = make_plan(load_recipe(EXPERTS), {ModelReference.parse(c.reference): c for c in (a, b)})
     assert any("num_attention_heads: 2 in /a, 4 in /b" in warning for warning in plan.warnings)
+
+
+def test_what_experts_learnt_to_work_with_is_compared() -> None:
+    a = of("/a", gated_shapes(), **GATED, num_attention_heads=2, rope_theta=1e4, sliding_window=None)
+    b = of("/b", gated_shapes(), **GATED, num_attention_heads=2, rope_theta=1e6, sliding_window=16)
+    plan = make_plan(load_recipe(EXPERTS), {ModelReference.parse(c.reference): c for c in (a, b)})
+    for said in ("rope_theta: 10000.0 in /a, 1000000.0 in /b", "sliding_window: None in /a, 16 in /b"):
+        assert any(said in warning for warning in plan.warnings)
 
 
 def test_modules_without_the_layers_are_not_compared() -> None:
