@@ -38,6 +38,11 @@ class Rule:
     told_by: tuple[str, ...] = ()
     is_indices: bool = False
 
+    @property
+    def can_be_said(self) -> bool:
+        """Whether it tells kinds; else it tells places, in which layers of one kind differ too."""
+        return self.say is not Rule.say
+
 
 # -- kinds ------------------------------------------------------------------------------------------------------------
 

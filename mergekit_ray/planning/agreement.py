@@ -22,6 +22,7 @@ from mergekit_ray.config.normal import NormalModule, NormalSlice, normalise
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError
+from mergekit_ray.planning.layer_order import kinds_of
 from mergekit_ray.planning.lowering import Model
 
 _MAX_LISTED: Final = 12
@@ -69,10 +70,11 @@ def check_agreement(
         everyone = [models[each] for each in dict.fromkeys((recipe.donor, *sources))]
         found.remarks += differences(everyone, (*SIZES, *NUANCES))
     dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
-    for module in normalise(dense) if dense is not None else ():
-        if _is_language(module, donor):
-            _compare(module, models, donor, found)
-    return _settled(found, f"the result has the config.json of {donor.reference}", allow_conflicts=allow_conflicts)
+    stacks = [module for module in normalise(dense) if _is_language(module, donor)] if dense is not None else []
+    for module in stacks:
+        _compare(module, models, donor, found)
+    told = _settled(found, f"the result has the config.json of {donor.reference}", allow_conflicts=allow_conflicts)
+    return told + [line for module in stacks for line in _unlike_kinds(module, models)]
 
 
 def check_pair(base: Model, tuned: Model, *, allow_conflicts: bool = False) -> list[str]:
@@ -229,6 +231,37 @@ def _unlike_layers(module: NormalModule, models: Mapping[ModelReference, Model],
                 line = f"{at}.{rest}: absent in {model.reference}, there in each layer of {donor.reference}"
                 problems.setdefault(model.reference, {}).setdefault(rest, []).append(line)
     return [line for reference, of_model in problems.items() for line in _shortened(reference, of_model)]
+
+
+def _unlike_kinds(module: NormalModule, models: Mapping[ModelReference, Model]) -> list[str]:
+    """A warning of the first layers of different kinds (full attention, a window) that slices make one layer of."""
+    found: list[str] = []
+    kinds: dict[ModelReference, list[dict[str, Any]]] = {}
+    place = 0
+    for piece in module.slices:
+        lead, (start, end) = _lead(piece, models)
+        sources = [(source.model, source.layer_range[0]) for source in piece.inputs if source.layer_range is not None]
+        for reference in (lead.reference, *(reference for reference, _ in sources)):
+            kinds.setdefault(reference, kinds_of(models[reference]))
+        for offset in range(end - start):
+            own, differ = _at(kinds[lead.reference], start + offset), []
+            for reference, first in sources:
+                theirs = _at(kinds[reference], first + offset)
+                differ += [
+                    f"{key} is {own[key]!r} in layer {start + offset} of {lead.reference}, {theirs[key]!r} in layer "
+                    f"{first + offset} of {reference}"
+                    for key in own
+                    if key in theirs and theirs[key] != own[key]
+                ]
+            if differ:
+                found.append(f"output layer {place} is merged of layers of different kinds: {differ[0]}")
+            place += 1
+    more = f" (and so {len(found) - 1} more)" if len(found) > 1 else ""
+    return [found[0] + more + "; it stays of the former kind"] if found else []
+
+
+def _at(kinds: Sequence[Mapping[str, Any]], layer: int) -> Mapping[str, Any]:
+    return kinds[layer] if layer < len(kinds) else {}  # ranges beyond the stack are told later
 
 
 def _shortened(reference: ModelReference, problems: Mapping[str, Sequence[str]]) -> list[str]:

@@ -162,6 +162,26 @@ def _names(model: Model, index: int) -> frozenset[str]:
     return frozenset(name for name in layers[index] if not is_buffer(name)) if index < len(layers) else frozenset()
 
 
+def kinds_of(model: Model) -> list[dict[str, Any]]:
+    """Of which kinds the config says each layer to be, by the key that says it: ``layer_types: full_attention``."""
+    config = language_view(model.checkpoint.config)
+    count = configured_layers(config) or model.anatomy.num_layers
+    found: list[dict[str, Any]] = [{} for _ in range(count)]
+    told: dict[str, Sequence[Any]] = {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, list) and len(value) == count and all(isinstance(kind, str) for kind in value)
+    }
+    for level in language_levels(model.checkpoint.config):
+        for rule in rules_of(level):
+            if rule.can_be_said and not any(config.get(key) is not None for key in rule.told_by):
+                told[rule.key] = rule.kinds({**config, **level}, count)
+    for key, kinds in told.items():
+        for layer, kind in zip(found, kinds, strict=False):
+            layer[key] = kind
+    return found
+
+
 def _told(model: Model) -> list[str]:
     """What the config says of each layer, in any form that can be compared."""
     config = language_view(model.checkpoint.config)

@@ -197,3 +197,19 @@ def test_layers_with_a_window_in_a_model_without(family: str, tmp_path: Path) ->
     assert [nature(layer) for layer in layers_of(out)] == natures
     assert out.config.sliding_window == SIZES["sliding_window"]
     assert logits(out).isfinite().all()
+
+
+def test_layers_of_different_kinds_made_one_are_named(tmp_path: Path) -> None:
+    """Every other layer of Gemma 2 has a window, which configs on the Hub leave to the family."""
+    make("gemma2", tmp_path / "model")
+    model = str(tmp_path / "model")
+
+    def warnings(first: int) -> list[str]:
+        both = [{"model": model, "layer_range": [start, start + 4]} for start in (0, first)]
+        sources = [{**each, "parameters": {"weight": 0.5}} for each in both]
+        plan = mergekit_ray.plan({"merge_method": "linear", "slices": [{"sources": sources}]})
+        return [warning for warning in plan.warnings if "different kinds" in warning]
+
+    assert warnings(2) == []
+    (said,) = warnings(1)
+    assert f"layer_types is 'sliding_attention' in layer 0 of {model}, 'full_attention' in layer 1 of {model}" in said

@@ -286,6 +286,49 @@ slices:
     assert not plan_of(text, model("/a", **HEADS), model("/b", **HEADS)).warnings
 
 
+SHIFTED = """
+merge_method: linear
+slices:
+- sources:
+  - {model: /a, layer_range: [0, 4], parameters: {weight: 1}}
+  - {model: /b, layer_range: [%d, %d], parameters: {weight: 1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "first", "said"),
+    [
+        (
+            {"model_type": "olmo3"},
+            3,
+            "0: layer_types is 'sliding_attention' in layer 0 of /a, 'full_attention' in layer 3 of /b",
+        ),
+        (
+            {"model_type": "x", "layer_types": ["u", "u", "u", "v", "u", "u", "v", "v"]},
+            2,
+            "1: layer_types is 'u' in layer 1 of /a, 'v' in layer 3 of /b",
+        ),
+        ({"model_type": "olmo3"}, 4, None),
+        ({"model_type": "x", "sliding_window_pattern": 3}, 1, None),
+        ({"model_type": "qwen2", "max_window_layers": 6}, 4, None),
+        (
+            {"model_type": "qwen2", "max_window_layers": 6, "use_sliding_window": True, "sliding_window": 8},
+            4,
+            "2: max_window_layers is True in layer 2 of /a, False in layer 6 of /b",
+        ),
+    ],
+)
+def test_layers_of_different_kinds_made_one(config: dict[str, Any], first: int, said: str | None) -> None:
+    both = [model(path, 8, **config) for path in ("/a", "/b")]
+    warnings = plan_of(SHIFTED % (first, first + 4), *both).warnings
+    assert len(warnings) == (said is not None)
+    for warning in warnings:
+        place, _, kinds = str(said).partition(": ")
+        assert warning.startswith(
+            f"output layer {place} is merged of layers of different kinds: {kinds} (and so 1 more)"
+        )
+
+
 # -- Mixtures of Experts, modules and adapters ------------------------------------------------------------------------
 
 
