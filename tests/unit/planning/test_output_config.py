@@ -231,43 +231,6 @@ def test_windows_that_are_not_used_stand_in_nobodys_way() -> None:
     assert adapted(donor, layers=cut(donor, [0, 3, 1]))["max_window_layers"] == 3
 
 
-WINDOWLESS = {"model_type": "qwen2", "num_hidden_layers": 2, "max_window_layers": 28}
-WINDOWED = {**WINDOWLESS, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-
-
-@pytest.mark.parametrize(
-    "own",
-    [
-        {"use_sliding_window": False, "sliding_window": None, "layer_types": ["full_attention"] * 2},
-        {"use_sliding_window": False, "sliding_window": 4096},
-        {},
-    ],
-)
-def test_layers_bring_the_window_that_the_donor_lacks(own: dict[str, Any]) -> None:
-    donor = {**WINDOWLESS, **own}
-    found = adapted(donor, layers=[*cut(donor, [0, 1]), *cut(WINDOWED, [0, 1])])
-    assert (found["use_sliding_window"], found["sliding_window"]) == (True, 16)
-    assert found["max_window_layers"] == 3
-    assert found.get("layer_types") in (None, ["full_attention"] * 3 + ["sliding_attention"])
-    assert adapted(donor, layers=[*cut(donor, [0]), *cut(WINDOWED, [0])]) == donor
-    back = adapted(WINDOWED, layers=[*cut(WINDOWED, [0, 1]), *cut(donor, [1])])
-    assert (back["sliding_window"], back["layer_types"]) == (
-        16,
-        ["full_attention", "sliding_attention", "full_attention"],
-    )
-
-
-@pytest.mark.parametrize(
-    ("family", "key", "kind"),
-    [("olmo3", "sliding_window", "sliding_attention"), ("x", "attention_chunk_size", "chunked_attention")],
-)
-def test_a_window_of_none_is_filled(family: str, key: str, kind: str) -> None:
-    donor = {"model_type": family, "num_hidden_layers": 1, "layer_types": ["full_attention"], key: None}
-    other = {**donor, "layer_types": [kind], key: 8}
-    assert adapted(donor, layers=[*cut(donor, [0]), *cut(other, [0])])[key] == 8
-    assert adapted(other, layers=[*cut(donor, [0]), *cut({**other, key: 9}, [0])])[key] == 8
-
-
 def refused(donor: dict[str, Any], indices: Sequence[int], key: str, place: int) -> None:
     with pytest.raises(
         PlanError, match=f"output layer {place}, layer {indices[place]} of its model, .*{key}"
