@@ -243,7 +243,7 @@ def _unlike_kinds(module: NormalModule, models: Mapping[ModelReference, Model]) 
         sources = [(source.model, source.layer_range[0]) for source in piece.inputs if source.layer_range is not None]
         for reference in (lead.reference, *(reference for reference, _ in sources)):
             kinds.setdefault(reference, kinds_of(models[reference]))
-        for offset in range(end - start):
+        for offset in range(min(end, lead.anatomy.num_layers) - start):  # ranges beyond it are told later
             own, differ = _at(kinds[lead.reference], start + offset), []
             for reference, first in sources:
                 theirs = _at(kinds[reference], first + offset)
@@ -261,7 +261,7 @@ def _unlike_kinds(module: NormalModule, models: Mapping[ModelReference, Model]) 
 
 
 def _at(kinds: Sequence[Mapping[str, Any]], layer: int) -> Mapping[str, Any]:
-    return kinds[layer] if layer < len(kinds) else {}  # ranges beyond the stack are told later
+    return kinds[layer] if layer < len(kinds) else {}
 
 
 def _shortened(reference: ModelReference, problems: Mapping[str, Sequence[str]]) -> list[str]:
