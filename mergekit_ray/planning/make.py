@@ -126,24 +126,9 @@ def make_plan(
         if found is not None:
             warnings += leftover_warnings(found, where)
             lowering.dropped |= {f"{model.reference}: {name}": reason for name, reason in found.dropped.items()}
-    if lowering.layers is not None:
-        check_is_counted(donor, lowering.layers)
-        check_nothing_by_layer(donor, lowering.layers)
-        check_layer_order(donor, lowering.layers)
-    config = output_config(
-        donor_config,
-        layers=None if lowering.layers is None else [(m.checkpoint.config, i) for m, i in lowering.layers],
-        stacks=donor.anatomy.stacks,
-        main=donor.anatomy.main,
-        # diffusers' configs say nothing of dtypes.
-        dtype=None if stem == DIFFUSERS_STEM else stored or _most_common_dtype(lowering),
-        tied=lowering.tied,
-        vocab_size=lowering.vocab_size,
-    )
-    for stack, layers in lowering.towers.items():
-        set_tower(config, donor, stack, layers)
-    if not lowering.keeps_beyond:
-        config = without_beyond(config)
+    # diffusers' configs say nothing of dtypes.
+    dtype = None if stem == DIFFUSERS_STEM else stored or _most_common_dtype(lowering)
+    config = _config_of(lowering, donor, donor_config, dtype)
     for part in donor.weights.inputs.values():
         check_sizes(part)
     warnings += [
@@ -174,6 +159,28 @@ def make_plan(
         aliased=lowering.aliased,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _config_of(
+    lowering: Lowering, donor: Model, donor_config: Mapping[str, Any], dtype: DType | None
+) -> dict[str, Any]:
+    """The output's ``config.json``, which has to tell of the layers that were put together anew."""
+    if lowering.layers is not None:
+        check_is_counted(donor, lowering.layers)
+        check_nothing_by_layer(donor, lowering.layers)
+        check_layer_order(donor, lowering.layers)
+    config = output_config(
+        donor_config,
+        layers=None if lowering.layers is None else [(m.checkpoint.config, i) for m, i in lowering.layers],
+        stacks=donor.anatomy.stacks,
+        main=donor.anatomy.main,
+        dtype=dtype,
+        tied=lowering.tied,
+        vocab_size=lowering.vocab_size,
+    )
+    for stack, layers in lowering.towers.items():
+        set_tower(config, donor, stack, layers)
+    return config if lowering.keeps_beyond else without_beyond(config)
 
 
 def recipe_as_data(recipe: Recipe) -> dict[str, Any]:
