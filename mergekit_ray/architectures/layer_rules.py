@@ -40,7 +40,7 @@ class Rule:
 
     @property
     def can_be_said(self) -> bool:
-        """Whether it tells kinds; else it tells places, in which layers of one kind differ too."""
+        """Whether it gives kinds; otherwise it gives places, which differ between layers of one kind."""
         return self.say is not Rule.say
 
 

@@ -23,7 +23,7 @@ class Setting:
 
     Attributes:
         name: for messages: what most families call it.
-        spellings: keys it stands under, the first that is there counts.
+        spellings: the keys it may have; the first one present counts.
         read: its value from a config, or `UNSTATED`; None for what stands under the key.
         null_is_default: null says no more than silence.
     """
@@ -111,7 +111,7 @@ _LOCAL_LAYERS: Final = ("sliding_attention", "local_attention", "local")
 
 
 def _rope_theta(config: Mapping[str, Any]) -> Any:
-    """Versions of transformers differ in which of two places they read: both are told where they disagree."""
+    """Versions of transformers differ in which of two places they read: both are shown where they disagree."""
     places = [_rope(config, local=False).get("rope_theta"), _stated(config, _THETAS)]
     first, second = (x if isinstance(x, int | float) else UNSTATED for x in places)
     if first in (UNSTATED, second):

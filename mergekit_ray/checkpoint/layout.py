@@ -1,4 +1,4 @@
-"""Where everything lies in the output, before any weight is read. Pure.
+"""Where everything goes in the output, before any weight is read. Pure.
 
 Within a shard, tensors lie back to back, those with wider elements first, so that each begins at a multiple of its
 element size; layer groups are kept together where the shard size allows.

@@ -163,7 +163,7 @@ LayerRange = Annotated[tuple[int, int], PlainValidator(_parse_layer_range), Plai
 """First layer and the layer after the last, counted from 0."""
 
 ByteSize = Annotated[int, PlainValidator(parse_size), PlainSerializer(format_size)]
-"""A number of bytes, written as ``2GB`` and the like (see `mergekit_ray.config.sizes`)."""
+"""A number of bytes, written such as ``2GB`` (see `mergekit_ray.config.sizes`)."""
 
 Name = Annotated[str, BeforeValidator(_parse_text), Field(min_length=1)]
 

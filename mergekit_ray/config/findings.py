@@ -207,7 +207,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def without_echoes_inside(findings: Iterable[Finding], damaged: Collection[YamlPath]) -> list[Finding]:
-    """The findings that do not lie at or below a part of the recipe already found to be wrong."""
+    """The findings that are not at or below a part of the recipe already found to be wrong."""
     wrong = set(damaged)
     return [finding for finding in findings if not any(part in wrong for part in _prefixes(finding.path))]
 

@@ -68,7 +68,7 @@ class MethodDeclaration:
         propagates_non_finite: a NaN or infinity in any input always makes the result non-finite, so checking the
             result is enough.
         widens: with ``compute_dtype: inputs``, models are rounded to 16 bits where the recipe says so, and arithmetic
-            on them is float32 all the same, as it is in mergekit.
+            on them is float32 nevertheless, as it is in mergekit.
     """
 
     name: ClassVar[str]

@@ -25,7 +25,7 @@ from mergekit_ray.core.secrets import redact
 
 
 class MergekitRayError(Exception):
-    """Base of all errors that are told to a user in one paragraph.
+    """Base of all errors that are shown to a user as one paragraph.
 
     Args:
         what: what is wrong, naming the thing.

@@ -267,7 +267,7 @@ class Plan:
         """SHA-256 (hex) of all that was asked for: everything but the warnings and what `without_values` leaves out.
 
         A literal is a router made from prompts, which are in the recipe, by a model, which is among the inputs, and so
-        is the length of rows that are drawn for a router that is there. A merge finds its own work before it has made
+        is the length of rows that are drawn for an existing router. A merge finds its own work before it has made
         them, and on another kind of processor.
         """
         data = self.to_json()

@@ -1,4 +1,4 @@
-"""Sums of tensors as they lie in files, by compiled loops, without torch."""
+"""Sums of tensors as stored in files, by compiled loops, without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RUN_ELEMENTS: Final = 1 << 14
 
 
 class CompiledSum:
-    """A sum of tensors as they lie in files, or of their changes.
+    """A sum of tensors as stored in files, or of their changes.
 
     Args:
         merge: by a `SumMethod`.
@@ -57,7 +57,7 @@ class CompiledSum:
             if x.spec.dtype not in BITS:
                 return f"the loops take bfloat16 and float32, and a tensor is {x.spec.dtype.config_name}"
         if not all(isinstance(x, Load) for x in _read_by(expression)):
-            return "the loops take tensors as they lie in files, and an input is computed first"
+            return "the loops take tensors as stored in files, and an input is computed first"
         return None
 
     @classmethod
@@ -133,7 +133,7 @@ class _Runs:
 
     @property
     def are_aligned(self) -> bool:
-        """Whether every element lies where the processor would have it."""
+        """Whether every element is aligned."""
         return not (self.addresses % self.widths).any()
 
     def at(self, element: int) -> _Integers:

@@ -29,7 +29,7 @@ class Choice:
         strategy: the way.
         why: in words, for `plan --explain` and the debug log.
         compiled: what computes the tensor where the way is `Strategy.COMPILED`. What is not finite, and runs whose
-            bytes do not lie where the processor wants them, are left to torch even then.
+            bytes are not aligned, are left to torch even then.
     """
 
     strategy: Strategy

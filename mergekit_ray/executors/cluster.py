@@ -10,7 +10,7 @@ from mergekit_ray.evaluation.device.names import AUTO, CPU, CUDA
 
 
 def in_ray_cluster() -> bool:
-    """Whether this process runs inside a job submitted to a Ray cluster, or is told of one by ``RAY_ADDRESS``."""
+    """Whether this process runs inside a job submitted to a Ray cluster, or is pointed to one by ``RAY_ADDRESS``."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 

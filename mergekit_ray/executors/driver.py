@@ -241,7 +241,7 @@ def run_shards(
         The record of each shard by file name.
 
     Raises:
-        MergekitRayError: the first error that a retry cannot mend. Other shards in work are abandoned cleanly; finished
+        MergekitRayError: the first error that retrying cannot fix. Other shards in work are abandoned cleanly; finished
             ones stay for the next run.
         Interrupted: ``stop`` was set.
     """

@@ -76,7 +76,7 @@ def connect(address: str | None) -> None:
 
 
 def _silence() -> None:
-    """Keep Ray from printing what befalls its processes, on standard output: `RayExecutor` tells of lost workers.
+    """Keep Ray from printing what befalls its processes, on standard output: `RayExecutor` reports lost workers.
 
     ``log_to_driver`` does not concern these lines. They stay in Ray's own logs.
     """
@@ -129,7 +129,7 @@ def own_signals() -> Iterator[None]:
 
 
 def _check_listening(address: str) -> None:
-    """See that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process without a word.
+    """See that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process silently.
 
     Raises:
         StorageError: nobody does.
@@ -170,7 +170,7 @@ class Cluster:
 
         Raises:
             StorageError: Ray has ended on this machine. When an object is next stored or fetched, Ray ends this
-                process, too, with exit code 1 and without a word: at once if the cluster knows, 10 s later if not.
+                process, too, with exit code 1 and no message: at once if the cluster knows, 10 s later if not.
         """
         try:
             _reach(self._raylet)

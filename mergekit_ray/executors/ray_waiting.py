@@ -1,4 +1,4 @@
-"""While no worker is up: what keeps them from starting is told soon, and what can never start is refused."""
+"""While no worker is up: what keeps them from starting is reported soon, and what can never start is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_WORKER_SECONDS: Final = 300.0
 """Without any worker until the merge ends."""
 
 TELL_SECONDS: Final = 5.0
-"""Without any worker until it is told what is lacking."""
+"""Without any worker until the reason is reported."""
 
 MAX_DEATHS: Final = 3
 """Times that a worker may die while it starts."""

@@ -1,9 +1,9 @@
 """Workers that have stopped, and workers that are only slow.
 
 A worker that was stopped (a paused machine, SIGSTOP), or cannot be reached, answers nobody; one whose disk or store
-hangs answers, and gets nowhere. Both are told of, and after a while given up: their shards go to others. One that goes
-on, slower than the others, keeps its shard; when there is nothing else to do, another begins it as well, and the first
-to commit wins (Dean and Ghemawat, MapReduce, OSDI 2004, section 3.6).
+hangs answers, but gets nowhere. Both are reported and, after a while, given up: their shards go to others. A slow one
+keeps its shard; when there is nothing else to do, another worker starts the same shard, and the first to commit wins
+(Dean and Ghemawat, MapReduce, OSDI 2004, section 3.6).
 """
 
 from __future__ import annotations

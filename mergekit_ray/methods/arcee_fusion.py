@@ -108,7 +108,7 @@ def divergences(operands: Operands, rows: Lines) -> torch.Tensor:
         divergence.of_rows(x, base, rows.num_columns, SMALLEST_PROBABILITY, found.numpy())
         return found
 
-    # A row longer than a block is seen at one go all the same.
+    # A row longer than a block is seen at one go nevertheless.
     rows_per_block = max(operands.block_elements // rows.num_columns, 1)
     found = torch.cat(operands.map_blocks(measure, rows_per_block * rows.num_columns))
     return torch.where(found < _ROUNDING, 0.0, found)

@@ -86,7 +86,7 @@ class Cabs(ReduceMethod):
 
 
 def _gather(operands: Operands, start: int, stop: int) -> list[torch.Tensor]:
-    """All task vectors' elements ``[start, stop)``, read from the blocks they lie in."""
+    """All task vectors' elements ``[start, stop)``, read from the blocks that hold them."""
     import torch  # noqa: PLC0415 - declarations are read without torch
 
     def cut(chunk: Chunk) -> list[torch.Tensor]:

@@ -86,7 +86,7 @@ class IsoCts(SpectralMethod):
       singular values: ``Δ = σ̄ U⊥ V⊥ᵀ``.
 
     With ``s = 0`` this is `IsoC`. Directions with a zero singular value are left out of ``U`` and ``V`` (the paper
-    leaves them open), and count as zeros in the mean; a model that lies in the common space has no others. The result
+    leaves them open), and count as zeros in the mean; a model in the common space has no others. The result
     is unique where the k-th and (k+1)-th singular values of the sum differ, and the s-th and (s+1)-th of each model's;
     where they are equal, which of the equal directions are kept is up to the decomposition. Models equal to the base
     leave it as it is.
@@ -139,7 +139,7 @@ def directions_per_task(rank: int, num_tasks: int, common_space_fraction: float)
 def _residuals(
     tasks: TaskMatrices, common: Spectrum
 ) -> Callable[[Sequence[torch.Tensor], int, torch.Tensor], torch.Tensor]:
-    """Task matrices without what lies in the common left singular vectors of the weights as they are stored.
+    """Task matrices without what is in the common left singular vectors of the weights as they are stored.
 
     Returns:
         From rows of all task vectors, the number of a model, and the same rows of the common left singular vectors of

@@ -80,7 +80,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     Args:
         sink: the output.
         plan: to be carried out there.
-        overwrite: another model, or another plan's unfinished work, that is there may be replaced.
+        overwrite: another model, or another plan's unfinished work, that is already there may be replaced.
 
     Raises:
         PlanError: the place is taken, or it is not apart from the inputs (see `check_apart`).
@@ -142,7 +142,7 @@ def may_go(name: str, plan: Plan) -> bool:
 def check_twins(destination: Destination, plan: Plan) -> None:
     """See that names of the plan's files which differ only in case are two names at the output, as they were.
 
-    Whether they are is asked of a file that is there, `PLAN_FILE`.
+    Whether they are is asked of an existing file, `PLAN_FILE`.
 
     Raises:
         PlanError: they are one; names them.

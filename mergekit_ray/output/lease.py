@@ -314,7 +314,7 @@ def _take_over(sink: Sink, mine: Holder, version: str) -> bool:
 
 
 def _look(sink: Sink) -> tuple[Holder | None, str] | None:
-    """The lease that is there, with its version."""
+    """The present lease, with its version."""
     try:
         data, stat = sink.read_head(LEASE_FILE, MAX_LEASE_BYTES)
     except CheckpointError:

@@ -33,7 +33,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
         written: names of files that are written or replaced there, beside those of folders for work (`WORK_FOLDER`).
 
     Raises:
-        PlanError: the output is an input or in one, holds a file of one, or an input lies where the output's files go.
+        PlanError: the output is an input or in one, holds a file of one, or an input is where the output's files go.
     """
     for uri, files in inputs.items():
         place = (_cached(uri) if _is_folder(output) else None) or uri
@@ -49,7 +49,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
         under = _below(place, output)
         if under is not None and (under.startswith(WORK_FOLDER) or any(n.startswith(f"{under}/") for n in written)):
             raise PlanError(
-                f"an input lies where files of the output go: {uri}",
+                f"an input is where files of the output go: {uri}",
                 where=output,
                 remedy="write to another folder or prefix, or move the input",
             )

@@ -92,7 +92,7 @@ def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
         listed = [*found.conflicts[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
         raise ModelError(
             "no config.json can describe these models together:\n  " + "\n  ".join(listed),
-            remedy="take models of one architecture and size; --allow-config-conflicts goes on all the same",
+            remedy="take models of one architecture and size; --allow-config-conflicts merges them regardless",
         )
     return [f"the models' configs differ: {line}; {told}" for line in (*found.conflicts, *found.remarks)]
 
@@ -220,7 +220,7 @@ def _unlike_layers(module: NormalModule, models: Mapping[ModelReference, Model],
         for rest, shape in theirs.items():
             shapes = known.get(rest, set())
             if not shapes:
-                line = f"{at}.{rest} of {model.reference}: no layer of {donor.reference} has its like"
+                line = f"{at}.{rest} of {model.reference}: no layer of {donor.reference} has such a tensor"
             elif len(shapes) == 1 and shape not in shapes:
                 line = f"{at}.{rest}: {list(shape)} in {model.reference}, {list(*shapes)} in {donor.reference}"
             else:
@@ -243,7 +243,7 @@ def _unlike_kinds(module: NormalModule, models: Mapping[ModelReference, Model]) 
         sources = [(source.model, source.layer_range[0]) for source in piece.inputs if source.layer_range is not None]
         for reference in (lead.reference, *(reference for reference, _ in sources)):
             kinds.setdefault(reference, kinds_of(models[reference]))
-        for offset in range(min(end, lead.anatomy.num_layers) - start):  # ranges beyond it are told later
+        for offset in range(min(end, lead.anatomy.num_layers) - start):  # ranges beyond it are refused later
             own, differ = _at(kinds[lead.reference], start + offset), []
             for reference, first in sources:
                 theirs = _at(kinds[reference], first + offset)
@@ -286,7 +286,7 @@ def _stacked(module: NormalModule, models: Mapping[ModelReference, Model]) -> It
     """The layers that the output's stack is made of: model and number; of those merged into one, the first model's."""
     for piece in module.slices:
         model, bounds = _lead(piece, models)
-        for layer in range(bounds[0], min(bounds[1], model.anatomy.num_layers)):  # ranges beyond it are told later
+        for layer in range(bounds[0], min(bounds[1], model.anatomy.num_layers)):  # ranges beyond it are refused later
             yield model, layer
 
 

@@ -47,7 +47,7 @@ def cut_of(
         _check_range(base, recipe.base_layer_range, donor, stack)
     if is_all and base is not None:
         counts.setdefault(str(base.reference), base.anatomy.stacks.get(stack or "", 0))
-    if is_all and is_only:  # no slices: the config that the output gets tells of as many layers
+    if is_all and is_only:  # no slices: the config that the output gets describes as many layers
         counts.setdefault(str(donor.reference), donor.anatomy.stacks.get(stack or "", 0))
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items())

@@ -176,7 +176,7 @@ class _DenseLowering:
             self._tensors.partial.leave_out(name, having, beyond_part(name), where, reason)
 
     def _participants(self, cut: Cut) -> list[Model]:
-        """Who decides which tensors the output has: a slice's models, and the donor, whose config tells of them."""
+        """Who decides which tensors the output has: a slice's models, and the donor, whose config describes them."""
         return [*cut.models, *([] if self._donor in cut.models else [self._donor])]
 
     @staticmethod

@@ -33,7 +33,7 @@ class Cluster:
 
     @classmethod
     def parse(cls, text: str) -> Cluster:
-        """From ``nodes=8,link=25Gbit`` or ``nodes=8,link=25Gbit,store=100Gbit``; ``MB/s`` and the like are bytes.
+        """From ``nodes=8,link=25Gbit`` or ``nodes=8,link=25Gbit,store=100Gbit``; ``MB/s`` and similar are bytes.
 
         Raises:
             ConfigError: it says something else.

@@ -164,7 +164,7 @@ def make_plan(
 def _config_of(
     lowering: Lowering, donor: Model, donor_config: Mapping[str, Any], dtype: DType | None
 ) -> dict[str, Any]:
-    """The output's ``config.json``, which has to tell of the layers that were put together anew."""
+    """The output's ``config.json``, which has to describe the layers that were put together anew."""
     if lowering.layers is not None:
         check_is_counted(donor, lowering.layers)
         check_nothing_by_layer(donor, lowering.layers)

@@ -70,7 +70,7 @@ class TensorLowering:
             base: the base's.
             cut: the slice it is of.
             t: where in a gradient it stands, from 0 to 1.
-            donors: that of a donor which is not merged and whose config tells of the tensor.
+            donors: that of a donor which is not merged and whose config describes the tensor.
 
         Returns:
             Its spec, or nothing if it is left out (and named).

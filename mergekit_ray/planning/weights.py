@@ -38,7 +38,7 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """Tensors as they lie in a checkpoint's files.
+    """Tensors as stored in a checkpoint's files.
 
     Args:
         key: names the checkpoint in the plan.

@@ -108,7 +108,7 @@ class Window:
 
 
 def is_mapped(load: Load, run: tuple[int, int], mapped: AbstractSet[str]) -> bool:
-    """Whether a run of elements is used where it lies in a file of one of the ``mapped`` models."""
+    """Whether a run of elements is used in place in a file of one of the ``mapped`` models."""
     is_aligned = load.location.start % load.spec.dtype.itemsize == 0
     return load.model in mapped and is_aligned and _run_bytes(load, run) >= MIN_MAPPED_BYTES
 

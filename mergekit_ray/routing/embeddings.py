@@ -49,7 +49,7 @@ def embedding_rows(checkpoint: Checkpoint, name: str, tokens: Sequence[int]) -> 
 
 
 def as_numbers(rows: Bytes, dtype: DType) -> np.ndarray:
-    """Stored rows as float64, which holds every value of theirs.
+    """Stored rows as float64, which represents each value exactly.
 
     Raises:
         ValueError: they are no floating numbers.

@@ -65,7 +65,7 @@ def _rows(checkpoint: Checkpoint, names: Mapping[int, str]) -> dict[int, np.ndar
 
 
 def _close_warnings(present: Mapping[int, np.ndarray], vectors: Mapping[int, np.ndarray]) -> Sequence[str]:
-    """Say which new rows point where a row that is there already does."""
+    """Say which new rows point where an existing row does."""
     found: dict[tuple[int, int], list[int]] = {}
     for layer, rows in present.items():
         lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)

@@ -42,7 +42,7 @@ def as_transformers_has_it(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _phi_msft(checkpoint: Checkpoint) -> Checkpoint:
-    """Phi-1.5 and Phi-2 as Microsoft first published them: queries, keys and values lie in one matrix."""
+    """Phi-1.5 and Phi-2 as Microsoft first published them: queries, keys and values are one matrix."""
     config = checkpoint.config
     heads = _number(checkpoint, "n_head")
     width = _number(checkpoint, "n_embd")

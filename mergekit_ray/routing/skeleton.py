@@ -198,7 +198,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def move(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
         del module, name
-        # One that is there already may be shared by two modules, and must stay the same object.
+        # An existing one may be shared by two modules, and must stay the same object.
         if parameter.is_meta or threading.get_ident() != thread:
             return None
         return torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
@@ -292,7 +292,7 @@ def _check_stored(checkpoint: Checkpoint, needed: Mapping[str, Stored], kind: st
         if len(specs) == 1 and specs[0].shape != stored.shape:
             wrong.append(f"{name} has shape {list(specs[0].shape)} instead of {list(stored.shape)}")
         elif sum(spec.num_elements for spec in specs) != math.prod(stored.shape) or len({s.dtype for s in specs}) > 1:
-            wrong.append(f"{stored.names[0]} and its like are not {name} of shape {list(stored.shape)}")
+            wrong.append(f"{stored.names[0]} and others are not {name} of shape {list(stored.shape)}")
         elif not specs[0].dtype.is_floating:
             wrong.append(f"{name} holds {specs[0].dtype.value}")
     if wrong:

@@ -1,4 +1,4 @@
-"""What goes wrong with any store, and how users are told."""
+"""What goes wrong with any store, and the messages for it."""
 
 from __future__ import annotations
 

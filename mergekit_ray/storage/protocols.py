@@ -125,7 +125,7 @@ class MappableSource(Source, Protocol):
 
 @runtime_checkable
 class LinkedSource(Source, Protocol):
-    """A source where a file may be a link to another. `read` and its like refuse one that leads out of the model."""
+    """A source whose files may be links. `read` and the other methods refuse one that leads out of the model."""
 
     def check_links(self, is_wanted: Callable[[str], bool]) -> None:
         """See that every link of a wanted name leads to a file of the model: `list` leaves out those that lead nowhere.
@@ -201,7 +201,7 @@ class ConditionalSink(Sink, Protocol):
     """A sink that can replace a file only if nobody else has."""
 
     def replace(self, name: str, data: bytes, *, version: str) -> FileStat | None:
-        """Write a small file atomically if the one that is there is at ``version``: of several racers one succeeds.
+        """Write a small file atomically if the present one is at ``version``: of several racers one succeeds.
 
         Where a store cannot promise that, the class says so in its docstring.
 

@@ -52,7 +52,7 @@ class Parts:
         raise CancelledError
 
     def put(self, buffer: Bytes, num_bytes: int, finish: Callable[[], None] = _nothing) -> None:
-        """The next part lies in the first bytes of a buffer, once ``finish`` has returned."""
+        """The next part is in the first bytes of a buffer, once ``finish`` has returned."""
         self._parts.put((buffer, num_bytes, finish))
 
     def end(self) -> None:

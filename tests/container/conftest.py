@@ -1,7 +1,7 @@
 """The image under test, built once, and models for it.
 
 Environment variables:
-    MERGEKIT_RAY_IMAGE: an image that is there already, to be tested instead of one built from this tree.
+    MERGEKIT_RAY_IMAGE: an existing image, to be tested instead of one built from this tree.
     MERGEKIT_RAY_BUILD: options of ``docker/build.sh``, as a shell takes them.
 """
 

@@ -31,7 +31,7 @@ from mergekit_ray.core.errors import CheckpointError, ConfigError
 ROOT = Path(__file__).parents[2]
 MAX_MEMORY_MIB = 1024
 DATA_BYTES = 1 << 40
-"""Of the pretended files: any offset may lie in them."""
+"""Of the pretended files: any offset may be in them."""
 
 
 def header(data: bytes) -> None:

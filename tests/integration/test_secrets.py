@@ -1,4 +1,4 @@
-"""A credential that is planted wherever a URL may stand is in nothing that is printed or written."""
+"""A credential that is planted wherever a URL can be is in nothing that is printed or written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sound(models: ModelLibrary) -> dict[str, Any]:
 
 
 def planted(recipe: Mapping[str, Any], url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The recipe with a URL in each place where one may stand."""
+    """The recipe with a URL in each place where one can be."""
     first, *others = recipe["models"]
     yield "base_model", {**recipe, "base_model": url}
     yield "model", {**recipe, "models": [{**first, "model": url}, *others]}

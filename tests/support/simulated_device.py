@@ -8,7 +8,7 @@ Its tensors say that they are on another device and keep their numbers in host m
   waiting, or fills a buffer again before it was copied, gets wrong numbers;
 - it has only so many bytes;
 - what GPUs are known to round otherwise than CPUs do is rounded otherwise: division by a plain number, which is a
-  multiplication by its reciprocal there; sums, which are added in another order; exponentials and the like.
+  multiplication by its reciprocal there; sums, which are added in another order; exponentials and similar functions.
 
 Factories (``torch.empty(..., device=...)``) work in threads that have entered a lane, as they do under CUDA's streams.
 """

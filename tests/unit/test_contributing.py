@@ -41,7 +41,7 @@ def run(tree: Path, *command: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git knows, as it lies on the disk, with the examples."""
+    """A copy of what git knows, as it is on the disk, with the examples."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone: which files are of the tree is not known")
     tree = tmp_path_factory.mktemp("contribution")

@@ -65,7 +65,7 @@ class Wanted:
         num_experts: routed experts.
         experts_per_token: how many of them each token uses.
         has_shared: whether there is an expert that every token uses.
-        packed: whether all experts of a layer are to lie in one tensor for each projection.
+        packed: whether all experts of a layer go into one tensor for each projection.
     """
 
     num_experts: int

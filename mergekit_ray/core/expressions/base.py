@@ -157,7 +157,7 @@ def location_from_json(data: list[Any]) -> Location:
 @expression_kind("load")
 @dataclass(frozen=True, slots=True)
 class Load(Expression):
-    """The leaf of every tree: a tensor as it lies in a file.
+    """The leaf of every tree: a tensor as stored in a file.
 
     Attributes:
         model: key of the model in ``Plan.inputs``.

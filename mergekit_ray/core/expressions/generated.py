@@ -189,7 +189,7 @@ class Concat(Expression):
             raise ValueError(f"{self.spec.name!r} is {self.spec.dtype.value}, and not all of its parts are")
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """The parts of a run: ``(part, its first element, its last + 1, where that lies in the run)``."""
+        """The parts of a run: ``(part, its first element, its last + 1, where that is in the run)``."""
         begin = 0
         for index, part in enumerate(self.parts):
             end = begin + part.spec.num_elements

@@ -47,7 +47,7 @@ class BlockGrid:
         return -(-self.num_columns // self.block[1])
 
     def block_row(self, row: int) -> int:
-        """The row of blocks that a row lies in, counted through all matrices."""
+        """The row of blocks that contains a row, counted through all matrices."""
         matrix, within = divmod(row, self.matrix_rows)
         return matrix * -(-self.matrix_rows // self.block[0]) + within // self.block[0]
 

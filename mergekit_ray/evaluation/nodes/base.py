@@ -47,7 +47,7 @@ class Loaded(Protocol):
     """What a `Load` is filled from.
 
     Attributes:
-        start: flat index of the first element that is there.
+        start: flat index of the first element present.
     """
 
     @property
@@ -199,7 +199,7 @@ _UNGUARDED: Final = Guard()
 
 @node_of(Load)
 class LoadNode:
-    """Widens what lies in memory."""
+    """Widens what is in memory."""
 
     def __init__(self, load: Load, compilation: Compilation, guard: Guard) -> None:
         self.spec = load.spec

@@ -25,7 +25,7 @@ _GROUP = 2 * MXFP4_GROUP_BYTES
 
 
 def _e8m0_values() -> torch.Tensor:
-    """``2^(code - 127)`` for every code. The smallest is no normal number of float32, and exact all the same."""
+    """``2^(code - 127)`` for every code. The smallest is no normal number of float32, but exact."""
     values = torch.pow(2.0, torch.arange(256, dtype=torch.float64) - 127.0).to(torch.float32)
     values[list(E8M0_NON_FINITE)] = torch.nan
     return values
@@ -143,7 +143,7 @@ class Mxfp4Node(_Decoder):
             torch.mul(numbers[:, rows].view(shape), factor, out=out[:, rows].view(shape))
 
     def _transposed(self, piece: Loaded, rows_per_byte: int, box: Box, first: int, last: int) -> torch.Tensor:
-        """Bytes ``[first, last)`` of the columns and matrices of a box, as they would lie in the result (a view)."""
+        """Bytes ``[first, last)`` of the columns and matrices of a box, as they would be in the result (a view)."""
         _, num_rows, num_columns = self._shape
         width = num_rows // rows_per_byte
         stored = piece.run(box.a0 * num_columns * width, box.a1 * num_columns * width)
@@ -151,7 +151,7 @@ class Mxfp4Node(_Decoder):
 
 
 class Box(NamedTuple):
-    """A cuboid of a three-dimensional tensor whose elements lie in one run."""
+    """A cuboid of a three-dimensional tensor whose elements form one run."""
 
     a0: int
     a1: int

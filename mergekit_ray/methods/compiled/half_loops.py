@@ -1,4 +1,4 @@
-"""Loops over bfloat16 numbers as they lie in memory, in LLVM's language.
+"""Loops over bfloat16 numbers in memory, in LLVM's language.
 
 A step of such a loop is `WIDTH` elements: they are widened to float32, combined, rounded and stored without leaving the
 processor's registers. What numba makes of the same in Python goes through the cache at each operation. Operations and

@@ -194,7 +194,7 @@ add_pairs_of_three: Any = intrinsic(_to_add_pairs(3))
 """The same for three runs, of which there are six pairs: as many lanes as an ordinary processor's registers hold."""
 
 add_pairs_of_two_halves: Any = intrinsic(_to_add_pairs_of_halves(2, has_base=False))
-"""`add_pairs_of_two` of runs of bfloat16 as they lie in memory.
+"""`add_pairs_of_two` of runs of bfloat16 in memory.
 
 Arguments are the address of the runs' addresses (int64), the address of a base, which element begins, whole rounds, and
 the address of the first row of lanes.

@@ -1,4 +1,4 @@
-"""Inner products of tensors, or of their changes, from the numbers as they lie in memory, without torch.
+"""Inner products of tensors, or of their changes, from the numbers in memory, without torch.
 
 Arguments are those of `mergekit_ray.methods.compiled.runs`. Products of float32 numbers are exact in float64.
 """

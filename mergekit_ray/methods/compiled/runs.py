@@ -1,4 +1,4 @@
-"""Runs of 16- and 32-bit numbers as they lie in memory, read and written a block at a time.
+"""Runs of 16- and 32-bit numbers in memory, read and written a block at a time.
 
 Numbers are given by address, so that any number of tensors, of either width, is one kind of argument: a run of each is
 float32 (4 bytes wide) or bfloat16 (2 bytes), its upper half.

@@ -1,4 +1,4 @@
-"""Sums of tensors, or of their changes, from the numbers as they lie in memory, a long run in one call, without torch.
+"""Sums of tensors, or of their changes, from the numbers in memory, a long run in one call, without torch.
 
 Arguments are those of `mergekit_ray.methods.compiled.runs`. Calls are few and long because a thread that returns from
 one waits for the interpreter. The operations and their order are those of `methods.shared.accumulate`, bit for bit:

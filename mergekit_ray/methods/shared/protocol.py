@@ -98,8 +98,8 @@ class ElementwiseMethod(MethodDeclaration):
     Attributes:
         portable: whether what it chooses (which elements are kept, say) is the same on every processor. It is where
             choices follow from additions, multiplications, divisions, square roots and comparisons, which are rounded
-            alike everywhere; not where they follow from exponentials and the like. A method that is not portable works
-            on the CPU only.
+            alike everywhere; not where they follow from exponentials and similar functions. A method that is not
+            portable works on the CPU only.
     """
 
     access: ClassVar[Access] = Access.ELEMENTWISE

@@ -38,7 +38,7 @@ def row_length(shape: tuple[int, ...]) -> int:
 def run_elements(length: int, block_elements: int = BLOCK_ELEMENTS) -> int:
     """Elements of whole rows that are about a block and make whole bytes of a mask.
 
-    A row longer than a block is seen at one go all the same: memory grows with it.
+    A row longer than a block is seen at one go nevertheless: memory grows with it.
     """
     least = ALIGNMENT // gcd(ALIGNMENT, length) if length else 1
     return max(block_elements // max(length, 1) // least, 1) * least * max(length, 1)

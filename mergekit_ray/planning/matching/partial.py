@@ -1,7 +1,7 @@
 """Tensors that only some of the models have: copied from one of them, left out, or an error.
 
 What ``config.json`` does not count as the model's layers (modules for multi-token prediction, towers of other
-modalities, poolers, classifier heads) is an extra: without a word in the recipe, the output has what the model has
+modalities, poolers, classifier heads) is an extra: unless the recipe says otherwise, the output has what the model has
 whose config it gets. A tensor of the stack proper or its embedding is none, and must be in all models; so must a head,
 but for models whose class has another one, or none.
 """

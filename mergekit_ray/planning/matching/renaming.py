@@ -79,7 +79,7 @@ def renamed(model: Model, donor: Model, rules: Rules) -> Model:
 
 
 def notes(model: Model, seen: Model) -> list[str]:
-    """What the user is told of a model that is seen under other names."""
+    """The message about a model whose tensors are seen under other names."""
     ours, theirs = model.anatomy.main, seen.anatomy.main
     return [] if ours == theirs else [f"the layers of {model.reference}, {ours}.*, are merged as {theirs}.*"]
 

@@ -34,7 +34,7 @@ class Mixture:
         family: that it belongs to.
         names: of its tensors.
         num_experts: routed experts of each layer.
-        packed: whether all experts of a layer lie in one tensor for each projection.
+        packed: whether all experts of a layer are in one tensor for each projection.
         sparse_layers: those with experts; others stay as they are.
 
     Raises:

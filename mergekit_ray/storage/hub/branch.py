@@ -296,7 +296,7 @@ class WorkingBranch:
 
 
 def is_note(name: str) -> bool:
-    """Whether a file is for the merge itself and not for its readers: what lies in a folder named with a dot."""
+    """Whether a file is for the merge itself and not for its readers: what is in a folder named with a dot."""
     return name == BASE_FILE or (name.startswith(".") and "/" in name)
 
 

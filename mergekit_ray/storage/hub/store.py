@@ -36,7 +36,7 @@ class HubStore:
 
     What a rerun can do: it finds the shards that were committed, with their records, and goes on from there, on any
     machine. What it cannot: a shard whose upload broke off is computed and sent again. `put` commits at once only what
-    lies in a folder named with a dot; all else is held in memory until `finish`, seen by this object alone, and lost
+    is in a folder named with a dot; all else is held in memory until `finish`, seen by this object alone, and lost
     with its process. That costs a rerun little: side files are written again when all shards are there.
 
     As a `GuardedSink` it makes each commit follow one in which the guard was satisfied, and publishes to ``main`` only

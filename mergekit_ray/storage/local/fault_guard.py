@@ -1,6 +1,6 @@
 """Mapped files that shrink, or whose disk fails, while their bytes are in use.
 
-The kernel answers an access to such a page with SIGBUS, which ends the process without a word. Reading into buffers
+The kernel answers an access to such a page with SIGBUS, which ends the process silently. Reading into buffers
 instead would be told an error, but costs every merge a copy of all its inputs: a fifth of its processor time, measured.
 So a signal handler puts zeros in the place of what cannot be read, notes it, and lets the access go on; whoever used
 the bytes asks afterwards and throws the result away. The handler is machine code of a few instructions that calls

@@ -38,7 +38,7 @@ def check_link(root: Path, path: Path) -> None:
 
     Args:
         root: the model's folder.
-        path: a file below it that is there.
+        path: an existing file below it.
 
     Raises:
         CheckpointError: a link leads elsewhere; names it and its target.
@@ -59,7 +59,7 @@ def check_link(root: Path, path: Path) -> None:
 
 
 def check_written(root: Path, path: Path, *, itself: bool = False) -> None:
-    """See that a file which is to be written or removed lies in the output itself.
+    """See that a file which is to be written or removed is in the output itself.
 
     Args:
         root: the output's folder, which may be a link.
@@ -120,7 +120,7 @@ def check_links(root: Path, is_wanted: Callable[[str], bool]) -> None:
 
     Raises:
         CheckpointError: as `check_link`; or a link leads nowhere, or to a folder with wanted files, which are not
-            listed; or one is a pipe or the like.
+            listed; or one is a pipe or something similar.
     """
     for folder, folders, files in os.walk(root):
         for path in (Path(folder, name) for name in sorted([*folders, *files])):

@@ -52,7 +52,7 @@ def complete_upload(
         client: a boto3 S3 client, see `storage.s3.faults.retried`.
         upload: its bucket, key and id.
         parts: what the answer to each part's request said of it, by number.
-        find: the version of the object that is there, if it may be this one.
+        find: the version of the object already there, if it may be this one.
         where: URI, for messages.
 
     Raises:

@@ -57,7 +57,7 @@ def write(folder: Path, files: list[Mapping[str, torch.Tensor]], config: Mapping
 
 
 class Fp8Model:
-    """A Llama with 8-bit matrices; the scales lie in a file of their own.
+    """A Llama with 8-bit matrices; the scales are in a file of their own.
 
     Attributes:
         folder: the checkpoint.

@@ -29,7 +29,7 @@ _SAMPLE = re.compile(r"(?P<name>ray_merge_\w+)\{(?P<tags>.*)\} (?P<value>\S+)")
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayHead]:
-    """A node that this process is connected to, and that is told of metrics twice a second."""
+    """A node that this process is connected to, and that receives metrics twice a second."""
     import ray
 
     often = {"RAY_metrics_report_interval_ms": "500"}
@@ -63,7 +63,7 @@ def test_a_merge_is_counted(head: RayHead, models: ModelLibrary, tmp_path: Path)
     found: dict[str, float] = {}
 
     def all_told() -> bool:
-        # Gauges are told of for as long as they are set, counters for good.
+        # Gauges are reported for as long as they are set, counters for good.
         found.update(samples(head.get(head.metrics), out))
         return not running.is_running and found.get("ray_merge_shards_done_total") == len(running.result().plan.shards)
 

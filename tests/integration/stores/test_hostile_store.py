@@ -1,4 +1,4 @@
-"""A store that fails: what passes is absorbed, what lasts is told, and nothing is half-published."""
+"""A store that fails: what passes is absorbed, what lasts is reported, and nothing is half-published."""
 
 from __future__ import annotations
 

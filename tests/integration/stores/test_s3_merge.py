@@ -47,7 +47,7 @@ class Home:
         return {**kept, **own, **server.environment, **changes}
 
     def files(self) -> list[str]:
-        """Everything that lies in them."""
+        """Everything in them."""
         return sorted(str(path) for folder in self.folders.values() for path in folder.rglob("*"))
 
 

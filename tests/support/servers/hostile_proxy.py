@@ -227,4 +227,4 @@ FAULTS: Mapping[str, Callable[[_Handler, bytes], None]] = {
 """What can go wrong with a request, by name."""
 
 TRANSIENT = ("error 500", "error 503", "error 429", "reset", "lost answer", "short body", "slow", "wrong body")
-"""What another try mends."""
+"""What retrying fixes."""

@@ -50,7 +50,7 @@ class RayCluster:
         import ray
         from ray.cluster_utils import Cluster
 
-        # Sockets lie in it, and their paths may have 107 characters.
+        # It holds sockets, whose paths may have 107 characters.
         self._folder = tempfile.mkdtemp(prefix="ray-")
         # So does the address of the cluster that was started last, in a folder that Ray does not make: other test runs
         # on this machine have their own.

@@ -62,7 +62,7 @@ class RayHead:
 
     def __enter__(self) -> Self:
         port, page, client, agent, agent_grpc, metrics = self._ports
-        # Sockets lie in it, and their paths may have 107 characters.
+        # It holds sockets, whose paths may have 107 characters.
         self._folder = tempfile.mkdtemp(prefix="ray-")
         ports = [f"--port={port}", f"--dashboard-port={page}", f"--ray-client-server-port={client}"]
         ports += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]

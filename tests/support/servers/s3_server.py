@@ -53,7 +53,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables by which boto3 and its like find the server."""
+        """Environment variables by which boto3 and others find the server."""
         variables = {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,

@@ -16,7 +16,7 @@ LAYERS, TOWER_LAYERS = 6, 2
 
 VOCAB = 128
 FIRST_PLACEHOLDER = 100
-"""The ids from here on stand for images and the like; texts use those below."""
+"""The ids from here on stand for images and so on; texts use those below."""
 
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 4, 2, 16
 

@@ -1,4 +1,4 @@
-"""Which workers are told of, given up, and helped out."""
+"""Which workers are reported, given up, and helped out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes that lie in stores."""
+"""Recipes in stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs that are inputs by another path, and those that lie in one another."""
+"""Outputs that are inputs by another path, and those that contain one another."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TestFolders:
         with pytest.raises(PlanError, match="the output is one of the inputs"):
             check(model, place / "model")
         check(model, place / "merged")
-        with pytest.raises(PlanError, match="an input lies where files of the output go"):
+        with pytest.raises(PlanError, match="an input is where files of the output go"):
             check(model, place, "model/x.safetensors")
 
     def test_a_mounted_file(self, model: Path, tmp_path: Path, bind: Callable[[Path, Path], Path]) -> None:
@@ -123,12 +123,12 @@ class TestFolders:
 
     def test_above_an_input(self, model: Path, tmp_path: Path) -> None:
         check(model, tmp_path, FILE, "config.json", "model-2/x")
-        with pytest.raises(PlanError, match=f"an input lies where files of the output go: {model}"):
+        with pytest.raises(PlanError, match=f"an input is where files of the output go: {model}"):
             check(model, tmp_path, "model/x.jinja")
         notes = tmp_path / ".mergekit-ray" / "digest"
         notes.mkdir(parents=True)
         for place in (notes, notes.parent):
-            with pytest.raises(PlanError, match="an input lies where"):
+            with pytest.raises(PlanError, match="an input is where"):
                 check(place, tmp_path)
 
 
@@ -165,7 +165,7 @@ class TestPrefixes:
 
     def test_where_files_of_the_output_go(self) -> None:
         for model in ("s3://b/.mergekit-ray/d/staged", "s3://b/additional_chat_templates"):
-            with pytest.raises(PlanError, match="an input lies where"):
+            with pytest.raises(PlanError, match="an input is where"):
                 check_apart({model: []}, "s3://b", ["additional_chat_templates/x.jinja"])
 
     def test_spellings_that_the_store_takes_for_one(self) -> None:

@@ -232,7 +232,7 @@ def test_layers_with_tensors_that_the_donor_does_not_know() -> None:
     biased = llama_shapes(2) | {f"model.layers.{i}.self_attn.q_proj.bias": (4,) for i in range(2)}
     a, b = of("/a", llama_shapes(2)), of("/b", biased)
     assert refusal(CUT, a, b) == [
-        "model.layers.0.self_attn.q_proj.bias of /b: no layer of /a has its like (and so in 1 more layers)"
+        "model.layers.0.self_attn.q_proj.bias of /b: no layer of /a has such a tensor (and so in 1 more layers)"
     ]
     turned = CUT.replace("/a", "/x").replace("/b", "/a").replace("/x", "/b")
     assert refusal(turned, a, b) == [

@@ -109,7 +109,7 @@ def test_what_is_mapped_is_held_by_nobody_and_results_leave_in_parts() -> None:
     assert mapped.memory_bytes == BATCH_BYTES + result
     [one] = windows(large, mapped={"m9"})
     assert one.memory_bytes == num_elements * 2 + BATCH_BYTES + result
-    # Small pieces are read all the same, and so are those that do not lie where the processor wants them.
+    # Small pieces are read all the same, and so are those that are not aligned.
     assert not is_mapped(load(0, MIB // 2 - 1), (0, MIB // 2 - 1), {"m0"})
     spec = TensorSpec("w", DType.BF16, (MIB,))
     assert is_mapped(load(0, MIB), (0, MIB), {"m0"})

@@ -1,4 +1,4 @@
-"""What people and logs are told, by a clock that the test turns."""
+"""What people and logs see, by a clock that the test turns."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_configs_that_do_not_fit_are_refused(config: dict[str, Any], message: st
 
 
 class TestWhatCannotBeRouted:
-    """It is told before anything is read, without paths of our own and advice that cannot be followed."""
+    """It is reported before anything is read, without paths of our own and advice that cannot be followed."""
 
     PROMPTS = ((["the capital"], []), (["Paris"], []))
 

@@ -19,7 +19,7 @@ from support.shards import BUDGETS, big_model, files_below, load_of, long_tensor
 
 
 def test_tensors_at_odd_places_of_a_file(tmp_path: Path) -> None:
-    """The format allows headers of any length; numbers then lie where no processor would put them."""
+    """The format allows headers of any length; numbers are then unaligned."""
     data = [torch.randn(90_001, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16) for i in range(2)]
     models = []
     for name, tensor in zip("ab", data, strict=True):

@@ -1,4 +1,4 @@
-"""Inner products of numbers as they lie in memory, beside a plain sum over the same lanes."""
+"""Inner products of numbers in memory, beside a plain sum over the same lanes."""
 
 from __future__ import annotations
 

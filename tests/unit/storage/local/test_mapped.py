@@ -72,7 +72,7 @@ def test_a_file_that_is_written_to_while_it_is_used_is_refused(tmp_path: Path, d
     found = LocalStore(tmp_path).map_range("file", 0, SIZE)
     with (tmp_path / "file").open("r+b") as file:
         file.write(b"other")
-    os.utime(tmp_path / "file", ns=(1, 1))  # clocks of file systems may stand still for milliseconds
+    os.utime(tmp_path / "file", ns=(1, 1))  # clocks of file systems may not advance for milliseconds
     with pytest.raises(CheckpointError, match="changed"):
         found.check()
 
