@@ -187,15 +187,16 @@ class LocalUpload:
         """See `Upload.abort`."""
         if self._file is not None:
             self._file.discard()
-        if self._temporary is not None:
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
             with contextlib.suppress(OSError):
-                self._temporary.unlink()
-            self._temporary = None
-            prune_empty_folders(self._path.parent, self._root)
+                temporary.unlink()
         if self._fd is not None:
             fd, self._fd = self._fd, None
             with contextlib.suppress(OSError):
                 os.close(fd)
+        if temporary is not None:
+            prune_empty_folders(self._path.parent, self._root)  # FUSE and NFS hide a file in it while that is open
 
     def _remove_stale(self) -> None:
         for entry in temporaries_of([self._path]):
