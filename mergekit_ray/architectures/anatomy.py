@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from mergekit_ray.architectures.ties import unstored_copies
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import TensorSpec
 
@@ -101,6 +102,7 @@ class Anatomy:
         tied: whether the head's weight is the embedding's.
         vocabulary: names whose first dimension is the vocabulary.
         redundant: names in the file that a tied model ignores (a stored copy of the embedding as head).
+        copies: names beside the head that a tied model leaves out, each with the stored tensor that it copies.
     """
 
     stacks: Mapping[str, int]
@@ -113,6 +115,7 @@ class Anatomy:
     tied: bool
     vocabulary: frozenset[str]
     redundant: frozenset[str] = field(default_factory=frozenset)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -264,6 +267,7 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
         tied=tied,
         vocabulary=heads | _copies(outside, specs, embedding),
         redundant=redundant,
+        copies=unstored_copies(specs, embedding) if tied else {},
     )
 
 

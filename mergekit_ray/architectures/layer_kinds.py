@@ -232,14 +232,6 @@ def _zamba(config: Config, index: int, _: int) -> str:
     return "hybrid" if (index == 2 if index < 3 else (index - 3) % period == offset) else LINEAR
 
 
-def _zamba2_block(config: Config, index: int, _: int) -> int | None:
-    """Which of the hybrid layers it is: they use shared blocks in turn, each with adapters of its own."""
-    listed = items(config, "layers_block_type")
-    if index >= len(listed) or listed[index] != "hybrid":
-        return None
-    return len([kind for kind in listed[:index] if kind == "hybrid"])
-
-
 def _recurrent_gemma(config: Config, index: int, _: int) -> str:
     period = items(config, "block_types") or ("recurrent", "recurrent", "attention")
     return str(period[index % len(period)])
@@ -350,7 +342,6 @@ RULES = (
     list_rule("layer_types", "lfm3", _lfm3),
     Rule("layer_types", list_rule("layer_types", "", _kimi).kinds, _say_kimi, _named("kimi_linear")),
     list_rule("layers_block_type", "zamba", _zamba),
-    Rule("num_mem_blocks", each(_zamba2_block), families=_named("zamba2")),
     Rule("block_types", each(_recurrent_gemma), lambda _, kinds: {"block_types": kinds}, _named("recurrent_gemma")),
     Rule("attention_types", _gpt_neo, lambda _, kinds: {"attention_types": [[kinds, 1]]}, _named("gpt_neo")),
     # Experts in some layers.

@@ -129,12 +129,13 @@ class Waiting:
             )
         deaths = min((self._cluster.restarts(handle) for handle in handles), default=0)
         if not self._was_up and deaths >= MAX_DEATHS:
-            lacking = f"each has died {deaths} times or more while it started"
+            lacking = f"each has died {deaths} times or more while it started, as when Ray kills it for lack of memory"
         if waited > NO_WORKER_SECONDS or (waited > TELL_SECONDS and not self._was_up and deaths >= MAX_DEATHS):
             raise StorageError(
                 f"no worker came up within {waited:.0f} s: each asks for {describe(request)}; {lacking}",
                 where="the Ray cluster",
-                remedy="see `ray status` and the workers' logs; ask for less with --memory and --workers, or add nodes",
+                remedy="see `ray status`, the workers' logs and raylet.out on their nodes; ask for less with --memory "
+                "and --workers, or add nodes",
             )
         if waited >= TELL_SECONDS and lacking != self._told:
             self._told = lacking

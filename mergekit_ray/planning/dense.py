@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mergekit_ray.architectures.anatomy import is_buffer
 from mergekit_ray.architectures.heads import lacks_head, may_have_head, unstored_head
+from mergekit_ray.architectures.ties import ties_more
 from mergekit_ray.config.normal import NormalModule
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
@@ -268,9 +269,27 @@ class _DenseLowering:
                     self._result.aliased[name] = embedding
                     self._tensors.used.add((model.key, name))
             return [name for name in names if name not in heads]  # an untied donor's, which is not merged
-        elsewhere = any(p is not None and p != prefix and below(heads[0], p) for p in self._prefixes)
-        exists = any(self._outside_operand(model, heads[0]).exists for model in self._participants(last))
-        return names if heads[0] in names or elsewhere or not exists else sorted([*names, heads[0]])
+        self._check_can_be_untied([*first.models, *last.models, self._donor])
+        copies = {name for model in self._participants(last) for name in model.anatomy.copies}
+        wanted = [
+            name
+            for name in (heads[0], *copies - self._result.expressions.keys())
+            if any(self._outside_operand(model, name).exists for model in self._participants(last))
+            and not any(p is not None and p != prefix and below(name, p) for p in self._prefixes)
+        ]
+        return sorted({*names, *wanted})
+
+    @staticmethod
+    def _check_can_be_untied(models: Sequence[Model]) -> None:
+        tied = next((m for m in models if m.anatomy.tied and ties_more(m.checkpoint.config)), None)
+        if tied is not None:
+            raise PlanError(
+                "the output's head would not be its embedding, and the class ties other tensors to each other as well: "
+                "transformers unties all or nothing",
+                where=f"model {tied.reference}",
+                remedy="take the layers before the first and after the last slice from the same model, and merge tied "
+                "models only with tied ones",
+            )
 
     @staticmethod
     def _head_names(first: Cut, last: Cut) -> list[str]:
@@ -306,7 +325,7 @@ class _DenseLowering:
         is_tied = anatomy.tied and not lacks_head(model.checkpoint.config)
         if anatomy.embedding is not None and is_tied and (is_head or name in anatomy.redundant):
             return Operand(model, anatomy.embedding)
-        return Operand(model, name)
+        return Operand(model, anatomy.copies.get(name, name))
 
     def _add_group(self, group: list[TensorSpec]) -> None:
         if group:

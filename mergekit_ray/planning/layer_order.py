@@ -16,6 +16,7 @@ from mergekit_ray.architectures.anatomy import (
     language_view,
 )
 from mergekit_ray.architectures.layer_kinds import rules_of
+from mergekit_ray.architectures.ties import shares_layers
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.lowering import Model
 
@@ -24,8 +25,8 @@ T = TypeVar("T")
 _LIST_ITEM = re.compile(r"\.\d+$")
 """The end of the name of a parameter in a list of parameters."""
 
-_GOING_TOGETHER = ("cross_layer_interval", "num_layers_per_stack", GROUP_COUNT_KEY)
-"""Keys of families whose layers go together with those of another stack (IDEFICS, HRM), or share weights (ALBERT)."""
+_GOING_TOGETHER = ("cross_layer_interval", "num_layers_per_stack", GROUP_COUNT_KEY, "num_mem_blocks")
+"""Keys of families whose layers go with those of another stack (IDEFICS, HRM), or share weights (ALBERT, Zamba2)."""
 
 _VECTOR = re.compile(r"(norm\w*|ln_f)\.weight$|bias$")
 """What has an element for each hidden unit, of which there may be as many as layers."""
@@ -81,9 +82,13 @@ def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
         PlanError: it does not, or XLM's way: a list of attentions, one of feed-forward networks, and so on.
     """
     stack, count = donor.anatomy.main, donor.anatomy.num_layers
+    where, remedy = f"slices, model {donor.reference}", "merge all layers in their order, without slices"
+    if shares_layers(donor.checkpoint.config) and any(model is not donor for model, _ in layers):
+        raise PlanError(
+            f"layers of {stack!r} share weights, which slices of several models would mix", where=where, remedy=remedy
+        )
     if stack is None or [index for _, index in layers] == list(range(count)):
         return
-    where, remedy = f"slices, model {donor.reference}", "merge all layers in their order, without slices"
     parent = stack.rpartition(".")[0]
     for other, its_count in donor.anatomy.stacks.items():
         if other != stack and its_count == count and other.rpartition(".")[0] == parent:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from mergekit_ray.architectures.anatomy import Anatomy, anatomy, language_config, stating
 from mergekit_ray.architectures.heads import unstored_head
+from mergekit_ray.architectures.ties import ties_more
 from mergekit_ray.checkpoint.adapter import Adapter, Change
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.spelling import nearest
@@ -190,9 +191,16 @@ class AdapterFit:
                 "the class calls a head of its own",
                 _MERGE_WITH_PEFT,
             )
-        self.tensors[head] = Tensor(source=embedding)
-        spec = self._base_specs[embedding]
-        self.specs[head] = TensorSpec(head, spec.dtype, spec.shape)
+        if ties_more(self._base_config):
+            raise self._fault(
+                "it stores the embedding or the head whole, and the base's class ties other tensors to each other as "
+                "well: transformers unties all or nothing",
+                _MERGE_WITH_PEFT,
+            )
+        for name, original in {head: embedding, **self._anatomy.copies}.items():
+            self.tensors[name] = Tensor(source=original)
+            spec = self._base_specs[original]
+            self.specs[name] = TensorSpec(name, spec.dtype, spec.shape)
         changed = copy.deepcopy(dict(self._base_config))
         for part in [changed, *stating(changed, "tie_word_embeddings")]:
             part["tie_word_embeddings"] = False

@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import mergekit_ray
-from mergekit_ray.core.errors import ModelError
 from support.models import config_of, tensors_of
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -103,14 +102,6 @@ def test_an_untied_model_beside_a_tied_one_unties(class_name: str, tmp_path: Pat
     mean = (tensors_of(tied)[embedding] + tensors_of(untied)[head]) / 2
     torch.testing.assert_close(model.get_output_embeddings().weight, mean)
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
-
-
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "RobertaForMaskedLM"])
-def test_a_bias_that_only_untied_models_have_is_refused_by_name(class_name: str, tmp_path: Path) -> None:
-    tied = made(tmp_path / "tied", class_name, TIED[class_name][0], 0)
-    untied = made(tmp_path / "untied", class_name, TIED[class_name][0], 1, tie_word_embeddings=False)
-    with pytest.raises(ModelError, match=r"decoder\.bias: in .*untied, not in .*tied"):
-        mergekit_ray.merge(average(tied, untied), tmp_path / "out")
 
 
 def test_a_model_without_a_head_gets_none_and_no_warning(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ BY_DEPTH |= {"store_full_length_kv"}
 MULTIMODAL = {"dots3_note"}
 """Families whose configs have a text model inside, which is in the sweep by itself."""
 
-RULED = {family for rule in RULES for family in rule.families} | {"lfm2", "qwen3_moe"}
+RULED = {family for rule in RULES for family in rule.families} | {"lfm2", "qwen3_moe", "zamba2"}
 FAMILIES = sorted(family for family in RULED - MULTIMODAL if family in CAUSAL)
 
 
