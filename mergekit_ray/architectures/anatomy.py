@@ -19,6 +19,8 @@ from mergekit_ray.core.tensors import TensorSpec
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks", "layers")
 """Names under which ``config.json`` gives the number of layers of the main stack."""
 
+_MODALITIES = (re.compile(r"vision|visual|image|(^|[._])vit([._]|$)"), re.compile(r"audio|speech"))
+
 GROUP_COUNT_KEY = "num_hidden_groups"
 """Name of the number of layers that are stored where the model's layers share them (ALBERT)."""
 
@@ -284,7 +286,13 @@ def _main_stack(
         )
 
     fitting = [s for s, by_layer in found.items() if expected is None or max(by_layer) + 1 == expected]
-    return max(fitting or list(found), key=lambda s: (num_elements(s), s))
+    of_language = [s for s in fitting if modality_of(s) is None]
+    return max(of_language or fitting or list(found), key=lambda s: (num_elements(s), s))
+
+
+def modality_of(stack: str) -> re.Pattern[str] | None:
+    """What finds the modality that a tower is for in its name, and in names of parts of configs; None of language."""
+    return next((kind for kind in _MODALITIES if kind.search(stack.lower())), None)
 
 
 def _embedding(outside: Iterable[str], specs: Mapping[str, TensorSpec]) -> str | None:

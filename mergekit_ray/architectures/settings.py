@@ -6,6 +6,7 @@ make a merge of them meaningless (4 heads of 8 and 2 of 16), `NUANCES` those tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -148,6 +149,13 @@ def _window(config: Mapping[str, Any]) -> Any:
 
 def _window_layers(config: Mapping[str, Any]) -> Any:
     return config.get("max_window_layers", UNSTATED) if config.get("use_sliding_window") else UNSTATED
+
+
+def _class(config: Mapping[str, Any]) -> Any:
+    """The class of a text model: heads of the same name may mean other things. Multimodal ones have several names."""
+    names = config.get("architectures")
+    is_text = not any(isinstance(config.get(key), Mapping) for key in TEXT_CONFIG_KEYS)
+    return names[0] if is_text and isinstance(names, list) and names and isinstance(names[0], str) else UNSTATED
 
 
 def _labels(config: Mapping[str, Any]) -> Any:
@@ -302,6 +310,7 @@ NUANCES: Final = (
 )
 
 OUTER: Final = (
+    Setting("architectures", ("architectures",), _class),
     Setting("id2label", ("id2label",), _labels),
     *_settings(
         ("problem_type",),
@@ -317,3 +326,38 @@ OUTER: Final = (
     ),
 )
 """Of the whole model rather than its parts: what the rows of a head mean, and where other modalities go."""
+
+_OF_TRAINING: Final = re.compile(
+    r"dropout|_drop\b|_pdrop$|drop_(rate|path)|droprate|layerdrop|initial|(^|_)init_|_std$|_std_|loss|_coef|jitter|noise"
+    r"|^mask_|mask_(time|feature)|^aux_|seq_aux|gradient|checkpointing|^ctc_|time_step_(min|max|floor)|rescale_prenorm"
+)
+_OF_RUNNING: Final = re.compile(
+    r"^_|use_cache|cache_implementation|flash|kernel|fused|_impl$|attn_implementation|torchscript|^output_|return_dict"
+    r"|chunk_size_feed_forward|pretraining_tp|_size_per_|^ep_size$|batch|^(torch_)?dtype$|_dtype$|residual_in_fp32"
+)
+_OF_GENERATION: Final = re.compile(
+    r"^(max|min)_(length|new_tokens)$|^do_sample$|beam|^temperature$|^(top|typical)_p$|^top_k$|_penalty$|no_repeat_ngram"
+    r"|num_return_sequences|early_stopping|suppress|^forced_|remove_invalid|bad_words|exponential_decay|^prefix$"
+)
+_OF_NAMES: Final = re.compile(
+    r"^(architectures|auto_map|model_type|problem_type|finetuning_task|language|name_or_path|transformers_version|pruned_\w+"
+    r"|task\w*|id2label|label2id|num_labels|summary_\w+|is_composition|tie_\w+|vocab_size\w*|\w*vocab_size|\w*token_ids?"
+    r"|\w*token_index|\w*version|\w*layers?|depth|n_layer\w*|num_(hidden_)?layers\w*)$"
+)
+_COMPARED_OTHERWISE: Final = frozenset(
+    key for setting in (MODEL_TYPE, *STRUCTURE, *NUANCES, *OUTER) for key in setting.spellings
+) | {*_THETAS, "original_max_position_embeddings", "use_sliding_window"}
+
+
+def others(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers, words and switches of a part of a config that no setting above reads and that may change a result.
+
+    What only speaks of training, running, generating or names does not; nor do counts of layers, which tensors show.
+    """
+    return {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, bool | int | float | str)
+        and key not in _COMPARED_OTHERWISE
+        and not any(p.search(key) for p in (_OF_TRAINING, _OF_RUNNING, _OF_GENERATION, _OF_NAMES))
+    }

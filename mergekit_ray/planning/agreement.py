@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mergekit_ray.architectures.anatomy import is_buffer, language_config
+from mergekit_ray.architectures.layer_kinds import RULES
 from mergekit_ray.architectures.settings import (
     MODEL_TYPE,
     NUANCES,
@@ -15,6 +16,7 @@ from mergekit_ray.architectures.settings import (
     STRUCTURE,
     UNSTATED,
     Setting,
+    others,
     parts,
 )
 from mergekit_ray.config.moe_recipe import MoeRecipe
@@ -25,6 +27,7 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.planning.layer_order import kinds_of
 from mergekit_ray.planning.lowering import Model
 
+_RULED: Final = frozenset(rule.key for rule in RULES)
 _MAX_LISTED: Final = 12
 _MAX_TENSORS: Final = 3
 _MAX_VALUE: Final = 120
@@ -68,7 +71,7 @@ def check_agreement(
         sources = [expert.source_model for expert in (*recipe.experts, *(recipe.shared_experts or ()))]
         # Attention is not taken from them; what is must fit (`planning.moe.checks`).
         everyone = [models[each] for each in dict.fromkeys((recipe.donor, *sources))]
-        found.remarks += differences(everyone, (*SIZES, *NUANCES))
+        found.remarks += [*differences(everyone, (*SIZES, *NUANCES)), *other_differences(everyone)]
     dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
     stacks = [module for module in normalise(dense) if _is_language(module, donor)] if dense is not None else []
     for module in stacks:
@@ -81,7 +84,8 @@ def check_pair(base: Model, tuned: Model, *, allow_conflicts: bool = False) -> l
     """Compare the configs of two models whose difference is to be an adapter; as `check_agreement`."""
     both = [base, tuned]
     found = Findings(
-        differences(both, STRUCTURE), [*differences(both, (MODEL_TYPE, *NUANCES)), *outer_differences(both)]
+        differences(both, STRUCTURE),
+        [*differences(both, (MODEL_TYPE, *NUANCES)), *outer_differences(both), *other_differences(both)],
     )
     return _settled(found, "an adapter changes no config.json", allow_conflicts=allow_conflicts)
 
@@ -110,6 +114,19 @@ def differences(models: Sequence[Model], settings: Sequence[Setting], *, per_lay
     for part in of_models[0][1]:
         there = [(model, found[part]) for model, found in of_models if part in found]
         lines += [f"{part}{'.' if part else ''}{line}" for line in _differing(there, settings, per_layer=per_layer)]
+    return lines
+
+
+def other_differences(models: Sequence[Model]) -> list[str]:
+    """As `differences`, of whatever else configs state and may matter. Rules of layers' kinds are compared by layer."""
+    lines = []
+    of_models = [(model, parts(model.checkpoint.config)) for model in models]
+    for part in of_models[0][1]:
+        stated = [(model, others(found[part])) for model, found in of_models if part in found]
+        keys = dict.fromkeys(key for _, values in stated for key in values if key not in _RULED)
+        settings = [Setting(key, (key,)) for key in keys]
+        prefix = f"{part}." if part else ""
+        lines += [prefix + line for line in _differing(stated, settings, per_layer=False)]
     return lines
 
 
@@ -177,7 +194,7 @@ def _compare(module: NormalModule, models: Mapping[ModelReference, Model], donor
     (found.conflicts if is_cut else found.remarks).extend(of_type)
     found.conflicts += differences(listed, STRUCTURE, per_layer=not is_cut)
     found.remarks += differences(listed, NUANCES, per_layer=not is_cut)
-    found.remarks += outer_differences(listed)
+    found.remarks += [*outer_differences(listed), *other_differences(listed)]
     if is_cut:
         found.conflicts += _unlike_layers(module, models, donor)
 

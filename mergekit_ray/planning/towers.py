@@ -15,12 +15,12 @@ from mergekit_ray.architectures.anatomy import (
     count_keys,
     is_buffer,
     language_levels,
+    modality_of,
 )
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.planning.layer_order import expected_at
 from mergekit_ray.planning.lowering import Model
 
-_MODALITIES = (re.compile(r"vision|visual|image|vit"), re.compile(r"audio|speech"))
 _COUNT_KEYS = (*LAYER_COUNT_KEYS, "depth", "encoder_layers", "num_encoder_layers")
 """Names under which the config of a tower gives its number of layers."""
 
@@ -46,7 +46,7 @@ def set_tower(config: dict[str, Any], donor: Model, stack: str, layers: Sequence
     """
     _check_layers(donor, stack, layers)
     old = donor.anatomy.stacks[stack]
-    modality = next((kind for kind in _MODALITIES if any(map(kind.search, stack.lower().split(".")))), None)
+    modality = modality_of(stack)
     if modality is None:
         part, keys = _level_counting(config, donor, stack)
     else:

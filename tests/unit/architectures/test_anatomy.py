@@ -32,6 +32,25 @@ def test_families(family: str) -> None:
     assert len(below) + len(outside) == len(shapes)
 
 
+@pytest.mark.parametrize(
+    ("tower", "language"),
+    [
+        ("vision_tower.encoder.layers", "language_model.model.layers"),
+        ("model.visual.blocks", "model.language_model.layers"),
+        ("audio_tower.layers", "language_model.model.layers"),
+        ("vision_model.encoder.layers", "text_model.encoder.layers"),
+    ],
+)
+def test_a_tower_as_deep_as_the_language_model_and_wider_is_not_the_main_stack(tower: str, language: str) -> None:
+    shapes = {f"{stack}.{i}.weight": (size, size) for stack, size in ((tower, 64), (language, 8)) for i in range(4)}
+    assert read(shapes, {"text_config": {"num_hidden_layers": 4}}).main == language
+
+
+def test_a_tower_by_itself_is_the_main_stack() -> None:
+    shapes = {f"vit.encoder.layer.{i}.weight": (8, 8) for i in range(4)}
+    assert read(shapes, {"num_hidden_layers": 4}).main == "vit.encoder.layer"
+
+
 def test_layers_that_are_missing_are_named() -> None:
     shapes = {name: shape for name, shape in llama_shapes(10).items() if not any(f".{i}." in name for i in (3, 7, 8))}
     with pytest.raises(CheckpointError) as caught:
