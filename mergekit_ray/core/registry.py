@@ -2,6 +2,9 @@
 
 A registry finds its entries by importing every module of one package of ours and every entry point of one group, the
 first time it is asked. Adding an entry is adding a file.
+
+A plugin, an entry point of another distribution, that cannot be imported is skipped with a `PluginWarning`: it must not
+keep those from working who do not use it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -18,6 +22,13 @@ from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.core.spelling import nearest
 
 T = TypeVar("T")
+
+_broken: set[importlib.metadata.EntryPoint] = set()
+"""Plugins that could not be imported: several registries may have a group in common, and one warning will do."""
+
+
+class PluginWarning(UserWarning):
+    """An entry point of another distribution is skipped."""
 
 
 class Registry(Generic[T]):
@@ -83,8 +94,26 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(package.__path__, prefix=f"{self._package}."):
                 importlib.import_module(module.name)
             for entry_point in importlib.metadata.entry_points(group=self._group):
-                entry_point.load()
+                self._load(entry_point)
             self._discovered = True
+
+    def _load(self, plugin: importlib.metadata.EntryPoint) -> None:
+        if plugin in _broken:
+            return
+        before = dict(self._entries)
+        try:
+            plugin.load()
+        except Exception as error:  # noqa: BLE001 - whatever another's code raises
+            self._entries = before
+            _broken.add(plugin)
+            package = plugin.dist.name if plugin.dist is not None else "an unknown package"
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"skipped plugin {plugin.name!r} of {package} ({self._group}: {plugin.value}): {reason}\n"
+                f"  upgrade, reinstall or uninstall {package}",
+                PluginWarning,
+                stacklevel=2,
+            )
 
 
 METHODS: Registry[type[MethodDeclaration]] = Registry("merge method", "mergekit_ray.methods", "mergekit_ray.methods")

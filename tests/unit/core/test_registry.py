@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mergekit_ray.core import registry as registries
 from mergekit_ray.core.errors import ConfigError
-from mergekit_ray.core.registry import METHODS, Registry
+from mergekit_ray.core.registry import METHODS, PluginWarning, Registry
 
 
 @pytest.fixture
@@ -33,8 +35,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def registry_of(package: str) -> Registry[str]:
-    import importlib
-
     found: Registry[str] = importlib.import_module(package).R
     return found
 
@@ -77,22 +77,61 @@ def test_a_second_thread_waits_for_the_whole_table(package: str) -> None:
     assert seen == [["apple", "pear"]] * 4
 
 
-def test_entry_points_of_other_distributions_are_loaded(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plugins(tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Installs a distribution of modules, each named in an entry point of the group ``fruits``."""
+    monkeypatch.setattr(registries, "_broken", set())  # of this process, not of the tests before
+
+    def install(modules: dict[str, str]) -> None:
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(f"from {package} import R\n{text}")
+        folder = tmp_path / "orchard-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: orchard\nVersion: 1.0\n")
+        points = "".join(f"{name} = {name}\n" for name in modules)
+        (folder / "entry_points.txt").write_text(f"[fruits]\n{points}")
+        importlib.invalidate_caches()
+
+    return install
+
+
+def test_entry_points_of_other_distributions_are_loaded(
+    package: str, plugins: Callable[[dict[str, str]], None]
+) -> None:
+    plugins({"found_here_plum": "R.register('plum')('a plum')\n"})
     registry = registry_of(package)
-    asked = []
-
-    class Point:
-        def load(self) -> None:
-            registry.register("plum")("a plum")
-
-    def entry_points(*, group: str) -> list[Point]:
-        asked.append(group)
-        return [Point()]
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     assert registry.names() == ["apple", "pear", "plum"]
     assert registry.get("plum") == "a plum"
-    assert asked == ["fruits"]  # once, however often the registry is asked
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("R.register('fig')('half a fig')\n1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("R.register('apple')('another')\n", "ValueError: fruit 'apple' is registered twice"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_skipped_with_a_warning(
+    package: str, plugins: Callable[[dict[str, str]], None], text: str, reason: str
+) -> None:
+    plugins({"found_here_fig": text, "found_here_plum": "R.register('plum')('a plum')\n"})
+    registry = registry_of(package)
+    with pytest.warns(PluginWarning) as told:
+        assert registry.names() == ["apple", "pear", "plum"]
+    assert registry.get("apple") == "an apple"
+    [warning] = told
+    assert str(warning.message) == (
+        f"skipped plugin 'found_here_fig' of orchard (fruits: found_here_fig): {reason}\n"
+        "  upgrade, reinstall or uninstall orchard"
+    )
+
+
+def test_registries_of_one_group_warn_once(package: str, plugins: Callable[[dict[str, str]], None]) -> None:
+    plugins({"found_here_fig": "raise RuntimeError('rotten')\n"})
+    with pytest.warns(PluginWarning, match="rotten"):
+        registry_of(package).names()
+    assert Registry[str]("seed", package, "fruits").names() == []  # a second warning would be an error
 
 
 def test_a_module_that_fails_to_import_is_not_forgotten(package: str, tmp_path: Path) -> None:
