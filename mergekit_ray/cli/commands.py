@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import asdict
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Final
 
 import typer
 
@@ -14,34 +15,48 @@ from mergekit_ray.cli.options import (
     AllowNonFinite,
     AsJson,
     Debug,
-    Device,
+    DeviceOrNone,
+    Embeddings,
+    Energy,
+    Exclude,
+    FactorDtype,
     FactorType,
     Lenient,
     LogFormat,
-    Names,
+    MethodName,
+    ModulesToSave,
     PublishedModel,
     Quiet,
+    Rank,
     RecipeArgument,
     Seed,
     takes_merge_options,
 )
 from mergekit_ray.cli.running import (
-    DiscreetCommand,
-    DiscreetGroup,
+    OurCommand,
+    OurGroup,
     excludes,
     leaving,
     load,
     needs,
-    reporter,
-    say,
     stop_on_signals,
     told_errors,
 )
+from mergekit_ray.cli.voice import tell
 from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.reporting.signals import listening
 
-app = typer.Typer(cls=DiscreetGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_HELP: Final = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    cls=OurGroup,
+    no_args_is_help=True,
+    context_settings=_HELP,
+    rich_markup_mode=None,  # click's plain help: the boxes leave half of 80 columns for the text
+    pretty_exceptions_enable=False,
+)
+_command = partial(app.command, cls=OurCommand)
 
 
 def _show_version(wanted: bool) -> None:
@@ -57,64 +72,77 @@ def main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Merge language-model checkpoints across a cluster. Reads mergekit's YAML."""
+    """Merge LLM checkpoints of any size, on one machine or a Ray cluster.
+
+    Reads mergekit's YAML recipes. Start with `validate`, estimate with `plan`, then run `merge`.
+    """
     del version
 
 
-@app.command()
+@_command()
 @takes_merge_options()
 def merge(
     recipe: RecipeArgument,
     output: Annotated[
         str | None,
-        typer.Argument(metavar="OUT", help="Folder, s3://bucket/prefix or hf://org/name; else the recipe's `output`."),
+        typer.Argument(
+            metavar="OUT", help="A folder, s3://bucket/prefix or hf://org/name (default: the recipe's `output`)."
+        ),
     ] = None,
     *,
     options: MergeOptions,
     seed: Seed = None,
     lenient: Lenient = False,
     quiet: Quiet = False,
-    log_format: Annotated[LogFormat, typer.Option("--log-format", help="Lines of text, or of JSON.")] = LogFormat.text,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", metavar="[text|json]", help="Write text, or one JSON object a line.")
+    ] = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Merge models as RECIPE says and publish the result at OUT.
 
-    Running the same command again after a failure resumes; when the result is there already, nothing is done.
+    After a failure, run the same command again to resume. If the result is already there, nothing is done.
     """
-    with told_errors(debug), listening(say) as signals:
+    with told_errors(debug, quiet=quiet, log_format=log_format) as voice, listening(voice.say) as signals:
         from mergekit_ray.operations.merge import merge as run
 
-        loaded = load(recipe, lenient=lenient, quiet=quiet)
-        with reporter(quiet=quiet, log_format=log_format) as told:
+        loaded = load(recipe, voice, lenient=lenient)
+        with voice.reporter() as told:
             result = run(loaded, output, seed=seed, options=options, reporter=told, stop=signals.graceful())
         if not quiet and log_format is LogFormat.text:
             typer.echo(result.uri)
 
 
-@app.command("plan")
+@_command("plan")
 def plan_command(
     recipe: RecipeArgument,
     *,
     seed: Seed = None,
     lenient: Lenient = False,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", help="Also how long it takes there: nodes=8,link=25Gbit[,store=200Gbit].")
+        str | None,
+        typer.Option(
+            "--cluster", metavar="SPEC", help="Also estimate the time there: nodes=8,link=25Gbit[,store=200Gbit]."
+        ),
     ] = None,
     explain: Annotated[
         str | None,
-        typer.Option("--explain", metavar="NAME", help="How a tensor is computed; a pattern such as '*.mlp.*' too."),
+        typer.Option(
+            "--explain", metavar="NAME", help="Show how this tensor is computed. Takes patterns such as '*.mlp.*'."
+        ),
     ] = None,
-    device: Device | None = None,
+    device: DeviceOrNone = None,
     allow_non_finite: AllowNonFinite = False,
     allow_config_conflicts: AllowConfigConflicts = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a merge would read, write and need, without reading a weight.
+    """Show what a merge would read, write and need.
 
-    With --explain, show instead what tensors are made of and how they are computed on --device.
+    Reads the models' headers only. With --explain, shows instead what tensors are made of and how they are computed
+    on --device.
     """
-    with told_errors(debug):
+    with told_errors(debug) as voice:
         if explain is None:
             needs("--explain", {"--device": device, "--allow-non-finite": allow_non_finite})
         else:
@@ -124,7 +152,7 @@ def plan_command(
         from mergekit_ray.planning.figures import figures
 
         shape = None if cluster is None else Cluster.parse(cluster)
-        loaded = load(recipe, lenient=lenient)
+        loaded = load(recipe, voice, lenient=lenient)
         planned = plan(loaded, seed=seed, routing=False, allow_config_conflicts=allow_config_conflicts)
         if explain is not None:
             found = explained(planned, explain, device=device or "auto", allow_non_finite=allow_non_finite)
@@ -147,24 +175,24 @@ def plan_command(
             print_estimate(shape, expected)
 
 
-@app.command()
+@_command()
 def validate(
     recipe: RecipeArgument,
     *,
     lenient: Lenient = False,
     models: Annotated[
-        bool, typer.Option("--models", help="Also open the models' headers and see that they fit together.")
+        bool, typer.Option("--models", help="Also read the models' headers and check that the models fit together.")
     ] = False,
     allow_config_conflicts: AllowConfigConflicts = False,
     debug: Debug = False,
 ) -> None:
-    """Check RECIPE and report everything that is wrong with it."""
-    with told_errors(debug):
+    """Check RECIPE and report every fault in it."""
+    with told_errors(debug) as voice:
         from mergekit_ray.config.moe_recipe import MoeRecipe
 
         if not models:
             needs("--models", {"--allow-config-conflicts": allow_config_conflicts})
-        loaded = load(recipe, lenient=lenient)
+        loaded = load(recipe, voice, lenient=lenient)
         kind = "a Mixture-of-Experts recipe" if isinstance(loaded, MoeRecipe) else "a dense recipe"
         if models:
             from mergekit_ray.operations.prepare import prepare
@@ -174,31 +202,34 @@ def validate(
             prepared.check_routable()
             planned = prepared.plan
             for warning in planned.warnings:
-                typer.echo(f"warning: {warning}", err=True)
-            typer.echo(f"{recipe}: {kind}, valid, and its models fit together: {summary(planned)}")
+                voice.warn(warning)
+            tell(f"{recipe}: {kind}, valid, and its models fit together: {summary(planned)}", err=False)
         else:
-            typer.echo(f"{recipe}: {kind}, valid")
+            tell(f"{recipe}: {kind}, valid", err=False)
 
 
-@app.command()
+@_command()
 def verify(
     out: PublishedModel,
     *,
     sample: Annotated[
-        int | None, typer.Option("--sample", min=0, help="Read so many tensors only, drawn at random.")
+        int | None, typer.Option("--sample", metavar="N", min=0, help="Read only N tensors, drawn at random.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of that draw (default: 0).")] = None,
-    finite: Annotated[bool, typer.Option("--finite", help="Also see that no value read is NaN or infinite.")] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Seed of the draw for --sample (default: 0).")
+    ] = None,
+    finite: Annotated[bool, typer.Option("--finite", help="Also check that no value is NaN or infinite.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Read a published model again and compare every byte with its manifest. Exit code 3 if something differs.
+    """Compare every byte of a published model with its manifest.
 
-    Files that do not belong to it and that readers would load count as well, an edited model card does not. Everything
-    but the weights is always compared; --sample spares reading all of these.
+    Exits with code 3 if anything differs, or if there are files that a reader would load and that are not part of the
+    model. An edited model card is allowed. --sample reads some of the weights instead of all; everything else is always
+    compared.
     """
     with told_errors(debug):
-        from mergekit_ray.core.sizes import format_bytes
+        from mergekit_ray.core.sizes import counted, format_bytes
         from mergekit_ray.operations.verify import VerifyOptions
         from mergekit_ray.operations.verify import verify as run
         from mergekit_ray.storage.opening import open_source
@@ -210,24 +241,32 @@ def verify(
             typer.echo(json.dumps({**vars(found), "ok": not found.problems}))
         else:
             for line in [*(f"note: {note}" for note in found.notes), *(f"wrong: {what}" for what in found.problems)]:
-                typer.echo(line, err=True)
+                tell(line)
             if not found.problems:
-                typer.echo(
-                    f"{out}: {found.num_shards} shards, {found.num_tensors} tensors, {format_bytes(found.num_bytes)}, "
-                    f"{found.num_files} other files: all as written"
+                counts = (
+                    counted(found.num_shards, "shard"),
+                    counted(found.num_tensors, "tensor"),
+                    format_bytes(found.num_bytes),
+                    counted(found.num_files, "other file"),
                 )
+                tell(f"{out}: {', '.join(counts)}: all as written", err=False)
         if found.problems:
             raise typer.Exit(3)
 
 
-@app.command()
+@_command()
 def attest(
     out: PublishedModel,
     *,
-    name: Annotated[str | None, typer.Option("--name", help="Of the model; else the last part of OUT.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the model (default: the last part of OUT).", metavar="NAME")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Print what OpenSSF's model signing signs: the SHA-256 of every file. No weight is read again."""
+    """Print a statement for OpenSSF model signing.
+
+    It lists the SHA-256 of every file. No weight is read again.
+    """
     with told_errors(debug):
         from mergekit_ray.operations.attest import statement
         from mergekit_ray.storage.opening import open_source
@@ -236,64 +275,63 @@ def attest(
         typer.echo(json.dumps(statement(source, name or source.uri.rstrip("/").rpartition("/")[2]), indent=2))
 
 
-@app.command("reproduce")
+@_command("reproduce")
 @takes_merge_options(device="cpu")
 def reproduce_command(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="mergekit-ray.json, or the model it lies in.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix.")],
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="mergekit-ray.json, or the model it belongs to.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A folder or s3://bucket/prefix.")],
     *,
     options: MergeOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge again what MANIFEST describes, from the inputs it pins, and compare all digests.
+    """Repeat the merge in MANIFEST and compare all digests.
 
-    Inputs are compared by size and header, not by content; of the result, every shard and tensor by its digest. Exit
-    code 3 if anything differs; a note, if an input is of another version with the same size and header.
+    Reads the inputs that MANIFEST pins and checks their sizes and headers, not their content. Compares the digest of
+    every shard and tensor of the result. Exits with code 3 if anything differs.
     """
-    with told_errors(debug), stop_on_signals() as stop:
+    with told_errors(debug, quiet=quiet or as_json) as voice, stop_on_signals(voice) as stop:
+        from mergekit_ray.core.sizes import counted
         from mergekit_ray.operations.reproduce import reproduce
         from mergekit_ray.output.manifest import read_manifest
 
-        with reporter(quiet=quiet or as_json) as told:
+        with voice.reporter() as told:
             found = reproduce(read_manifest(manifest), output, options, reporter=told, stop=stop)
         if as_json:
             typer.echo(json.dumps({**asdict(found), "ok": not found.problems}))
         else:
             for line in [*(f"note: {note}" for note in found.notes), *(f"wrong: {what}" for what in found.problems)]:
-                typer.echo(line, err=True)
+                tell(line)
             if not found.problems and not quiet:
-                typer.echo(f"{found.uri}: {found.num_shards} shards, all as the manifest says")
+                tell(f"{found.uri}: {counted(found.num_shards, 'shard')}, all as the manifest says", err=False)
         if found.problems:
             raise typer.Exit(3)
 
 
-@app.command("extract-lora")
+@_command("extract-lora")
 @takes_merge_options()
 def extract_lora_command(
-    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The fine-tuned model, as in a recipe.")],
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model it was tuned from.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3://bucket/prefix of the adapter.")],
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The fine-tuned model, named as in a recipe.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it was tuned from.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A folder or s3://bucket/prefix for the adapter.")],
     *,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of every matrix.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Or: least ranks that hold this share, e.g. 0.9.")] = None,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also factorise embeddings and head.")] = False,
-    modules_to_save: Annotated[
-        Names, typer.Option(metavar="NAME", help="Store modules so named whole; repeatable.")
-    ] = None,
-    exclude: Annotated[Names, typer.Option(metavar="NAME", help="Leave modules so named out; repeatable.")] = None,
-    dtype: Annotated[FactorType, typer.Option("--dtype", help="What the factors are stored in.")] = FactorType.float32,
+    rank: Rank = None,
+    energy: Energy = None,
+    embeddings: Embeddings = False,
+    modules_to_save: ModulesToSave = None,
+    exclude: Exclude = None,
+    dtype: FactorDtype = FactorType.float32,
     options: MergeOptions,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write what FINETUNED learnt beyond BASE as a LoRA adapter that PEFT loads.
+    """Write what FINETUNED learnt beyond BASE as a LoRA adapter.
 
-    Prints how much of each difference the adapter holds, and every difference that it does not.
+    PEFT loads the adapter. Prints how much of each change is lost, and every change that the adapter leaves out.
     """
-    with told_errors(debug), stop_on_signals() as stop:
+    with told_errors(debug, quiet=quiet or as_json) as voice, stop_on_signals(voice) as stop:
         from mergekit_ray.core.dtypes import DType
         from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
         from mergekit_ray.operations.extraction_report import lines, to_data
@@ -301,21 +339,21 @@ def extract_lora_command(
 
         coverage = Coverage(embeddings, tuple(modules_to_save or ()), tuple(exclude or ()))
         wanted = ExtractOptions(rank, energy, coverage, DType.parse(dtype.value))
-        with reporter(quiet=quiet or as_json) as told:
+        with voice.reporter() as told:
             found = extract_lora(finetuned, base, output, wanted, options, reporter=told, stop=stop)
         if as_json:
             typer.echo(json.dumps({"uri": found.uri, **to_data(found)}))
         elif not quiet:
             for line in lines(found):
-                typer.echo(line)
+                tell(line, err=False)
 
 
-@app.command()
+@_command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, with its formula.")] = None,
+    name: MethodName = None,
     *,
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="All of them as a page of Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all of them as a page of Markdown.")] = False,
     debug: Debug = False,
 ) -> None:
     """List the merge methods, or show the parameters of one."""
@@ -343,8 +381,8 @@ def app_main() -> None:
 def merge_main() -> None:
     """Entry point of ``merge``: ``mergekit-ray merge`` for short."""
     _calm_collector()
-    short = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    short.command(cls=DiscreetCommand)(merge)
+    short = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    short.command(cls=OurCommand, context_settings=_HELP)(merge)
     with leaving():
         short()
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take. Each is declared once."""
+"""Arguments and options of the commands, and what the shell completes of them. Each is declared once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from typing import Annotated, Any, Final
 import typer
 
 from mergekit_ray.operations.options import MergeOptions
+
+
+def _complete_method(incomplete: str) -> list[tuple[str, str]]:
+    """Merge methods that begin so, with what they do, for the shell's completion."""
+    from mergekit_ray.core.registry import METHODS  # finding all of them takes time
+
+    return [(name, METHODS.get(name).summary) for name in METHODS.names() if name.startswith(incomplete)]
+
+
+def _complete_device(incomplete: str) -> list[str]:
+    return [name for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(incomplete)]
 
 
 class ExecutorName(StrEnum):
@@ -35,23 +46,52 @@ class LogFormat(StrEnum):
     json = "json"
 
 
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path, or s3://bucket/recipe.yml.")
-]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path or s3://bucket/recipe.yml.")]
 PublishedModel = Annotated[
-    str, typer.Argument(metavar="OUT", help="A published model: folder, s3://bucket/prefix or hf://org/name.")
+    str, typer.Argument(metavar="OUT", help="A published model: a folder, s3://bucket/prefix or hf://org/name.")
 ]
-Lenient = Annotated[bool, typer.Option("--lenient", help="Unknown keys in the recipe are warnings, not errors.")]
+MethodName = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="Show this method, with its formula.", autocompletion=_complete_method),
+]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Warn of unknown keys in the recipe instead of refusing them.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of all randomness (0 to 2^63 - 1); overrides the recipe's.")
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of all randomness (0 to 2^63 - 1); overrides the recipe's."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Names = list[str] | None
-Device = Annotated[
-    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, or one GPU by its number: cuda:1.")
+Rank = Annotated[int | None, typer.Option("--rank", metavar="N", min=1, help="Rank of every matrix.")]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        metavar="SHARE",
+        help="Instead of --rank: the least rank of each matrix that keeps this share of its change, such as 0.9.",
+    ),
 ]
+Embeddings = Annotated[bool, typer.Option("--embeddings", help="Also factorise the embedding and the head.")]
+ModulesToSave = Annotated[
+    list[str] | None,
+    typer.Option("--modules-to-save", metavar="NAME", help="Store modules of this name whole; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="NAME", help="Leave out modules of this name; repeatable.")
+]
+FactorDtype = Annotated[
+    FactorType, typer.Option("--dtype", metavar="DTYPE", help="Store the factors as float32, bfloat16 or float16.")
+]
+_DEVICE: Final = typer.Option(
+    "--device",
+    metavar="DEVICE",
+    help="auto (a GPU if there is one), cpu, cuda, or one GPU by its number: cuda:1.",
+    autocompletion=_complete_device,
+)
+Device = Annotated[str, _DEVICE]
+DeviceOrNone = Annotated[str | None, _DEVICE]
 AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
 ]
@@ -78,13 +118,25 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "executor": (
         Annotated[
             ExecutorName | None,
-            typer.Option("--executor", help="Threads of this process, or Ray (the default inside a Ray job)."),
+            typer.Option(
+                "--executor",
+                metavar="[local|ray]",
+                help="Run on threads of this process or on Ray (the default inside a Ray job).",
+            ),
         ],
         None,
     ),
-    "address": (Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster.")], None),
+    "address": (
+        Annotated[
+            str | None, typer.Option("--address", metavar="HOST:PORT", help="Address of the Ray cluster; implies Ray.")
+        ],
+        None,
+    ),
     "num_workers": (
-        Annotated[int | None, typer.Option("--workers", min=1, help="Shards processed at once (default: automatic).")],
+        Annotated[
+            int | None,
+            typer.Option("--workers", metavar="N", min=1, help="Shards processed at once (default: automatic)."),
+        ],
         None,
     ),
     "memory_bytes": (
@@ -94,7 +146,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
                 "--memory",
                 parser=_parse_memory,
                 metavar="SIZE",
-                help="Memory of each worker, e.g. 4GB (default: what the plan needs).",
+                help="Memory of each worker, such as 4GB (default: what the plan needs).",
             ),
         ],
         None,

@@ -5,56 +5,95 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergekit_ray.cli.options import LogFormat
-from mergekit_ray.core.errors import ConfigError, InternalError, MergekitRayError
-from mergekit_ray.core.secrets import RedactedStream, redact
-from mergekit_ray.reporting.signals import listening
+from mergekit_ray.cli.voice import Voice
+from mergekit_ray.core.errors import ConfigError, InternalError, Interrupted, MergekitRayError
+from mergekit_ray.core.secrets import RedactedStream
+from mergekit_ray.reporting.signals import RESUME, listening
+from mergekit_ray.reporting.text import has_colour
 
-if TYPE_CHECKING:
-    from mergekit_ray.reporting.reporters import Reporter
 
-
-class _DiscreetErrors:
-    """Of a command: credentials are hidden in what is said of wrong arguments, before it is wrapped to the terminal.
+class _OurErrors:
+    """Of a command: what is wrong with its arguments is told as all errors are, and its help is coloured.
 
     To be mixed into click's classes, which have the methods that are called here.
     """
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        with _discreet():
-            return super().make_context(*args, **options)  # type: ignore[misc]  # of click's class
+    _voice = Voice()
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **options: Any) -> Any:
+        self._voice = Voice(log_format=_log_format(args))  # before anything is parsed
+        with self._told():
+            return super().make_context(info_name, args, *more, **options)  # type: ignore[misc]  # of click's class
 
     def invoke(self, ctx: Any) -> Any:
-        with _discreet():
+        with self._told():
             return super().invoke(ctx)  # type: ignore[misc]  # of click's class
 
+    def get_help(self, ctx: Any) -> str:
+        text: str = super().get_help(ctx)  # type: ignore[misc]  # of click's class
+        return _HEADING.sub("\x1b[1m\\g<0>\x1b[0m", text) if has_colour(sys.stdout) else text
 
-class DiscreetCommand(_DiscreetErrors, TyperCommand):
-    """A command that stands alone."""
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of click's, or of the copy of click that typer may bring
+            # Without arguments, the error is the help.
+            if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            self._voice.fail(_wrong_arguments(error))
+            raise typer.Exit(ConfigError.exit_code) from None
 
 
-class DiscreetGroup(_DiscreetErrors, TyperGroup):
+class OurCommand(_OurErrors, TyperCommand):
+    """A command. Its help names arguments without their type, which is text for all of them."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """See `click.Command.format_options`."""
+        rows: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                is_argument = param.param_type_name == "argument"
+                rows[param.param_type_name].append((record[0].split()[0], record[1]) if is_argument else record)
+        for title, found in (("Arguments", rows["argument"]), ("Options", rows["option"])):
+            if found:
+                with formatter.section(title):
+                    formatter.write_dl(found)
+
+
+class OurGroup(_OurErrors, TyperGroup):
     """The command that has the others."""
 
 
-@contextlib.contextmanager
-def _discreet() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of click's, or of the copy of click that typer may bring
-        if isinstance(message := getattr(error, "message", None), str):
-            error.message = redact(message)  # type: ignore[attr-defined]  # it has one, see above
-        raise
+_HEADING: Final = re.compile(r"^\w+:|^  +--?[\w-]+(, --[\w-]+)?", re.MULTILINE)
+"""In a help text: the titles of its parts, and the names of options."""
+
+
+def _log_format(arguments: Sequence[str]) -> LogFormat:
+    """The format that a command line asks for, as far as that can be told before it is parsed."""
+    asked = "\n".join(arguments).replace("--log-format\n", "--log-format=").splitlines()
+    return LogFormat.json if f"--log-format={LogFormat.json.value}" in asked else LogFormat.text
+
+
+def _wrong_arguments(error: Any) -> ConfigError:
+    """What click says of arguments, without the credentials in them."""
+    message = str(error.format_message())
+    context = getattr(error, "ctx", None)
+    remedy = None if context is None else f"see `{context.command_path} --help`"
+    return ConfigError(message[:1].lower() + message[1:], remedy=remedy)
 
 
 @contextlib.contextmanager
@@ -81,20 +120,22 @@ def leaving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_errors(debug: bool) -> Iterator[None]:
-    """Tell an error in a paragraph and exit with its code."""
+def told_errors(debug: bool, *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Voice]:
+    """Tell an error in a paragraph or as a line of JSON, and exit with its code. Gives the voice for all else."""
+    voice = Voice(quiet=quiet, log_format=log_format)
     try:
-        yield
+        with voice.warnings_told():
+            yield voice
     except MergekitRayError as error:
         if debug:
             traceback.print_exc()
             if isinstance(error, InternalError):
                 typer.echo(error.traceback, err=True)
-        typer.echo(f"error: {error}", err=True)
+        voice.fail(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; run the same command to resume", err=True)
-        raise typer.Exit(130) from None
+        voice.fail(Interrupted("stopped", remedy=RESUME))
+        raise typer.Exit(Interrupted.exit_code) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort):
@@ -102,14 +143,14 @@ def told_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        typer.echo(f"error: {InternalError.wrap(error)}", err=True)
+        voice.fail(InternalError.wrap(error))
         raise typer.Exit(InternalError.exit_code) from None
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
+def stop_on_signals(voice: Voice) -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM asks for a clean stop, the second ends at once."""
-    with listening(say) as signals, signals.graceful() as stop:
+    with listening(voice.say) as signals, signals.graceful() as stop:
         yield stop
 
 
@@ -135,13 +176,8 @@ def excludes(option: str, given: Mapping[str, object]) -> None:
             raise ConfigError(f"{name} has no effect beside {option}", remedy="leave out one of the two")
 
 
-def say(line: str) -> None:
-    """Write a line to stderr."""
-    typer.echo(line, err=True)
-
-
-def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
-    """The recipe in a file, or in a store; what ``lenient`` lets pass is told unless ``quiet``.
+def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
+    """The recipe in a file, or in a store; what ``lenient`` lets pass is a warning.
 
     Raises:
         ConfigError: there is no such file, or the recipe is wrong.
@@ -149,29 +185,4 @@ def load(recipe: str, *, lenient: bool, quiet: bool = False) -> Any:
     """
     from mergekit_ray.operations.recipes import is_uri, load_recipe
 
-    def warn(message: object) -> None:
-        if not quiet:
-            typer.echo(f"warning: {message}", err=True)
-
-    return load_recipe(recipe if is_uri(recipe) else Path(recipe), lenient=lenient, on_warning=warn)
-
-
-@contextlib.contextmanager
-def reporter(*, quiet: bool, log_format: LogFormat = LogFormat.text) -> Iterator[Reporter]:
-    """Nothing, JSON lines, a live bar on a terminal, or timed lines."""
-    from mergekit_ray.reporting.reporters import JsonReporter, LineReporter, SilentReporter
-
-    if quiet:
-        yield SilentReporter()
-    elif log_format is LogFormat.json:
-        yield JsonReporter()
-    elif sys.stderr.isatty():
-        from mergekit_ray.cli.live import LiveReporter
-
-        live = LiveReporter()
-        try:
-            yield live
-        finally:
-            live.close()
-    else:
-        yield LineReporter()
+    return load_recipe(recipe if is_uri(recipe) else Path(recipe), lenient=lenient, on_warning=voice.warn)

@@ -259,7 +259,7 @@ def run_shards(
             run.look_after()
             if so_far.num_on_cpu and not has_lacked_memory:
                 has_lacked_memory = True
-                reporter.event("warning", f"warning: {_LACKS_MEMORY}")
+                reporter.event("warning", _LACKS_MEMORY)
             reporter.progress(so_far, len(run.records), len(shards))
         total = executor.progress(settled=True)
         reporter.progress(total, len(run.records), len(shards))
@@ -338,7 +338,7 @@ class _Run:
         for standing in self._watch.look(self._executor.standings()):
             self._tell.event(
                 "worker_given_up",
-                f"warning: {standing.name} has done nothing for too long and is given up",
+                f"{standing.name} has done nothing for too long and is given up",
                 worker=standing.name,
             )
             self._executor.give_up(standing.worker)

@@ -79,7 +79,7 @@ class Watch:
         then = f"; after {limit:.0f} s its shards go to others" if standing.worker else ""
         self._tell.event(
             "worker_stalled",
-            f"warning: {standing.name} {what} for {seconds:.0f} s, with {', '.join(standing.files)}{then}",
+            f"{standing.name} {what} for {seconds:.0f} s, with {', '.join(standing.files)}{then}",
             worker=standing.name,
             idle_seconds=round(seconds, 1),
         )

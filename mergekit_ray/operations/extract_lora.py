@@ -168,7 +168,7 @@ class _Extraction:
             raise ModelError("the fine-tuned model and its base are the same", where=tuned)
         finetuned, original = (opened[reference] for reference in references)
         for warning in check_pair(original, finetuned, allow_conflicts=self._options.allow_config_conflicts):
-            self._tell.event("warning", f"warning: {warning}")
+            self._tell.event("warning", warning)
         found = extraction(finetuned, original, self._wanted.coverage)
         models = {model.reference: model for model in (found.tuned, found.base)}
         digest = self._digest(self._plan("request", [*self._spectra(found), *self._norms(found)], models))

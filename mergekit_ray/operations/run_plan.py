@@ -90,7 +90,7 @@ def run_plan(
         plan = route(tell, kept)
     tell.begin(plan)
     for warning in plan.warnings:
-        tell.event("warning", f"warning: {warning}")
+        tell.event("warning", warning)
     tell.event("planned", summary(plan), **figures(plan))
     uri = found.sink.uri
     with stop if isinstance(stop, AbstractContextManager) else nullcontext(stop or threading.Event()) as stopped:
@@ -212,5 +212,5 @@ def _tidy(sink: Sink, tell: Reporter) -> None:
     except StorageError as error:
         tell.event(
             "warning",
-            f"warning: the model is complete, but what it was made with stays in {sink.uri}/{RECORD_ROOT}: {error}",
+            f"the model is complete, but what it was made with stays in {sink.uri}/{RECORD_ROOT}: {error}",
         )

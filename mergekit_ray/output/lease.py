@@ -234,7 +234,7 @@ def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event, clock:
     if isinstance(sink, RemainsSink) and sink.discard_remains() is None:
         tell.event(
             "warning",
-            "warning: these credentials may not list or abort unfinished uploads, so a merge that has lost this "
+            "these credentials may not list or abort unfinished uploads, so a merge that has lost this "
             "output, should one go on, cannot be kept from completing its own",
         )
     # And again: until then another who has lost it might still have removed it.

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Final
+from typing import Final, Protocol
 
 EXIT_CODE: Final = 130
 GRACE_SECONDS: Final = 30.0
@@ -30,6 +30,19 @@ _MARGIN_SECONDS: Final = 5.0
 """Beyond the time that shards have to clean up: for letting go of workers and of the output. All there is without."""
 
 
+class Says(Protocol):
+    """Tells the user a line."""
+
+    def __call__(self, line: str, *, exit_code: int | None = None) -> None:
+        """Tell it.
+
+        Args:
+            line: for a person.
+            exit_code: that the process ends with right afterwards; None if it goes on.
+        """
+        ...
+
+
 class Signals:
     """What this process does about signals while a command runs. Made by `listening`.
 
@@ -39,7 +52,7 @@ class Signals:
         end: ends the process at once with an exit code.
     """
 
-    def __init__(self, say: Callable[[str], None], grace_seconds: float, end: Callable[[int], object]) -> None:
+    def __init__(self, say: Says, grace_seconds: float, end: Callable[[int], object]) -> None:
         self._say = say
         self._grace_seconds = grace_seconds
         self._end = end
@@ -72,7 +85,7 @@ class Signals:
         if not self._is_graceful:
             raise KeyboardInterrupt
         self._stop.set()
-        self._tell(f"{name}: stopping cleanly, for at most {self._grace_seconds:.0f} s; once more to stop at once")
+        self._tell(f"{name}: stopping cleanly within {self._grace_seconds:.0f} s; interrupt again to stop at once")
 
     def close(self) -> None:
         """Listen no more. After a signal, the process is still given no longer than the grace period to end."""
@@ -83,24 +96,24 @@ class Signals:
         seconds = self._asks.get()
         if seconds is not None:
             time.sleep(seconds)
-            self._end_now(f"not stopped within {seconds:.0f} s, so ended; {RESUME}")
+            self._end_now(f"did not stop within {seconds:.0f} s and was ended; {RESUME}")
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, line: str, exit_code: int | None = None) -> None:
         # A terminal that is gone, or a line that is being written by what was interrupted.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            self._say(line)
+            self._say(line, exit_code=exit_code)
 
     def _end_now(self, message: str) -> None:
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # a live bar hides the cursor
-        self._tell(message)
+        self._tell(message, EXIT_CODE)
         self._end(EXIT_CODE)
 
 
 @contextlib.contextmanager
 def listening(
-    say: Callable[[str], None],
+    say: Says,
     *,
     grace_seconds: float = GRACE_SECONDS + _MARGIN_SECONDS,
     end: Callable[[int], object] = os._exit,

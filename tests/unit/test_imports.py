@@ -74,7 +74,7 @@ def test_a_checkpoint_is_planned_without_torch() -> None:
 @pytest.mark.parametrize(
     ("code", "line"),
     [
-        ("from mergekit_ray.cli import app_main; app_main()", "Merge language-model checkpoints across a cluster"),
+        ("from mergekit_ray.cli import app_main; app_main()", "Merge LLM checkpoints of any size"),
         ("from mergekit_ray.cli import merge_main; merge_main()", "Merge models as RECIPE says"),
     ],
 )

@@ -40,9 +40,7 @@ def test_it_is_told_of_once_for_the_same_shards() -> None:
     for seconds in (30, 40, 50):
         watch.look([standing(seconds)])
     [told] = events.of("worker_stalled")
-    assert told["message"] == (
-        "warning: worker-0 has not answered for 30 s, with model-1; after 100 s its shards go to others"
-    )
+    assert told["message"] == ("worker-0 has not answered for 30 s, with model-1; after 100 s its shards go to others")
 
 
 def test_a_thread_is_only_told_of() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,15 @@ from mergekit_ray.cli.live import LiveReporter
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.reporting.progress import Progress
-from mergekit_ray.reporting.reporters import JsonReporter, LineReporter, Meter, duration
+from mergekit_ray.reporting.reporters import (
+    JsonReporter,
+    LineReporter,
+    Meter,
+    Rates,
+    duration,
+    level_of,
+    line_of,
+)
 
 
 class Clock:
@@ -39,11 +49,11 @@ def done(read_bytes: int, written_bytes: int = 0, num_tensors: int = 0) -> Progr
 
 def test_rate_and_time_to_go(clock: Clock) -> None:
     meter = Meter(10_000, clock)
-    assert meter.update(done(0)) == (0.0, None)
+    assert meter.update(done(0)) == Rates(0.0, 0.0, None)
     clock.now += 2
-    assert meter.update(done(600, 200)) == (400.0, (10_000 - 800) / 400)
+    assert meter.update(done(600, 200)) == Rates(300.0, 100.0, (10_000 - 800) / 400)
     clock.now += 2
-    assert meter.update(done(1000, 600)) == (400.0, (10_000 - 1600) / 400)
+    assert meter.update(done(1000, 600)) == Rates(250.0, 150.0, (10_000 - 1600) / 400)
 
 
 def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
@@ -52,8 +62,8 @@ def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
     for second in range(60):
         total += 1000 if second < 30 else 50
         clock.now += 1
-        rate, _ = meter.update(done(total))
-    assert rate == 50.0
+        rates = meter.update(done(total, 2 * total))
+    assert (rates.read, rates.written) == (50.0, 100.0)
     assert len(meter.samples) <= 12
 
 
@@ -61,14 +71,14 @@ def test_a_lost_worker_makes_no_negative_rate(clock: Clock) -> None:
     meter = Meter(1000, clock)
     meter.update(done(500))
     clock.now += 1
-    assert meter.update(done(100)) == (0.0, None)
+    assert meter.update(done(100)) == Rates(0.0, 0.0, None)
 
 
 def test_more_than_all_leaves_nothing_to_go(clock: Clock) -> None:
     meter = Meter(100, clock)
     meter.update(done(0))
     clock.now += 1
-    assert meter.update(done(150)) == (150.0, 0.0)
+    assert meter.update(done(150)) == Rates(150.0, 0.0, 0.0)
 
 
 def test_no_field_of_an_event_hides_its_time_kind_or_message() -> None:
@@ -80,17 +90,19 @@ def test_no_field_of_an_event_hides_its_time_kind_or_message() -> None:
     ]
     fields = {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
     assert {"merge_seconds", "watch_seconds", "num_bytes"} <= fields
-    assert fields.isdisjoint({"event", "message", "seconds"})
+    assert fields.isdisjoint({"time", "level", "run_id", "event", "message", "seconds"})
 
 
 def test_a_field_that_would_hide_the_time_is_refused(clock: Clock) -> None:
-    with pytest.raises(AssertionError):
-        JsonReporter(io.StringIO(), clock).event("published", "done", seconds=1.0)
+    for name in ("time", "level", "run_id", "seconds"):
+        with pytest.raises(AssertionError):
+            JsonReporter(io.StringIO(), clock).event("published", "done", **{name: 1.0})
 
 
 def test_json_lines(plan: Plan, clock: Clock) -> None:
     stream = io.StringIO()
-    reporter = JsonReporter(stream, clock)
+    began = datetime(2026, 3, 1, 23, 59, 59, 250_000, tzinfo=UTC)
+    reporter = JsonReporter(stream, clock, lambda: began + timedelta(seconds=clock.now - 1000))
     reporter.begin(plan)
     reporter.event("planned", 'a "plan"\nof two lines', num_shards=3)
     reporter.progress(done(0), 0, 3)
@@ -100,8 +112,20 @@ def test_json_lines(plan: Plan, clock: Clock) -> None:
     reporter.progress(done(400, 100, 5), 1, 3)  # within a second of the last
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [line["event"] for line in lines] == ["planned", "progress", "progress"]
-    assert lines[0] == {"seconds": 0.0, "event": "planned", "message": 'a "plan"\nof two lines', "num_shards": 3}
+    [run_id] = {line["run_id"] for line in lines}
+    assert lines[0] == {
+        "time": "2026-03-01T23:59:59.250Z",
+        "level": "info",
+        "run_id": run_id,
+        "seconds": 0.0,
+        "event": "planned",
+        "message": 'a "plan"\nof two lines',
+        "num_shards": 3,
+    }
     assert lines[2] == {
+        "time": "2026-03-02T00:00:01.250Z",
+        "level": "info",
+        "run_id": run_id,
         "seconds": 2.0,
         "event": "progress",
         "read_bytes": 300,
@@ -110,7 +134,8 @@ def test_json_lines(plan: Plan, clock: Clock) -> None:
         "num_tensors": 5,
         "shards_done": 1,
         "num_shards": 3,
-        "bytes_per_second": 200,
+        "read_bytes_per_second": 150,
+        "written_bytes_per_second": 50,
         "remaining_seconds": round((plan.read_bytes + plan.num_bytes - 400) / 200, 1),
     }
 
@@ -125,25 +150,49 @@ def test_lines_of_text(plan: Plan, clock: Clock) -> None:
     reporter.progress(done(100), 0, 3)
     clock.now += 5
     reporter.progress(done(300, 100), 1, 3)
-    first, second = stream.getvalue().splitlines()
+    reporter.event("worker_lost", "model-2 is put back")
+    first, second, third = stream.getvalue().splitlines()
     assert first == "[    0.0s] 12 parameters"
-    assert second.startswith("[   10.0s] 100 B of ")
-    assert "written, 1 of 3 shards, 40 B/s, " in second
-    assert second.endswith(" to go")
+    read, written = (format_bytes(num_bytes) for num_bytes in (plan.read_bytes, plan.num_bytes))
+    left = duration((plan.read_bytes + plan.num_bytes - 400) / 40)
+    assert second == (
+        f"[   10.0s] read 300 B of {read} (30 B/s), wrote 100 B of {written} (10 B/s), 1 of 3 shards, {left} to go"
+    )
+    assert third == "[   10.0s] warning: model-2 is put back"
 
 
-def test_the_live_bar_counts_tensors(plan: Plan) -> None:
+@pytest.mark.parametrize(
+    ("kind", "level"), [("published", "info"), ("warning", "warning"), ("worker_lost", "warning"), ("error", "error")]
+)
+def test_levels(kind: str, level: str) -> None:
+    assert level_of(kind) == level
+    assert line_of(kind, "it is so") == ("it is so" if level == "info" else f"{level}: it is so")
+
+
+def test_every_run_has_an_id_of_its_own(clock: Clock) -> None:
+    streams = [io.StringIO(), io.StringIO()]
+    for stream in streams:
+        JsonReporter(stream, clock).event("planned", "it is so")
+    assert len({json.loads(stream.getvalue())["run_id"] for stream in streams}) == 2
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_bar_counts_tensors_and_bytes(plan: Plan, width: int) -> None:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=120)
+    console = Console(file=stream, force_terminal=True, width=width)
     reporter = LiveReporter(console)
     reporter.begin(plan)
     reporter.event("planned", "plan of [model] things")
+    reporter.event("warning", "a word " * 20)
     reporter.progress(done(100, 50, 2), 0, 3)
     reporter.close()
     num_tensors = sum(len(shard.tensors) for shard in plan.shards)
-    text = stream.getvalue()
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue())
     assert "plan of [model] things" in text
-    assert f"2/{num_tensors} tensors" in text.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert "warning: a word a word" in text
+    assert f"2/{num_tensors} tensors" in text
+    assert f"read 100 B of {format_bytes(plan.read_bytes)} (0 B/s), wrote 50 B of " in text
+    assert max(len(line.rstrip()) for line in re.split(r"[\r\n]", text)) <= width
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,13 @@ class Process:
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.announced: list[int | None] = []
         self.codes: list[int] = []
         self.has_ended = threading.Event()
+
+    def say(self, line: str, *, exit_code: int | None = None) -> None:
+        self.said.append(line)
+        self.announced.append(exit_code)
 
     def end(self, code: int) -> None:
         self.codes.append(code)
@@ -48,7 +53,7 @@ def handlers_stay() -> Iterator[None]:
 
 
 def listen(process: Process, grace_seconds: float = 60.0) -> Any:
-    return listening(process.said.append, grace_seconds=grace_seconds, end=process.end)
+    return listening(process.say, grace_seconds=grace_seconds, end=process.end)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,7 +71,7 @@ class TestBoth:
         assert process.codes == []
         [line] = process.said
         assert signal.Signals(number).name in line
-        assert "stopping cleanly, for at most 60 s; once more to stop at once" in line
+        assert "stopping cleanly within 60 s; interrupt again to stop at once" in line
 
     def test_the_second_ends_at_once(self, process: Process, number: int) -> None:
         with listen(process) as signals, signals.graceful():
@@ -74,6 +79,7 @@ class TestBoth:
             with pytest.raises(EndedError):
                 os.kill(os.getpid(), number)
         assert process.codes == [EXIT_CODE]
+        assert process.announced == [None, EXIT_CODE]
         assert "run the same command to resume" in process.said[-1]
 
 
@@ -109,7 +115,8 @@ def test_a_process_that_cannot_end_by_itself_is_ended_with_the_code() -> None:
         "import os, signal, sys, threading, time\n"
         "from mergekit_ray.reporting.signals import listening\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\n"
-        "with listening(lambda line: print(line, flush=True), grace_seconds=0.3) as signals, signals.graceful():\n"
+        "say = lambda line, exit_code=None: print(line, flush=True)\n"
+        "with listening(say, grace_seconds=0.3) as signals, signals.graceful():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(5)\n"
     )
@@ -117,12 +124,12 @@ def test_a_process_that_cannot_end_by_itself_is_ended_with_the_code() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
     )
     assert done.returncode == EXIT_CODE, done.stderr
-    assert "not stopped within" in done.stdout
+    assert "did not stop within" in done.stdout
 
 
 def test_a_closed_terminal_does_not_keep_it_from_ending(process: Process) -> None:
-    def say(line: str) -> None:
-        raise OSError(line)
+    def say(line: str, *, exit_code: int | None = None) -> None:
+        raise OSError(line, exit_code)
 
     signals = Signals(say, 60.0, process.end)
     with signals.graceful() as stop:
