@@ -37,7 +37,7 @@ def unstored_head(embedding: str | None, config: Mapping[str, Any]) -> str | Non
         config: its ``config.json``. Without ``architectures`` the name alone decides.
     """
     found = None if embedding is None else _PLAIN_EMBEDDING.fullmatch(embedding)
-    classes = _classes(config)
+    classes = classes_of(config)
     if found is None or (classes and not any(name.endswith(_WITH_PLAIN_HEAD) for name in classes)):
         return None
     if found["opt"] and classes != ["OPTForCausalLM"]:
@@ -47,16 +47,17 @@ def unstored_head(embedding: str | None, config: Mapping[str, Any]) -> str | Non
 
 def may_have_head(config: Mapping[str, Any]) -> bool:
     """Whether a model may have a head: its class gives logits over the vocabulary, or is not named."""
-    classes = _classes(config)
+    classes = classes_of(config)
     return not classes or any(name.endswith(_WITH_HEAD) for name in classes)
 
 
 def lacks_head(config: Mapping[str, Any]) -> bool:
     """Whether a model's class is known to have no head over the vocabulary: it classifies, or ends with its layers."""
-    classes = _classes(config)
+    classes = classes_of(config)
     return bool(classes) and not may_have_head(config) and all(_WITHOUT_HEAD.search(name) for name in classes)
 
 
-def _classes(config: Mapping[str, Any]) -> list[str]:
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that a config names as the model's (``architectures``); empty if it names none."""
     found = config.get("architectures")
     return [str(name) for name in found] if isinstance(found, list) else []

@@ -12,7 +12,7 @@ from mergekit_ray.checkpoint.sentence_transformers import module_settings, weigh
 from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.checkpoint.token_ids import token_ids
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.sizes import counted, format_bytes
 
 
 def check_sizes(donor: Checkpoint) -> None:
@@ -88,8 +88,8 @@ def _token_warnings(donor: Checkpoint, config: Mapping[str, Any]) -> list[str]:
     if not ids:
         return []
     return [
-        f"the tokenizer that was saved with {donor.adapter.where} has {len(ids)} tokens without embeddings, from "
-        f"{min(ids)} on: the output has {rows} rows"
+        f"the tokenizer that was saved with {donor.adapter.where} has {counted(len(ids), 'token')} without embeddings, "
+        f"from {min(ids)} on: the output has {rows} rows"
     ]
 
 

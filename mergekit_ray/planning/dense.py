@@ -17,6 +17,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import gradient_position
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.cuts import cut_of
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
@@ -213,7 +214,7 @@ class _DenseLowering:
         ]
         if missing:
             raise PlanError(
-                f"no module covers {len(missing)} tensors, the first is {missing[0]!r}",
+                f"no module covers {counted(len(missing), 'tensor')}, the first is {missing[0]!r}",
                 remedy="add modules for them, or use 'default' for the whole model",
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mergekit_ray.core.plan import Plan
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.planning.windows import comfortable_memory, memory_needed
 
 
@@ -28,6 +28,6 @@ def figures(plan: Plan) -> dict[str, Any]:
 def summary(plan: Plan) -> str:
     """One line for a person."""
     return (
-        f"{plan.num_parameters:,} parameters in {len(plan.shards)} shards; "
+        f"{counted(plan.num_parameters, 'parameter')} in {counted(len(plan.shards), 'shard')}; "
         f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.num_bytes)} to write"
     )

@@ -12,6 +12,7 @@ from mergekit_ray.architectures.heads import unstored_head
 from mergekit_ray.architectures.ties import ties_more
 from mergekit_ray.checkpoint.adapter import Adapter, Change
 from mergekit_ray.core.errors import ModelError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lora_experts import NESTED, Experts, parameter
@@ -251,7 +252,7 @@ class AdapterFit:
         if not rows or given.shape != (len(rows), *known.shape[1:]) or not given.dtype.is_floating:
             raise self._fault(
                 f"tensor {stored!r} is {given.dtype.value} {list(given.shape)}; trainable_token_indices lists "
-                f"{len(rows)} rows of {target!r}, which is {known.dtype.value} {list(known.shape)}",
+                f"{counted(len(rows), 'row')} of {target!r}, which is {known.dtype.value} {list(known.shape)}",
                 "save the adapter with PEFT again",
             )
         if max(rows) >= known.shape[0]:

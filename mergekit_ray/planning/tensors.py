@@ -46,7 +46,7 @@ class TensorLowering:
         self._donor = donor
         self._source = None if rules.source is None else models[rules.source]
         self._result = result
-        self.mismatches = Mismatches()
+        self.mismatches = Mismatches(models.values())
         self.partial = PartialTensors(rules.missing, donor, result, self.mismatches)
         self.refused: dict[tuple[str, str, str | None], list[str]] = {}
         self.used: set[tuple[str, str]] = set()

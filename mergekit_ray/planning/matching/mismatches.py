@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+from mergekit_ray.architectures.heads import classes_of
 from mergekit_ray.core.errors import ModelError
+from mergekit_ray.core.sizes import counted
+from mergekit_ray.planning.lowering import Model
 
 _MAX_LISTED = 12
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -13,6 +17,16 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def pattern_of(name: str) -> str:
     """A tensor's name with ``*`` for the numbers of layers and experts."""
     return _NUMBER.sub("*", name)
+
+
+def classes_told(models: Iterable[Model]) -> str:
+    """``: LlamaForCausalLM (/a, /b) against Qwen2ForCausalLM (/c)``; empty if the classes do not differ."""
+    found: dict[str, list[str]] = {}
+    for model in models:
+        for name in classes_of(model.checkpoint.config)[:1]:
+            found.setdefault(name, []).append(str(model.reference))
+    told = " against ".join(f"{name} ({', '.join(references)})" for name, references in found.items())
+    return f": {told}" if len(found) > 1 else ""
 
 
 class Groups:
@@ -40,13 +54,21 @@ class Groups:
         lines = []
         for (pattern, what), tensors in self._found.items():
             shared = {below for _, below in tensors}
-            common = f"{shared.pop() if len(shared) == 1 else pattern} ({len(tensors)} tensors)"
+            common = f"{shared.pop() if len(shared) == 1 else pattern} ({counted(len(tensors), 'tensor')})"
             lines.append((tensors[0][0] if len(tensors) == 1 else common, what, len(tensors)))
         return lines
 
 
 class Mismatches(Groups):
-    """Collects what is wrong with single tensors and tells all of it at once."""
+    """Collects what is wrong with single tensors and tells all of it at once.
+
+    Args:
+        models: that are merged.
+    """
+
+    def __init__(self, models: Iterable[Model]) -> None:
+        super().__init__()
+        self._models = tuple(models)
 
     def raise_if_any(self) -> None:
         """Tell what was found.
@@ -60,8 +82,8 @@ class Mismatches(Groups):
         rest = len(lines) - _MAX_LISTED
         listed = "\n  ".join([*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])])
         raise ModelError(
-            f"the models do not fit together:\n  {listed}",
-            remedy="merge models of one architecture and shape; leave out the layers that differ with slices; "
-            "`missing: base` takes what only some models have from base_model or the first model, `missing: drop` "
-            "leaves it out; `exclude` keeps tensors out of the merge",
+            f"the models do not fit together{classes_told(self._models)}:\n  {listed}",
+            remedy="merge models of one architecture and shape, or leave out what differs: slices leave out layers, "
+            "`exclude` keeps tensors out of the merge, and `missing` decides on tensors that only some models have "
+            "(`base` copies them from base_model or the first model, `drop` leaves them out)",
         )

@@ -17,7 +17,7 @@ from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Model, Rules
-from mergekit_ray.planning.matching.mismatches import pattern_of
+from mergekit_ray.planning.matching.mismatches import classes_told, pattern_of
 from mergekit_ray.planning.matching.names import bare
 from mergekit_ray.planning.weights import Weights
 
@@ -153,7 +153,7 @@ def _check_layers(model: Model, parts: Anatomy, donor: Model, rules: Rules) -> N
 
 def _fault(model: Model, donor: Model, what: str) -> ModelError:
     return ModelError(
-        f"the models do not fit together: {model.reference} keeps its language model under {model.anatomy.main}, "
-        f"{donor.reference} under {donor.anatomy.main}, {what}",
+        f"the models do not fit together{classes_told([donor, model])}: {model.reference} keeps its language model "
+        f"under {model.anatomy.main}, {donor.reference} under {donor.anatomy.main}, {what}",
         remedy="merge models of one architecture, or bring one into the other's form with transformers",
     )

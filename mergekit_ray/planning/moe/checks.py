@@ -8,9 +8,11 @@ from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.architectures.moe.family import OUTSIDE, MoeFamily
 from mergekit_ray.architectures.settings import ACTIVATION, MODEL_TYPE
 from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import differences
 from mergekit_ray.planning.lowering import Model
+from mergekit_ray.planning.matching.mismatches import classes_told
 
 _MAX_LISTED = 12
 
@@ -36,7 +38,7 @@ def check_sources(
         for name in sorted(feed_forward):
             problems += _not_floating(source, name)
     if problems:
-        raise _misfit(base, problems)
+        raise _misfit(base, sources, problems)
 
 
 def check_additions(
@@ -69,7 +71,7 @@ def check_additions(
         problems += _wrong_shapes(base, source, shapes)
         problems += [problem for name in sorted(_rests(shapes)) for problem in _not_floating(source, name)]
     if problems:
-        raise _misfit(base, problems)
+        raise _misfit(base, sources, problems)
 
 
 def _rests(shapes: Collection[str]) -> set[str]:
@@ -90,10 +92,11 @@ def _wrong_shapes(base: Model, source: Model, shapes: Mapping[str, tuple[int, ..
     return list(found.values())
 
 
-def _misfit(base: Model, problems: Sequence[str]) -> ModelError:
+def _misfit(base: Model, sources: Sequence[Model], problems: Sequence[str]) -> ModelError:
     rest = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
     return ModelError(
-        "the experts do not fit the base model:\n  " + "\n  ".join([*problems[:_MAX_LISTED], *rest]),
+        f"the experts do not fit the base model{classes_told([base, *sources])}:\n  "
+        + "\n  ".join([*problems[:_MAX_LISTED], *rest]),
         where=f"base_model {base.reference}",
         remedy="take models of one family and size, best of all fine-tunes of one model",
     )
@@ -172,7 +175,7 @@ def _shapes(base: Model, source: Model, name: str) -> list[str]:
     if not differing:
         return []
     full, ours, theirs = differing[0]
-    more = f" (and in {len(differing) - 1} more layers)" if len(differing) > 1 else ""
+    more = f" (and in {counted(len(differing) - 1, 'more layer')})" if len(differing) > 1 else ""
     return [f"{full}: {_shape(ours)} in {base.reference}, {_shape(theirs)} in {source.reference}{more}"]
 
 

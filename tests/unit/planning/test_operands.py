@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mergekit_ray.checkpoint.opening import Checkpoint
@@ -81,6 +83,26 @@ def test_other_shapes_must_match_and_all_mismatches_are_listed() -> None:
         "  model.layers.1.mlp.up_proj.weight: different shapes (/a: [6, 4], /b: [9, 4])",
         "  model.norm.weight: different shapes (/a: [4], /b: [5])",
     ]
+
+
+def test_classes_that_differ_are_named() -> None:
+    """Beside the tensors: most who meet this have mixed two architectures."""
+    classes = {"/a": "LlamaForCausalLM", "/b": "Qwen2ForCausalLM", "/c": "LlamaForCausalLM"}
+    models = [
+        replace(llama(path, inner=8 if path == "/b" else 6), config={"architectures": [name], "num_hidden_layers": 2})
+        for path, name in classes.items()
+    ]
+    weight = "parameters: {weight: 1}"
+    recipe = f"merge_method: linear\nmodels: [{', '.join(f'{{model: {path}, {weight}}}' for path in classes)}]\n"
+    with pytest.raises(ModelError) as caught:
+        plan_of(recipe, *models)
+    assert caught.value.what.splitlines()[0] == (
+        "the models do not fit together: LlamaForCausalLM (/a, /c) against Qwen2ForCausalLM (/b):"
+    )
+    alike = [replace(model, config={**model.config, "architectures": ["LlamaForCausalLM"]}) for model in models]
+    with pytest.raises(ModelError) as caught:
+        plan_of(recipe, *alike)
+    assert caught.value.what.splitlines()[0] == "the models do not fit together:"
 
 
 def test_a_long_list_of_mismatches_is_counted() -> None:

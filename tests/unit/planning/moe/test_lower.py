@@ -361,9 +361,9 @@ class TestMismatches:
         assert caught.value.where == "base_model /a"
         assert str(caught.value).splitlines()[1:-1] == [
             "  layers: 2 in /a, 3 in /b",
-            "  model.layers.0.mlp.down_proj.weight: [4, 6] in /a, [4, 8] in /b (and in 1 more layers)",
-            "  model.layers.0.mlp.gate_proj.weight: [6, 4] in /a, [8, 4] in /b (and in 1 more layers)",
-            "  model.layers.0.mlp.up_proj.weight: [6, 4] in /a, [8, 4] in /b (and in 1 more layers)",
+            "  model.layers.0.mlp.down_proj.weight: [4, 6] in /a, [4, 8] in /b (and in 1 more layer)",
+            "  model.layers.0.mlp.gate_proj.weight: [6, 4] in /a, [8, 4] in /b (and in 1 more layer)",
+            "  model.layers.0.mlp.up_proj.weight: [6, 4] in /a, [8, 4] in /b (and in 1 more layer)",
             "  model_type: 'llama' in /a, 'mistral' in /c",
             "  mlp.gate_proj.bias: not in /a, but in /c",
         ]
