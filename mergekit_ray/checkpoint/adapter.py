@@ -20,6 +20,7 @@ from mergekit_ray.checkpoint.index import MAX_INDEX_BYTES, parse_index
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import is_tokenizer_file, is_vocabulary_file
 from mergekit_ray.core.errors import CheckpointError, ModelError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.storage.protocols import FileStat, LinkedSource, Source
@@ -158,7 +159,7 @@ def _open_weights(
         if isinstance(source, LinkedSource):
             source.check_links(missing.__contains__)
         raise CheckpointError(
-            f"{len(missing)} of {len(files)} weight files are missing, the first is {missing[0]}",
+            f"{counted(len(missing), 'weight file')} of {len(files)} missing: {missing[0]}",
             where=where,
             remedy="the adapter is incomplete: download or copy the rest",
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME
 from mergekit_ray.core.errors import ModelError
+from mergekit_ray.core.sizes import counted
 
 PIPELINE_NAME = "model_index.json"
 
@@ -36,7 +37,7 @@ def pipeline_error(names: Collection[str], reference: str, *, is_folder: bool) -
         )
     listed = ", ".join(f"{reference.rstrip('/')}/{folder}" if is_folder else folder for folder in models)
     return ModelError(
-        f"this is a pipeline of diffusers, which holds {len(models)} models, and a merge is of one",
+        f"this is a pipeline of diffusers, which holds {counted(len(models), 'model')}, and a merge is of one",
         where=reference,
         remedy=f"{'' if is_folder else 'download it, and '}merge by itself each that you want merged: {listed}",
     )

@@ -16,6 +16,7 @@ from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.checkpoint.strict_json import parse_config
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.plan import DIFFUSERS_STEM, index_name
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.storage.names import is_confined
@@ -189,7 +190,7 @@ def _open_indexed(source: Source, listing: Mapping[str, FileStat], index: str) -
         if isinstance(source, LinkedSource):
             source.check_links(missing.__contains__)
         raise CheckpointError(
-            f"{len(missing)} of {len(files)} weight files are missing: {_some(missing)}",
+            f"{counted(len(missing), 'weight file')} of {len(files)} missing: {_some(missing)}",
             where=source.uri,
             remedy="the checkpoint is incomplete: download or copy the rest",
         )
@@ -197,7 +198,7 @@ def _open_indexed(source: Source, listing: Mapping[str, FileStat], index: str) -
     absent = [name for name, file in weight_map.items() if name not in headers[file][0].tensors]
     if absent:
         raise CheckpointError(
-            f"{len(absent)} tensors are not in the files the index names for them: "
+            f"the index names files that lack {counted(len(absent), 'tensor')}: "
             f"{_some(f'{name} in {weight_map[name]}' for name in absent)}",
             where=where,
             remedy="index and files are of different versions: download or copy both again",

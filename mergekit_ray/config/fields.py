@@ -26,6 +26,7 @@ from mergekit_ray.config.sizes import format_size, parse_size
 from mergekit_ray.config.yaml_source import format_path
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 
 DEFAULT_MAX_SHARD_BYTES = 2_000_000_000
@@ -112,7 +113,7 @@ def _parse_compute_dtype(value: object) -> ComputeDType:
 
 def _parse_layer_range(value: object) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        shown = found(value) if not isinstance(value, list | tuple) else f"{len(value)} values"
+        shown = found(value) if not isinstance(value, list | tuple) else counted(len(value), "value")
         raise ValueError(f"expected [first layer, layer after the last], found {shown}\nwrite for example [0, 16]")
     bounds: list[int] = []
     for bound in value:

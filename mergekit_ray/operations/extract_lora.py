@@ -38,6 +38,7 @@ from mergekit_ray.core.expressions import (
     SingularValues,
 )
 from mergekit_ray.core.plan import InputFile, InputModel, OutputTensor, Plan, Shard
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.operations.extraction_report import (
     BASE_SUFFIX,
@@ -48,8 +49,10 @@ from mergekit_ray.operations.extraction_report import (
     report_of,
     to_data,
 )
+from mergekit_ray.operations.extraction_stage import Stage
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.run_plan import run_plan
+from mergekit_ray.output.occupant import files_told, occupant
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.planning.agreement import check_pair
 from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapter_config, extraction
@@ -177,7 +180,10 @@ class _Extraction:
             return known
         ranks = self._ranks(found, models)
         shards = [_shard({target.name: self._factors(found, target, ranks[target.name])}) for target in found.targets]
-        work, plan = self._work("factors", [*shards, *self._norms(found)], models)
+        told = f"factorising {counted(len(shards), 'matrix', 'matrices')}"
+        if found.uncovered:
+            told += f", and measuring {counted(len(found.uncovered), 'other tensor')}"
+        work, plan = self._work("factors", [*shards, *self._norms(found)], models, told)
         return self._finish(found, work, plan, digest)
 
     # -- what is there already ------------------------------------------------------------------------------------
@@ -209,7 +215,7 @@ class _Extraction:
         if foreign and not resumes:
             if not self._options.overwrite or models_there:
                 raise PlanError(
-                    f"there is something else already: {', '.join(foreign[:4])}",
+                    occupant(manifest, is_finished=True) or files_told(foreign),
                     where=self._sink.uri,
                     remedy="choose another output"
                     + ("" if models_there else ", or pass --overwrite to replace the adapter there"),
@@ -226,7 +232,8 @@ class _Extraction:
         if self._wanted.rank is not None:
             return {target.name: min(self._wanted.rank, found.short_side(target)) for target in found.targets}
         assert self._wanted.energy is not None
-        work, _ = self._work("spectra", self._spectra(found), models)
+        told = f"computing the singular values of {counted(len(found.targets), 'matrix', 'matrices')}"
+        work, _ = self._work("spectra", self._spectra(found), models, told)
         spectra = read_small(work, [target.name for target in found.targets])
         return {name: rank_for(np.frombuffer(data, np.float64), self._wanted.energy) for name, data in spectra.items()}
 
@@ -266,13 +273,16 @@ class _Extraction:
         )
 
     def _work(
-        self, stage: str, shards: Sequence[Shard], models: Mapping[ModelReference, Model]
+        self, stage: str, shards: Sequence[Shard], models: Mapping[ModelReference, Model], message: str
     ) -> tuple[Checkpoint, Plan]:
         """Carry a plan out in its own folder beside the result, and open what it wrote."""
         plan = self._plan(stage, shards, models)
-        folder = f"{self._sink.uri}/{WORK_FOLDER}/{stage}-{plan.digest[:16]}"
-        self._tell.event(stage, f"{stage}: {len(shards)} tensors", num_tensors=len(shards))
-        run_plan(plan, folder, self._options, reporter=self._tell, stop=self._stop)
+        below = f"{WORK_FOLDER}/{stage}-{plan.digest[:16]}"
+        folder = f"{self._sink.uri}/{below}"
+        self._tell.event(stage, message, num_tensors=len(shards))
+        told = Stage(self._tell, plan, below)
+        with told.errors_told():
+            run_plan(plan, folder, self._options, reporter=told, stop=self._stop)
         return open_checkpoint(open_source(folder), folder), plan
 
     # -- the adapter ----------------------------------------------------------------------------------------------
@@ -292,7 +302,15 @@ class _Extraction:
         shard = _laid_out(WEIGHTS_NAME, encode_header(specs), {spec.name: expressions[spec.name] for spec in specs})
         self._copy(replace(plan, inputs=_inputs_with(plan, work), shards=(shard,)), f"{WORK_FOLDER}/{digest}-copy")
         config = adapter_config(found, ranks)
-        manifest = {"format": 1, "extraction_digest": digest, "report": to_data(report)}
+        manifest = {
+            "format": 1,
+            "extraction_digest": digest,
+            "finetuned": str(found.tuned.reference),
+            "base": str(found.base.reference),
+            "rank": self._wanted.rank,
+            "energy": self._wanted.energy,
+            "report": to_data(report),
+        }
         self._sink.put("README.md", card(found, report).encode())
         self._sink.put(MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
         self._sink.put(ADAPTER_CONFIG_NAME, json.dumps(config, indent=2).encode())

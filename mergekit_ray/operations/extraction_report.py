@@ -13,6 +13,7 @@ import numpy as np
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import NUM_NORMS
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.version import __version__
 from mergekit_ray.planning.extraction import Extraction
 
@@ -139,10 +140,15 @@ def card(found: Extraction, report: ExtractResult) -> str:
     return (
         "---\nlibrary_name: peft\ntags:\n- mergekit-ray\n- lora\n---\n\n# Extracted LoRA\n\n"
         f"The difference of `{found.tuned.reference}` and its base `{found.base.reference}`, as low-rank factors of "
-        f"{len(kept)} matrices (ranks {min(e.rank for e in kept)} to {max(e.rank for e in kept)}), made with "
+        f"{counted(len(kept), 'matrix', 'matrices')} ({_ranks([each.rank for each in kept])}), made with "
         f"mergekit-ray {__version__}. Of all differences, a share of {report.error:.3g} (in norm) is lost; "
         f"`mergekit-ray.json` says where.\n"
     )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    least, most = min(ranks), max(ranks)
+    return f"rank {least}" if least == most else f"ranks {least} to {most}"
 
 
 def lines(report: ExtractResult) -> list[str]:
@@ -152,11 +158,20 @@ def lines(report: ExtractResult) -> list[str]:
     if report.saved:
         told += ["", "stored whole:", *(f"  {name}" for name in report.saved)]
     if report.uncovered:
-        told += ["", "differences that the adapter does not hold (size, and over the size of the base's tensor):"]
+        told += ["", "changes that the adapter leaves out:"]
+        told += [f"  {'change':>9}  {'relative':>9}  tensor"]
         for each in report.uncovered:
-            relative = "base is zero" if each.relative is None else f"{each.relative:9.3g}"
+            relative = "base is 0" if each.relative is None else f"{each.relative:9.3g}"
             told.append(f"  {each.norm:9.3g}  {relative}  {each.name}")
     if report.unmatched:
-        told += ["", "tensors that have no counterpart, and are left out:"]
+        told += ["", "tensors that only one model has, or that differ in shape, are left out:"]
         told += [f"  {name}: {reason}" for name, reason in report.unmatched.items()]
-    return [*told, "", f"lost of all differences: {report.error:.3g} (in norm)", report.uri]
+    return [
+        *told,
+        "",
+        "change: Frobenius norm of the difference; lost: the part of it that the",
+        "factors leave out; relative: change over the norm of the base's tensor",
+        "",
+        f"lost of all changes together: {report.error:.3g}",
+        report.uri,
+    ]

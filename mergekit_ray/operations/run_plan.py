@@ -18,6 +18,7 @@ from functools import partial
 
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.output.destination import (
@@ -174,11 +175,12 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
     if destination.done:
         tell.event(
             "resumed",
-            f"{len(destination.done)} of {len(plan.shards)} shards are there already",
+            f"{len(destination.done)} of {counted(len(plan.shards), 'shard')} already there",
             num_done=len(destination.done),
             num_shards=len(plan.shards),
         )
-    sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps({"plan_digest": plan.digest}).encode())
+    begun = {"plan_digest": plan.digest, "seed": plan.seed, "recipe": plan.recipe}
+    sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps(begun).encode())
     check_twins(destination, plan)
     merge.kept.write(destination)
     shards = [shard for shard in plan.shards if shard.file not in destination.done]

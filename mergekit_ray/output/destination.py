@@ -20,6 +20,7 @@ from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import DIFFUSERS_STEM, STEM, InputModel, Plan, index_name
 from mergekit_ray.core.record import ShardRecord, record_file
+from mergekit_ray.output.occupant import files_told, occupant
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
 from mergekit_ray.storage.names import is_confined
@@ -31,7 +32,7 @@ CARD_FILE: Final = "README.md"
 RECORD_ROOT: Final = WORK_FOLDER
 STAGED: Final = "staged"
 PLAN_FILE: Final = "plan.json"
-"""In the folder of a plan's records: that the plan has been begun."""
+"""In the folder of a plan's records: that the plan has been begun, with its recipe."""
 
 SWAP_FILE: Final = "swap.json"
 """In the folder of a plan's records: what its staged model replaces, from the moment on that it does."""
@@ -111,9 +112,8 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     foreign = _foreign(present, plan, folder, _side_files(manifest), resuming=(ours or is_begun) and not is_staged)
     work = _unfinished_work(foreign)
     if foreign and not overwrite and not _is_nothing(foreign):
-        shown = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
         raise PlanError(
-            f"there is something else already: {shown}",
+            _occupant(sink, plan, foreign, manifest) or files_told(foreign),
             where=sink.uri,
             remedy="choose another output, or pass --overwrite to replace it",
         )
@@ -125,6 +125,14 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     first, last = ([name for name in foreign if (name in (work or ())) is wanted] for wanted in (True, False))
     done = _done(sink, plan, present)
     return Destination(sink, folder, done, clear_first=tuple(first), clear_last=tuple(last))
+
+
+def _occupant(sink: Sink, plan: Plan, foreign: Sequence[str], manifest: Mapping[str, Any] | None) -> str | None:
+    """Whose output is there: a manifest says it, or else what plans that were begun have left."""
+    if manifest is not None and (told := occupant(manifest, is_finished=True, plan=plan)):
+        return told
+    begun = (_read_json(sink, name) for name in foreign if name.endswith(f"/{PLAN_FILE}"))
+    return next((told for note in begun if note and (told := occupant(note, is_finished=False, plan=plan))), None)
 
 
 def may_go(name: str, plan: Plan) -> bool:

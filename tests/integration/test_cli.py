@@ -158,7 +158,7 @@ class TestMergeCommand:
         times = [file.stat().st_mtime_ns for file in done]
         again = run_command("merge", many, out)
         assert again.returncode == 0, again.stderr
-        assert f"{len(done)} of {len(mergekit_ray.plan(many).shards)} shards are there already" in again.stderr
+        assert f"{len(done)} of {len(mergekit_ray.plan(many).shards)} shards already there" in again.stderr
         assert [file.stat().st_mtime_ns for file in done] == times
         mergekit_ray.merge(many, fresh)
         assert contents(out) == contents(fresh)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.storage.faults import changed, missing
 from mergekit_ray.storage.hub.branch import (
     BASE_FILE,
@@ -193,7 +194,7 @@ class HubStore:
         if there:
             self._branch.make()
             operations = [CommitOperationDelete(name, is_folder=False) for name in there]
-            self._branch.commit_guarded(operations, f"Remove {len(there)} files", self._guard)
+            self._branch.commit_guarded(operations, f"Remove {counted(len(there), 'file')}", self._guard)
 
     def finish(self) -> None:
         """See `PublishingSink.finish`."""

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError, ModelError, StorageError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.storage.faults import ShortBodyError, changed, missing
 from mergekit_ray.storage.fence import LEASE_FILE, allow_all
 from mergekit_ray.storage.names import check_name
@@ -241,7 +242,7 @@ class S3Store:
         if failed:
             key, code = failed[0].get("Key"), failed[0].get("Code")
             raise StorageError(
-                f"{len(failed)} files could not be deleted, the first is {key!r} ({code})",
+                f"{counted(len(failed), 'file')} could not be deleted, the first is {key!r} ({code})",
                 where=self.uri,
                 remedy="another merge writes there: let only one do so"
                 if code == "PreconditionFailed"

@@ -289,7 +289,7 @@ def test_several_files_with_an_index(folder: Folder) -> None:
     with pytest.raises(CheckpointError, match=r"lora_B\.weight is not in the file that the index names"):
         folder.open()
     folder.store.delete(["adapter_model-2.safetensors"])
-    with pytest.raises(CheckpointError, match=r"1 of 2 weight files are missing, the first is adapter_model-2"):
+    with pytest.raises(CheckpointError, match=r"1 weight file of 2 missing: adapter_model-2"):
         folder.open()
 
 

@@ -53,7 +53,7 @@ def test_shards_are_found_by_the_index(tmp_path: Path) -> None:
 
 
 def test_shards_that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"1 of 1 weight files are missing: x\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"1 weight file of 1 missing: x\.safetensors"):
         opened(tmp_path, {}, b'{"weight_map": {"a": "x.safetensors"}}')
 
 

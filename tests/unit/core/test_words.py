@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.core.spelling import closest, nearest
 
 
@@ -38,3 +38,8 @@ def test_closest() -> None:
     assert closest("passthrough", methods) is None
     assert nearest("slrp", methods) == "; did you mean 'slerp'?"
     assert nearest("passthrough", methods) == ""
+
+
+def test_one_is_singular() -> None:
+    assert [counted(n, "shard") for n in (0, 1, 2, 1024)] == ["0 shards", "1 shard", "2 shards", "1,024 shards"]
+    assert [counted(n, "matrix", "matrices") for n in (1, 3)] == ["1 matrix", "3 matrices"]

@@ -171,7 +171,7 @@ def test_another_plan_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
     publish_all(plan, sink)
     before = names(sink)
     other = replace(plan, seed=99)
-    with pytest.raises(PlanError, match="there is something else already") as caught:
+    with pytest.raises(PlanError, match="this recipe's output with seed 0 is there, and the seed is 99 now") as caught:
         inspect(sink, other, overwrite=False)
     assert caught.value.where == sink.uri
     assert "--overwrite" in str(caught.value)
@@ -187,7 +187,7 @@ def test_another_plan_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
 def test_another_plans_unfinished_work_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
     write_shards(plan, sink, 1)
     other = replace(plan, seed=99)
-    with pytest.raises(PlanError, match="something else already"):
+    with pytest.raises(PlanError, match=r"other files are there already: .*model-00001-of-.*safetensors"):
         inspect(sink, other, overwrite=False)
     found = inspect(sink, other, overwrite=True)
     # It is none yet, and would never become one: it makes room at once.
@@ -279,7 +279,7 @@ class TestStaged:
         place = inspect(sink, plan, overwrite=True)
         stage = LocalStore(f"{sink.uri}/{place.staging}")
         done = write_shards(plan, stage, 2)
-        with pytest.raises(PlanError, match="something else already"):
+        with pytest.raises(PlanError, match=r"other files are there already: config\.json, model\.safetensors"):
             inspect(sink, plan, overwrite=False)
         found = inspect(sink, plan, overwrite=True)
         assert (dict(found.done), found.staging, set(found.clear_last)) == (done, place.staging, old)
@@ -302,7 +302,7 @@ class TestStaged:
         sink.put(f"{RECORD_ROOT}/{plan.digest}/{SWAP_FILE}", b"{}")
         found = inspect(sink, plan, overwrite=False)
         assert found.staging == f"{RECORD_ROOT}/{plan.digest}/{STAGED}"
-        with pytest.raises(PlanError, match="something else already"):
+        with pytest.raises(PlanError, match="other files are there already"):
             inspect(sink, replace(plan, seed=99), overwrite=False)
 
 

@@ -235,7 +235,7 @@ class TestNowhere:
         weight_map = dict.fromkeys(tensors, "a.safetensors") | {"x": "b.safetensors"}
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         link(model / "unused.safetensors", "gone")
-        with pytest.raises(CheckpointError, match="1 of 2 weight files are missing"):
+        with pytest.raises(CheckpointError, match="1 weight file of 2 missing"):
             open_checkpoint(LocalSource(model), "m")
         link(model / "b.safetensors", "gone")
         with pytest.raises(CheckpointError, match="a link to gone, which is not there"):
