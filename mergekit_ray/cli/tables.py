@@ -1,29 +1,36 @@
-"""Plans and methods as tables for a person, and as JSON data."""
+"""Plans and methods as tables for a person, and as JSON data.
+
+A terminal gets them wrapped to its width. A pipe gets a line for each row, however long, so that ``grep`` finds it.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import PydanticUndefined
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.expressions import Expression, Load, Merge
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.operations.plan import Explanation
 from mergekit_ray.planning.estimate import Cluster, Estimate
 from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, mapped_models, memory_needed
 from mergekit_ray.reporting.reporters import duration
+from mergekit_ray.reporting.text import INDENT, hanging
 
-_PIPED_WIDTH = 140
+_PIPED_WIDTH = 10_000
 _MAX_ROWS = 40
 _MAX_DROPPED = 8
 
@@ -56,66 +63,66 @@ At the edges every method does the same (`tests/unit/methods/test_edge_cases.py`
 def print_plan(plan: Plan) -> None:
     """Inputs, shards with what they read, write and hold, and the sums."""
     console = _console()
-    inputs = Table(title="Inputs", title_justify="left")
-    for column in ("model", "where", "files read"):
-        inputs.add_column(column, overflow="fold")
-    for model in plan.inputs.values():
-        inputs.add_row(escape(model.reference), escape(model.uri), str(len(model.files)))
+    models = list(plan.inputs.values())
+    is_elsewhere = any(model.uri != model.reference for model in models)
+    inputs = _table("model", *(["read from"] if is_elsewhere else []), numbers=["files"])
+    for model in models:
+        where = [escape(model.uri)] if is_elsewhere else []
+        inputs.add_row(escape(model.reference), *where, str(len(model.files)))
     console.print(inputs)
+    console.print()
 
     mapped = mapped_models(plan.inputs)
-    shards = Table(title="Shards", title_justify="left")
-    shards.add_column("file", overflow="fold")
-    for column in ("tensors", "parameters", "to read", "to write", "peak\nmemory"):
-        shards.add_column(column, justify="right", no_wrap=True)
+    shards = _table("shard", numbers=["tensors", "parameters", "read", "write", "memory"])
     for shard in plan.shards[:_MAX_ROWS]:
         largest = largest_window(shard.tensors, mapped)
         held = FIXED_BYTES + (0 if largest is None else largest.memory_bytes)
         shards.add_row(
             shard.file,
-            str(len(shard.tensors)),
+            f"{len(shard.tensors):,}",
             f"{shard.num_parameters:,}",
             format_bytes(shard.read_bytes),
             format_bytes(shard.num_bytes),
             format_bytes(held),
         )
     if len(plan.shards) > _MAX_ROWS:
-        shards.add_row(f"... and {len(plan.shards) - _MAX_ROWS} more", "", "", "", "", "")
+        shards.add_row(f"... and {len(plan.shards) - _MAX_ROWS:,} more", "", "", "", "", "")
     shards.add_section()
     shards.add_row(
-        f"all {len(plan.shards)}",
-        str(sum(len(shard.tensors) for shard in plan.shards)),
+        f"all {len(plan.shards):,}" if len(plan.shards) > 1 else "all",
+        f"{sum(len(shard.tensors) for shard in plan.shards):,}",
         f"{plan.num_parameters:,}",
         format_bytes(plan.read_bytes),
         format_bytes(plan.num_bytes),
         format_bytes(memory_needed(plan)),
     )
     console.print(shards)
-    console.print(
-        f"Memory of a worker: at least {format_bytes(memory_needed(plan))}; "
-        f"{format_bytes(comfortable_memory(plan))} if --memory is not given."
+    console.print()
+    _say(
+        console,
+        f"A worker needs at least {format_bytes(memory_needed(plan))} of memory, and gets "
+        f"{format_bytes(comfortable_memory(plan))} unless --memory says otherwise.",
     )
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+        _say(console, f"warning: {warning}")
     for title, named in (("Not used", plan.dropped), ("Shared", plan.aliased)):
         for i, (name, reason) in enumerate(named.items()):
             if i == _MAX_DROPPED:
-                console.print(f"{title}: ... and {len(named) - i} more (all with --json)")
+                _say(console, f"{title}: ... and {len(named) - i:,} more (--json lists all)")
                 break
-            console.print(f"{title}: {name} ({reason})", highlight=False, markup=False)
+            _say(console, f"{title}: {name} ({reason})")
 
 
 def print_estimate(cluster: Cluster, expected: Estimate) -> None:
     """How long it takes there, and what is the limit."""
-    store = "" if cluster.store_bytes is None else f", a store of {format_bytes(cluster.store_bytes)}/s"
+    store = "" if cluster.store_bytes is None else f" and a store of {format_bytes(cluster.store_bytes)}/s"
     idle = cluster.num_nodes - expected.num_busy
-    fewer = f"; {idle} of them have nothing to do: there are fewer shards" if idle else ""
-    text = (
-        f"On {cluster.num_nodes} nodes with links of {format_bytes(cluster.link_bytes)}/s{store}: at least "
-        f"{duration(expected.seconds)} ({expected.bound}; work spread to {100 * expected.balance:.0f} %{fewer}). "
-        "Start-up and arithmetic are not in it."
+    _say(
+        _console(),
+        f"On {counted(cluster.num_nodes, 'node')} with links of {format_bytes(cluster.link_bytes)}/s{store}: at least "
+        f"{duration(expected.seconds)}, without start-up and arithmetic (limited by the {expected.bound}; work is "
+        f"spread to {100 * expected.balance:.0f} %{f'; too few shards leave {idle:,} idle' if idle else ''}).",
     )
-    _console().print(text, highlight=False, markup=False)
 
 
 def print_explanations(plan: Plan, found: Sequence[Explanation]) -> None:
@@ -167,36 +174,52 @@ def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
 
 def print_methods() -> None:
     """One row per method."""
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    for column in ("base model", "models", "parameters", "what it does"):
-        table.add_column(column, overflow="fold")
+    console = _console()
+    table = _table("method", "base model", "what it does")
     for method in describe_methods():
-        parameters = ", ".join(p["name"] for p in method["parameters"])
-        table.add_row(method["name"], method["base"], method["models"], parameters, method["summary"])
-    _console().print(table)
+        table.add_row(method["name"], method["base"], escape(method["summary"]))
+    console.print(table)
+    if console.is_terminal:
+        console.print()
+        _say(console, "`mergekit-ray methods NAME` shows the formula and the parameters of one.")
 
 
 def print_method(name: str) -> None:
     """One method with its formula, source and parameters."""
     console = _console()
     [method] = describe_methods(name)
-    console.print(f"[bold]{method['name']}[/bold]  {method['summary']}\n", highlight=False)
-    console.print(f"  result      {method['formula']}", highlight=False, markup=False)
-    if method["reference"]:
-        console.print(f"  source      {method['reference']}", highlight=False, markup=False)
-    console.print(f"  base model  {method['base']}", highlight=False)
-    console.print(f"  models      {method['models']}\n", highlight=False)
-    console.print(method["notes"] + "\n", highlight=False, markup=False)
+    head = Text(hanging(f"{name}  {method['summary']}", console.width, len(name) + 2))
+    head.stylize("bold", 0, len(name))
+    console.print(head, soft_wrap=True)
+    console.print()
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    for label, value in (
+        ("result", method["formula"]),
+        ("source", method["reference"]),
+        ("base model", method["base"]),
+        ("models", method["models"]),
+    ):
+        if value:
+            facts.add_row(f"  {label}", escape(value))
+    console.print(facts)
+    for paragraph in method["notes"].replace("``", "`").split("\n\n"):
+        console.print()
+        _say(console, _reflowed(paragraph), by=0)
+    console.print()
     if not method["parameters"]:
         console.print("It has no parameters.")
         return
-    table = Table()
-    for column in ("parameter", "looked up", "default", "meaning"):
-        table.add_column(column, overflow="fold")
+    table = _table("parameter", "looked up", "default", "meaning")
     for parameter in method["parameters"]:
-        table.add_row(parameter["name"], _scope(parameter), _default(parameter), parameter["description"])
+        table.add_row(parameter["name"], _scope(parameter), _default(parameter), escape(parameter["description"]))
     console.print(table)
+
+
+def _reflowed(paragraph: str) -> str:
+    """A paragraph of a docstring in one line, but for the points of a list."""
+    return re.sub(r"\n(?!\s*[-*] )\s*", " ", paragraph)
 
 
 def methods_markdown() -> str:
@@ -230,7 +253,24 @@ def _default(parameter: dict[str, Any]) -> str:
 
 def _console() -> Console:
     """As wide as the terminal; wide enough for every column where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
+    return Console(highlight=False) if sys.stdout.isatty() else Console(width=_PIPED_WIDTH, highlight=False)
+
+
+def _table(*texts: str, numbers: Sequence[str] = ()) -> Table:
+    """A table without vertical lines: 80 columns hold a row of a plan, and a terminal's selection copies a column."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in texts:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _say(console: Console, text: str, by: int = INDENT) -> None:
+    line = Text(hanging(text, console.width, by))
+    if text.startswith("warning: "):
+        line.stylize("bold yellow", 0, len("warning:"))
+    console.print(line, soft_wrap=True)
 
 
 def _describe(method: type[MethodDeclaration]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def has_colour(stream: IO[Any]) -> bool:
     return terminal_width(stream) is not None
 
 
-def hanging(text: str, width: int) -> str:
-    """Each line of a text wrapped to a width, the rest of it indented by `INDENT` more than its beginning.
+def hanging(text: str, width: int, by: int = INDENT) -> str:
+    """Each line of a text wrapped to a width, the rest of it indented by so many columns more than its beginning.
 
     Words are never broken: paths and names that are longer than a line can still be copied.
     """
@@ -48,7 +48,7 @@ def hanging(text: str, width: int) -> str:
         lines += textwrap.wrap(
             line,
             width,
-            subsequent_indent=indent + " " * INDENT,
+            subsequent_indent=indent + " " * by,
             break_long_words=False,
             break_on_hyphens=False,
         ) or [""]

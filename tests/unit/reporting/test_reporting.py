@@ -221,14 +221,13 @@ def test_the_table_of_a_plan(plan: Plan, models: list[Path], capsys: pytest.Capt
     text = capsys.readouterr().out
     for shard in plan.shards:
         row = next(line for line in text.splitlines() if shard.file in line)
-        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
-        assert cells[1:5] == [
+        assert re.split(r"  +", row)[1:5] == [
             str(len(shard.tensors)),
             f"{shard.num_parameters:,}",
             format_bytes(shard.read_bytes),
             format_bytes(shard.num_bytes),
         ]
-    sums = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in text.splitlines()]
+    sums = [re.split(r"  +", line) for line in text.splitlines()]
     num_tensors = sum(len(shard.tensors) for shard in plan.shards)
     assert [row[1:5] for row in sums if row[0] == f"all {len(plan.shards)}"] == [
         [str(num_tensors), f"{plan.num_parameters:,}", format_bytes(plan.read_bytes), format_bytes(plan.num_bytes)]
@@ -243,18 +242,18 @@ def test_long_lists_are_cut_and_counted(plan: Plan, capsys: pytest.CaptureFixtur
     tables.print_plan(many)
     text = capsys.readouterr().out
     assert "... and 20 more" in text
-    assert "Not used: ... and 12 more (all with --json)" in text
+    assert "Not used: ... and 12 more (--json lists all)" in text
 
 
 def test_the_tables_of_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
     tables.print_methods()
     text = capsys.readouterr().out
     for name in ("linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"):
-        assert f"│ {name} " in text
+        assert re.search(rf"^{name}  +(required|optional|none) ", text, re.MULTILINE)
     tables.print_method("ties")
     ties = capsys.readouterr().out
     assert "https://arxiv.org/abs/2306.01708" in ties
-    rows = [[cell.strip() for cell in line.strip("│ ").split("│")][:3] for line in ties.splitlines() if "│" in line]
+    rows = [re.split(r"  +", line)[:3] for line in ties.splitlines()]
     assert ["weight", "per model", "required"] in rows
     assert ["density", "per model", "1.0"] in rows
     assert ["lambda", "per tensor", "1.0"] in rows
