@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Final
@@ -109,7 +110,8 @@ def merge(
         loaded = load(recipe, voice, lenient=lenient)
         with voice.reporter() as told:
             result = run(loaded, output, seed=seed, options=options, reporter=told, stop=signals.graceful())
-        if not quiet and log_format is LogFormat.text:
+        # On a terminal the last event has just said it.
+        if not quiet and log_format is LogFormat.text and not (sys.stdout.isatty() and sys.stderr.isatty()):
             typer.echo(result.uri)
 
 

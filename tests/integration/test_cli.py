@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ import mergekit_ray
 from mergekit_ray.cli import app
 from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import ModelLibrary, contents, load
+from support.terminal import run_on_terminal
 from support.waiting import DEADLINE_SECONDS, wait_until
 
 METHODS = {"linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"}
@@ -113,7 +109,7 @@ class TestMergeCommand:
         assert done.stderr == ""
 
     def test_live_bar_on_a_terminal(self, many: Path, tmp_path: Path) -> None:
-        code, shown = run_on_terminal([COMMANDS / "merge", many, tmp_path / "out"])
+        code, shown = run_on_terminal("merge", many, tmp_path / "out")
         assert code == 0, shown
         assert "\x1b[" in shown
         assert "merging" in shown
@@ -366,30 +362,3 @@ class TestVerify:
         found = json.loads(invoke("verify", folder, "--json").stdout)
         assert found["ok"] is False
         assert found["problems"]
-
-
-def run_on_terminal(command: list[Path]) -> tuple[int, str]:
-    """Run a command on a terminal of its own; gives its exit code and all that was shown."""
-    parent, child = pty.openpty()
-    env = command_environment(TERM="xterm", COLUMNS="140")
-    with subprocess.Popen([str(part) for part in command], stdin=child, stdout=child, stderr=child, env=env) as process:
-        os.close(child)
-        shown = b"".join(_read(parent))
-        code = process.wait(timeout=DEADLINE_SECONDS)
-    os.close(parent)
-    return code, shown.decode(errors="replace")
-
-
-def _read(terminal: int) -> Iterator[bytes]:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([terminal], [], [], 1.0)
-        if not ready:
-            continue
-        try:
-            data = os.read(terminal, 1 << 16)
-        except OSError:  # Linux: the last process on it is gone
-            return
-        if not data:
-            return
-        yield data

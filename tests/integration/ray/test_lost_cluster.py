@@ -59,7 +59,7 @@ def test_the_head_is_killed_with_all_its_workers(num_done: int, models: ModelLib
     with RayHead() as head, merging(head, path, out) as process:
         wait_for(process, "shard_done", num_done)
         head.kill()
-        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+        said, _ = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == 4, said
         assert "run the same command" in said
         assert not (out / "model.safetensors.index.json").exists()
@@ -78,7 +78,7 @@ def test_ray_is_killed_on_the_drivers_machine(models: ModelLibrary, tmp_path: Pa
     with RayHead() as head, merging(head, path, out) as process:
         wait_for(process, "shard_done", 1)
         head.kill_raylet()
-        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+        said, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 4, said
     assert "Ray has ended on this machine" in said
     assert "run the same command" in said
@@ -95,7 +95,7 @@ def test_ray_is_killed_while_routers_are_made(models: ModelLibrary, tmp_path: Pa
         for worker in head.workers("_compute"):
             freeze(worker)  # it does not end before Ray does
         head.kill_raylet()
-        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+        said, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 4, said
     assert "Ray has ended on this machine" in said
     assert "run the same command" in said
@@ -114,13 +114,13 @@ def test_the_head_is_killed_before_the_first_shard_and_after_the_last(
     with RayHead() as head, merging(head, path, out) as process:
         wait_for(process, event, 1)
         head.kill()
-        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+        said, _ = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == (4 if event == "planned" else 0), said
         if event == "planned":
             assert "cannot connect to Ray" in said
             assert not (out / "model.safetensors.index.json").exists()
     if event == "planned":
         with RayHead() as head, merging(head, path, out) as process:
-            _, said = process.communicate(timeout=DEADLINE_SECONDS)
+            said, _ = process.communicate(timeout=DEADLINE_SECONDS)
             assert process.returncode == 0, said
     assert contents(out) == undisturbed(recipe, tmp_path / "expected")
