@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import mergekit_ray
 from mergekit_ray.cli import app
+from support.commands.terminal import run_on_terminal
 from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import ModelLibrary, contents, load
-from support.terminal import run_on_terminal
 from support.waiting import DEADLINE_SECONDS, wait_until
 
 METHODS = {"linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties"}

@@ -16,9 +16,9 @@ from rich.cells import cell_len
 
 from mergekit_ray.cli import app
 from mergekit_ray.core.registry import METHODS
+from support.commands.terminal import COLOUR, plain, run_on_terminal, widest
 from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import ModelLibrary
-from support.terminal import COLOUR, plain, run_on_terminal, widest
 from support.waiting import DEADLINE_SECONDS, wait_until
 
 NAMES = sorted(command.name or str(getattr(command.callback, "__name__", "")) for command in app.registered_commands)
