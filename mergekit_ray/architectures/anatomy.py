@@ -245,7 +245,7 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
             raise CheckpointError(
                 f"layers {_listed([widest])} of {stack!r} have no tensors, and layer {widest.stop} has",
                 where=where,
-                remedy="download the checkpoint again, or see who numbered its layers",
+                remedy="download the checkpoint again, or correct the numbers of its layers",
             )
         stacks[stack] = num_layers
         layers[stack] = tuple(tuple(sorted(by_layer.get(i, ()))) for i in range(num_layers))

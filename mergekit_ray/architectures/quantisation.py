@@ -133,7 +133,7 @@ def quantisation(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], whe
         shown, rest = reading.problems[:_MAX_LISTED], len(reading.problems) - _MAX_LISTED
         listed = "\n  ".join([*shown, *([f"... and {rest} more"] if rest > 0 else [])])
         raise ModelError(
-            f"it holds codes whose meaning is not known:\n  {listed}",
+            f"it holds quantised weights of an unknown format:\n  {listed}",
             where=where,
             remedy=REMEDY,
         )

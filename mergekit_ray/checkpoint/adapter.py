@@ -122,7 +122,7 @@ def open_adapter(source: Source, reference: str) -> Adapter:
         raise ModelError(
             what if listing else "there are no files",
             where=where,
-            remedy="after the '+' of base+adapter comes a folder that PEFT saved; check the path or prefix",
+            remedy="what follows the '+' of base+adapter must be a folder that PEFT saved; check the path or prefix",
         )
     data = source.read(ADAPTER_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
     config = parse_adapter_config(data, f"{source.uri}/{ADAPTER_CONFIG_NAME}")
@@ -190,7 +190,7 @@ def _sort(tensors: Mapping[str, tuple[TensorSpec, Location]], where: str, *, has
             found.rows[rows["module"]] = stored
         elif ".lora_" in name or (".token_adapter." in name and ".base_layer." not in name):
             raise ModelError(
-                f"tensor {stored!r} is of no kind that is known to merge",
+                f"tensor {stored!r} is of an unknown kind",
                 where=where,
                 remedy="merge the adapter with PEFT (merge_and_unload) and name the result",
             )
@@ -213,14 +213,18 @@ def _enter(found: _Found, stored: str, factor: re.Match[str], where: str, *, has
     rest = factor["rest"].split(".")[1:]
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
     if len(rest) > 1:
-        raise ModelError(f"tensor {stored!r} is none of a LoRA", where=where, remedy="save the adapter with PEFT again")
+        raise ModelError(
+            f"tensor {stored!r} does not belong to a LoRA", where=where, remedy="save the adapter with PEFT again"
+        )
     found.adapters.update(rest)
     module = factor["module"] if has_nested else factor["module"].removesuffix(".base_layer")
     change = found.changes.setdefault(module, Change())
     part = factor["part"]
     attribute = "bias" if leaf == "bias" else "magnitude" if part == "magnitude_vector" else part[-1].lower()
     if leaf == "bias" and part != "B":
-        raise ModelError(f"tensor {stored!r} is none of a LoRA", where=where, remedy="save the adapter with PEFT again")
+        raise ModelError(
+            f"tensor {stored!r} does not belong to a LoRA", where=where, remedy="save the adapter with PEFT again"
+        )
     known = getattr(change, attribute)
     if known is not None:
         raise _twice(known, stored, where)

@@ -143,7 +143,7 @@ def _matcher(pattern: str) -> SchemaValidator:
     try:
         re.compile(whole)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"which is no regular expression: {error}") from None
+        raise ValueError(f"which is not a regular expression: {error}") from None
     try:
         return SchemaValidator(core_schema.str_schema(pattern=whole, regex_engine="rust-regex"))
     except SchemaError as error:
@@ -161,7 +161,7 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
         raise ModelError(
-            f"the adapter is of the kind {kind!r}; only LoRA can be applied", where=where, remedy=_MERGE_WITH_PEFT
+            f"this is an adapter of the kind {kind!r}; only LoRA can be applied", where=where, remedy=_MERGE_WITH_PEFT
         )
     for key, (what, remedy) in _REFUSED.items():
         if content.get(key):

@@ -31,13 +31,13 @@ def pipeline_error(names: Collection[str], reference: str, *, is_folder: bool) -
     models = [folder for folder in sorted(folders) if f"{folder}/{CONFIG_NAME}" in names]
     if not models:
         return ModelError(
-            f"this is a pipeline of diffusers, and no folder in it holds both {CONFIG_NAME} and safetensors files",
+            f"this is a diffusers pipeline, but no folder in it holds both {CONFIG_NAME} and safetensors files",
             where=reference,
             remedy="load it with diffusers and save it with save_pretrained()",
         )
     listed = ", ".join(f"{reference.rstrip('/')}/{folder}" if is_folder else folder for folder in models)
     return ModelError(
-        f"this is a pipeline of diffusers, which holds {counted(len(models), 'model')}, and a merge is of one",
+        f"this is a diffusers pipeline, which holds {counted(len(models), 'model')}, and a merge is of one",
         where=reference,
-        remedy=f"{'' if is_folder else 'download it, and '}merge by itself each that you want merged: {listed}",
+        remedy=f"{'' if is_folder else 'download it, and '}merge its models one at a time: {listed}",
     )

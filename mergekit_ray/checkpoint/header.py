@@ -152,7 +152,7 @@ def _parse_tensor(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, i
         raise CheckpointError(
             f"tensor {_shorten(name)} has dtype {_shorten(entry['dtype'])}, which cannot be read",
             where=where,
-            remedy=f"read are {', '.join(_DTYPES)}; use an unquantised copy of the model",
+            remedy=f"supported dtypes: {', '.join(_DTYPES)}; use an unquantised copy of the model",
         )
     shape = _parse_shape(name, entry["shape"], where)
     start, end = _parse_offsets(name, entry["data_offsets"], where)

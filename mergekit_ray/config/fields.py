@@ -125,12 +125,12 @@ def _parse_layer_range(value: object) -> tuple[int, int]:
         if not isinstance(number, int) or isinstance(number, bool):
             raise ValueError(f"expected whole numbers of layers, found {found(bound)}")
         if abs(number) > 1 << 31:
-            raise ValueError("expected whole numbers of layers, found one that no model has")
+            raise ValueError("expected numbers of layers, found one that is too large")
         bounds.append(number)
     start, end = bounds
     if start < 0 or end < 0:
         raise ValueError(
-            f"layers are counted from 0, found [{start}, {end}]\nwrite the layers out; nothing counts from the end"
+            f"layers are counted from 0, found [{start}, {end}]\nwrite the numbers out: none counts from the end"
         )
     if start >= end:
         what = "is empty" if start == end else "runs backwards"

@@ -143,9 +143,7 @@ def _kind(data: object) -> type[DenseRecipe | MoeRecipe] | Finding:
     if "experts" in data or method == MOE_METHOD:
         if bodies:
             sign = "experts" if "experts" in data else f"merge_method: {MOE_METHOD}"
-            what = (
-                f"both kinds of recipe in one: `{sign}` of a Mixture of Experts beside `{bodies[0]}` of a dense merge"
-            )
+            what = f"two kinds of recipe in one: `{sign}` (Mixture of Experts) and `{bodies[0]}` (dense merge)"
             return Finding((bodies[0],), what, f"{_WHAT_TO_WRITE} (and may have a dense recipe as its `backbone`)")
         return MoeRecipe
     if bodies or method is not None:
@@ -193,7 +191,7 @@ def _document(source: object, name: str) -> Document:
     if ": " in source:
         return read_yaml(source, name)
     raise ConfigError(
-        f"no file is called {found(source)}, and it is not YAML text either",
+        f"{found(source)} is neither a file nor YAML text",
         remedy="name a recipe's file, such as merge.yml; text is taken for YAML if it has a line break or ': '",
     )
 

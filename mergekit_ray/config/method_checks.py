@@ -207,7 +207,7 @@ def _global_findings(
     num_inner = len(inner)
     wider = [level[name] for level in piece.levels if name in level][:-num_inner]
     if any(not isinstance(setting, Conditional) for setting in wider):
-        what = f"{name} has no effect here: {method.name} has one for all models, and a wider level sets it"
+        what = f"{name} has no effect here: {method.name} has one for all models, and an outer level sets it"
         for path, _ in inner:
             yield Finding((*path, name), what, is_warning=True)
         return
@@ -226,7 +226,7 @@ def _base_findings(method: type[MethodDeclaration], piece: NormalSlice) -> Itera
         yield Finding(("base_model",), what, hint, depends=(("base_model",), (*piece.path, "base_model")))
     is_sliced = any(source.layer_range is not None for source in piece.inputs)
     if piece.base is not None and is_sliced and piece.base_layer_range is None:
-        what = f"which layers of the base model {piece.base} belong here is open: the sources' layer ranges differ"
+        what = f"which layers of the base model {piece.base} belong here is unclear: the sources' layer ranges differ"
         hint = "list the base model among the sources, with its layer_range"
         yield Finding((*piece.path, "sources"), what, hint, depends=(piece.path, ("base_model",)))
 

@@ -107,7 +107,7 @@ class ExpertRecipe(RecipeModel):
 
 def _parse_merge_method(value: object) -> object:
     if value is not None and value != MOE_METHOD:
-        raise ValueError(f"the recipe lists experts, so merge_method is `moe` or left out, found {found(value)}")
+        raise ValueError(f"a recipe with experts takes `merge_method: moe` or none, found {found(value)}")
     return MOE_METHOD
 
 
@@ -216,7 +216,7 @@ def moe_findings(recipe: MoeRecipe) -> list[Finding]:
 
 def _addition_findings(recipe: MoeRecipe) -> list[Finding]:
     """What a recipe that adds to a Mixture of Experts cannot say."""
-    what = "a recipe with `add_to_base` keeps all that base_model has but for more experts"
+    what = "`add_to_base` keeps everything of base_model and only adds experts"
     changes = {"shared_experts": recipe.shared_experts, "backbone": recipe.backbone}
     found = [Finding((key,), what, f"remove `{key}`") for key, value in changes.items() if value]
     if recipe.expert_layout == "packed":

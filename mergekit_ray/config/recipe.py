@@ -218,8 +218,8 @@ def _source_findings(recipe: DenseRecipe) -> list[Finding]:
     if recipe.from_model is None:
         return []
     if recipe.include is None and recipe.exclude is None:
-        what = "`from` has no effect: all tensors are merged"
-        return [Finding(("from",), what, "say with `include` or `exclude` which are not", is_warning=True)]
+        what = "`from` has no effect: every tensor is merged"
+        return [Finding(("from",), what, "choose with `include` or `exclude` what is not merged", is_warning=True)]
     known = recipe.model_references()
     if recipe.from_model in known:
         return []

@@ -73,7 +73,7 @@ class ModelReference:
                 raise ValueError(f"{self.path!r} is not on the Hub, so it has no revision {self.revision!r}")
             object.__setattr__(self, "revision", self.revision.strip())
         if self.lora is not None and self.lora.lora is not None:
-            raise ValueError(f"one LoRA can be applied to a model, found two on {self.path!r}")
+            raise ValueError(f"a model takes one LoRA, found two on {self.path!r}")
 
     @classmethod
     def parse(cls, text: str) -> ModelReference:
@@ -117,7 +117,7 @@ class ModelReference:
             raise ValueError(f"two revisions of {inner.path!r}: {inner.revision!r} and {revision!r}")
         lora = value.get("lora")
         if lora is not None and inner.lora is not None:
-            raise ValueError(f"one LoRA can be applied to a model, found two on {inner.path!r}")
+            raise ValueError(f"a model takes one LoRA, found two on {inner.path!r}")
         adapter = inner.lora if lora is None else cls.from_data(lora)
         return cls(inner.path, inner.revision if revision is None else revision, adapter)
 
@@ -144,7 +144,7 @@ def escaped(path: str) -> str:
 def _check_no_credential(text: str) -> None:
     if "://" in text and holds_credential(text):
         raise ValueError(
-            "a model's URI must not hold a credential; take it out, and give it by the environment: HF_TOKEN, or "
+            "a model's URI must not hold a credential; take it out, and set it in the environment: HF_TOKEN, or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 

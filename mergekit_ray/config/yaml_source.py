@@ -105,7 +105,7 @@ def read_yaml(text: str, file: str = "<text>") -> Document:
     except yaml.reader.ReaderError:
         bad = _UNPRINTABLE.search(text)
         line = text.count("\n", 0, bad.start()) + 1 if bad else None
-        what = f"not valid YAML: the character {bad[0] if bad else ''!r} cannot stand in it"
+        what = f"not valid YAML: the character {bad[0] if bad else ''!r} is not allowed"
         raise _failure(file, line, what, "save the recipe as UTF-8 text") from None
     except UnicodeError:
         raise _failure(file, None, "not valid Unicode text", "save the recipe as UTF-8 text") from None
@@ -129,7 +129,7 @@ def _syntax_error(file: str, text: str, error: yaml.MarkedYAMLError) -> ConfigEr
 
 def too_large(file: str) -> ConfigError:
     """The error for a recipe above `MAX_TEXT_BYTES`."""
-    what = f"larger than {MAX_TEXT_BYTES >> 20} MiB, which no recipe is"
+    what = f"larger than {MAX_TEXT_BYTES >> 20} MiB, too large for a recipe"
     return _failure(file, None, what, "name the recipe, not a checkpoint's file")
 
 
@@ -259,7 +259,7 @@ def _tag(tag: str | None, line: int, accepted: tuple[str, ...]) -> str | None:
 
 
 def _too_deep(line: int) -> _Unreadable:
-    return _Unreadable(line, f"nested more than {MAX_DEPTH} deep, which no recipe is")
+    return _Unreadable(line, f"nested more than {MAX_DEPTH} deep, too large for a recipe")
 
 
 @dataclass(slots=True)

@@ -50,14 +50,16 @@ class CompiledSum:
         if not isinstance(expression, Merge):
             return f"there are no compiled loops for {expression.kind}"
         if not issubclass(METHODS.get(expression.method), SumMethod):
-            return f"{expression.method} has no loops from bytes to bytes"
+            return f"{expression.method} has no compiled loop"
         if expression.compute_dtype is not DType.F32:
-            return f"the loops compute in float32, and the recipe asks for {expression.compute_dtype.config_name}"
+            return (
+                f"the compiled loops compute in float32, and the recipe asks for {expression.compute_dtype.config_name}"
+            )
         for x in (expression, *_read_by(expression)):
             if x.spec.dtype not in BITS:
-                return f"the loops take bfloat16 and float32, and a tensor is {x.spec.dtype.config_name}"
+                return f"the compiled loops take bfloat16 and float32, and one tensor is {x.spec.dtype.config_name}"
         if not all(isinstance(x, Load) for x in _read_by(expression)):
-            return "the loops take tensors as stored in files, and an input is computed first"
+            return "the compiled loops read tensors straight from files, and one input is computed first"
         return None
 
     @classmethod

@@ -50,7 +50,11 @@ def choose(expression: Expression, device: str, *, allow_non_finite: bool = Fals
     fixed = _fixed_to_cpu(expression)
     if device != CPU and fixed is None:
         return Choice(Strategy.DEVICE, f"computed on {device}")
-    prefix = "" if device == CPU else f"{fixed} chooses elements by functions that processors round apart; on the CPU: "
+    prefix = (
+        ""
+        if device == CPU
+        else f"{fixed} selects elements by functions that CPU and GPU round differently; so, on the CPU:  "
+    )
     if allow_non_finite:
         return Choice(Strategy.TORCH, f"{prefix}NaN and infinities that are let pass have the bits torch gives them")
     found = compiled(expression)

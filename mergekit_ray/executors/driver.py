@@ -304,7 +304,7 @@ class _Run:
         alone = [file for file in self.running if self._attempts[file] == 1]
         file = self._pace.slowest(alone, self._clock())
         if file is not None:
-            self._tell.event("backup", f"{file} takes long: another worker begins it too", file=file)
+            self._tell.event("backup", f"{file} is slow: another worker starts it as well", file=file)
             self._submit(self.running[file])
 
     def take(self, outcomes: Sequence[Outcome]) -> None:
@@ -338,7 +338,7 @@ class _Run:
         for standing in self._watch.look(self._executor.standings()):
             self._tell.event(
                 "worker_given_up",
-                f"{standing.name} has done nothing for too long and is given up",
+                f"{standing.name} has made no progress for too long: its shards go to other workers",
                 worker=standing.name,
             )
             self._executor.give_up(standing.worker)
@@ -364,8 +364,8 @@ def _tell_fetched(shards: Sequence[Shard], progress: Progress, reporter: Reporte
     """What stores were asked for beside what was needed: gaps and repeated reads are more, mapped files ask nobody."""
     needed = sum(shard.read_bytes for shard in shards)
     if needed:
-        text = f"{format_bytes(progress.fetched_bytes)} fetched for {format_bytes(needed)} of inputs"
-        text += f" ({progress.fetched_bytes / needed:.2f})"
+        text = f"fetched {format_bytes(progress.fetched_bytes)} to read {format_bytes(needed)} of inputs"
+        text += f" (ratio {progress.fetched_bytes / needed:.2f})"
         reporter.event("fetched", text, fetched_bytes=progress.fetched_bytes, needed_bytes=needed)
 
 
@@ -373,7 +373,9 @@ def _put_back_or_raise(waiting: ShardQueue, shard: Shard, outcome: Outcome, repo
     error = outcome.error or StorageError("the worker was lost", where=shard.file)
     if (outcome.lost or error.retryable) and waiting.put_back(shard, outcome):
         kind = "worker_lost" if outcome.lost else "shard_retried"
-        reporter.event(kind, f"{shard.file} is put back: {error.what}", file=shard.file, worker=outcome.worker)
+        reporter.event(
+            kind, f"{shard.file} goes back to the queue: {error.what}", file=shard.file, worker=outcome.worker
+        )
         return
     raise error
 

@@ -53,7 +53,7 @@ def connect(address: str | None) -> None:
     place = address or os.environ.get("RAY_ADDRESS", "")
     if holds_credential(place):
         raise ConfigError(
-            "a Ray cluster's address holds neither user nor password",
+            "a Ray cluster's address takes no user or password",
             where=place,
             remedy="write host:port or ray://host:port",
         )

@@ -73,13 +73,13 @@ class Watch:
 
     def _warn(self, standing: Standing) -> None:
         is_silent = standing.silent_seconds > _WARN_AFTER * self._seconds
-        what = "has not answered" if is_silent else "has got no further"
+        what = "has not answered" if is_silent else "has made no progress"
         seconds = standing.silent_seconds if is_silent else standing.still_seconds
         limit = self._seconds if is_silent else self._seconds * _STILL_TIMES
-        then = f"; after {limit:.0f} s its shards go to others" if standing.worker else ""
+        then = f"; after {limit:.0f} s its shards go to other workers" if standing.worker else ""
         self._tell.event(
             "worker_stalled",
-            f"{standing.name} {what} for {seconds:.0f} s, with {', '.join(standing.files)}{then}",
+            f"{standing.name} {what} for {seconds:.0f} s on {', '.join(standing.files)}{then}",
             worker=standing.name,
             idle_seconds=round(seconds, 1),
         )

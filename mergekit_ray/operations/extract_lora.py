@@ -98,9 +98,9 @@ class ExtractOptions:
         if (self.rank is None) == (self.energy is None):
             raise PlanError("give either a rank or an energy", remedy="--rank 16, or --energy 0.9")
         if self.rank is not None and self.rank < 1:
-            raise PlanError(f"a rank is at least 1, not {self.rank}", remedy="--rank 16")
+            raise PlanError(f"a rank must be at least 1, not {self.rank}", remedy="--rank 16")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise PlanError(f"an energy lies above 0 and is at most 1, not {self.energy}", remedy="--energy 0.9")
+            raise PlanError(f"an energy must be above 0 and at most 1, not {self.energy}", remedy="--energy 0.9")
 
 
 def extract_lora(

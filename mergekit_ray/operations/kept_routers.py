@@ -106,7 +106,7 @@ class KeptRouters:
         self._routers = self._data = None
         self._tell.event(
             "warning",
-            f"the routers of the run before cannot be used and are made again ({ROUTERS_FILE}: {why})",
+            f"the routers that an earlier run kept cannot be used, and are computed again ({ROUTERS_FILE}: {why})",
         )
 
 

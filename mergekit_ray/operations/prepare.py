@@ -75,7 +75,7 @@ class Prepared:
 
         def make() -> RouterVectors:
             if tell is not None:
-                tell.event("routing", f"making the routers, through the layers of {recipe.donor}")
+                tell.event("routing", f"computing the routers with the layers of {recipe.donor}")
             return make_routers(recipe, self.checkpoints, options)
 
         plan = partial(make_plan, recipe, self.checkpoints, allow_config_conflicts=self.allow_config_conflicts)

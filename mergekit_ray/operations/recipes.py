@@ -63,9 +63,7 @@ def _fetch(uri: str) -> bytes:
     try:
         return store.read(name, max_bytes=MAX_TEXT_BYTES)
     except CheckpointError as error:
-        raise ConfigError(
-            f"the recipe cannot be read: {error.what}", where=uri, remedy="check where it was put"
-        ) from error
+        raise ConfigError(f"the recipe cannot be read: {error.what}", where=uri, remedy="check its address") from error
     finally:
         close = getattr(store, "close", None)
         if close is not None:

@@ -83,12 +83,12 @@ def reproduce(
         plan, notes = _plan(manifest, records, options)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"a manifest that was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
+            f"the manifest was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error
     result = run_plan(plan, output, options, reporter=reporter, stop=stop)
     if result.was_there:
         raise PlanError(
-            "the result is there already, so nothing was computed, and there is nothing to compare with",
+            "the result is already there, so nothing was computed and there is nothing to compare",
             where=result.uri,
             remedy="choose another output; verify compares a model with its own manifest",
         )
@@ -148,7 +148,7 @@ def _check_inputs(inputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             stat = source.stat(name)
             if stat is None or stat.num_bytes != pin["num_bytes"] or not _has_header(source, stat, pin):
                 raise CheckpointError(
-                    "not the file from which the model was made: it is gone, or its size or header is another",
+                    "not the file that the model was made from: it is gone, or its size or header differs",
                     where=f"{source.uri}/{name}",
                     remedy="put the original back; the manifest names its version",
                 )
@@ -171,7 +171,7 @@ def _check_read(plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
                 raise CheckpointError(
                     "this file was not read when the model was made",
                     where=f"{model.uri}/{name}",
-                    remedy="see to the inputs' index",
+                    remedy="check the input's index",
                 )
 
 
@@ -204,9 +204,9 @@ def _differences(record: ShardRecord, again: Mapping[str, Any] | None) -> list[s
     differing = [name for name, digest in record.tensors.items() if found.tensors.get(name) != digest]
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        return [f"{record.file}: tensor {differing[0]!r}{more} came out another (XXH3-128 differs)"]
+        return [f"{record.file}: tensor {differing[0]!r}{more} came out different (XXH3-128 differs)"]
     if found.sha256 != record.sha256:
-        return [f"{record.file}: came out another (SHA-256 differs)"]
+        return [f"{record.file}: came out different (SHA-256 differs)"]
     return []
 
 
@@ -216,7 +216,7 @@ def _file_differences(files: Mapping[str, FileDigest] | None, again: Mapping[str
         return []
     names = sorted((files.keys() | again.keys()) - {CARD_FILE})
     return [
-        f"{name}: {'was not made' if name not in again else 'came out another (SHA-256 differs)'}"
+        f"{name}: {'was not made' if name not in again else 'came out different (SHA-256 differs)'}"
         for name in names
         if files.get(name) != again.get(name)
     ]

@@ -214,5 +214,5 @@ def _tidy(sink: Sink, tell: Reporter) -> None:
     except StorageError as error:
         tell.event(
             "warning",
-            f"the model is complete, but what it was made with stays in {sink.uri}/{RECORD_ROOT}: {error}",
+            f"the model is complete, but its temporary files stay in {sink.uri}/{RECORD_ROOT}: {error}",
         )

@@ -145,8 +145,8 @@ class _Verifier:
         """Compare everything that is no shard, unless it is known to be wrong already."""
         if contents.files is None:
             self._result.notes.append(
-                f"{MANIFEST_FILE} is of an earlier version, without digests of config, index, tokenizer and the other "
-                "files beside the weights: whether these changed cannot be told"
+                f"{MANIFEST_FILE} is of an earlier version and has no digests of the files beside the weights: changes "
+                "in config, index and tokenizer go unnoticed"
             )
         listed: Mapping[str, FileDigest | None] = contents.files or dict.fromkeys(contents.side_files)
         for name, digest in listed.items():

@@ -178,7 +178,7 @@ def _check_spellings(sink: Sink, present: Collection[str], written: Collection[s
 
 def _one_file(sink: Sink, first: str, second: str, remedy: str) -> PlanError:
     return PlanError(
-        f"{first} and {second} are one file here: this file system does not tell the case of letters",
+        f"{first} and {second} are one file here: this file system ignores case",
         where=sink.uri,
         remedy=f"{remedy}, or choose an output on another file system",
     )

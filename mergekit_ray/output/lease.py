@@ -234,8 +234,8 @@ def _try(sink: Sink, mine: Holder, tell: Reporter, stop: threading.Event, clock:
     if isinstance(sink, RemainsSink) and sink.discard_remains() is None:
         tell.event(
             "warning",
-            "these credentials may not list or abort unfinished uploads, so a merge that has lost this "
-            "output, should one go on, cannot be kept from completing its own",
+            "these credentials may not list or abort unfinished uploads, so another merge that has lost this output "
+            "could still complete its own",
         )
     # And again: until then another who has lost it might still have removed it.
     found = _look(sink)
@@ -275,7 +275,7 @@ def _wait_for_end(
     who = "somebody" if holder is None else str(holder)
     tell.event(
         "lease_expired",
-        f"the lease of {who} looks expired: watching it for {term.watch_seconds:.0f} s before it is taken over",
+        f"the lease of {who} looks expired: watching it for {term.watch_seconds:.0f} s before taking it over",
         watch_seconds=term.watch_seconds,
     )
     deadline = time.monotonic() + term.watch_seconds
@@ -296,7 +296,7 @@ def _held(sink: Sink, holder: Holder | None, term: Term, sign: str) -> StorageEr
     return StorageError(
         f"another merge writes there: {holder or 'of a kind that cannot be read'}; {sign}",
         where=sink.uri,
-        remedy="wait for its end, stop it, or choose another output. If it is dead, run again "
+        remedy="wait until it ends, stop it, or choose another output. If it is dead, run again "
         f"{term.seconds:.0f} s after its last renewal",
         retryable=False,
     )

@@ -39,7 +39,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
         place = (_cached(uri) if _is_folder(output) else None) or uri
         inside = _below(output, place)
         if inside is not None:
-            what = "the output is one of the inputs" if inside == "" else "the output lies inside of one of the inputs"
+            what = "the output is one of the inputs" if inside == "" else "the output is inside one of the inputs"
             raise PlanError(
                 what if uri == output else f"{what}, {uri}",
                 where=output,
@@ -49,7 +49,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
         under = _below(place, output)
         if under is not None and (under.startswith(WORK_FOLDER) or any(n.startswith(f"{under}/") for n in written)):
             raise PlanError(
-                f"an input is where files of the output go: {uri}",
+                f"an input is where the output's files would go: {uri}",
                 where=output,
                 remedy="write to another folder or prefix, or move the input",
             )

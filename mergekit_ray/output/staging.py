@@ -115,5 +115,5 @@ def _read(plan: Plan, sink: Sink, note: str) -> tuple[frozenset[str], frozenset[
     goes, comes = map(frozenset, lists)
     strange = next((name for name in sorted(goes) if not may_go(name, plan)), None)
     if strange is not None:
-        raise fault(f"it has {strange!r} deleted, which is no file of a model")
+        raise fault(f"it has {strange!r} deleted, which is not a file of a model")
     return goes, comes

@@ -96,7 +96,7 @@ def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
         listed = [*found.conflicts[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
         raise ModelError(
             "no config.json can describe these models together:\n  " + "\n  ".join(listed),
-            remedy="take models of one architecture and size; --allow-config-conflicts merges them regardless",
+            remedy="use models of one architecture and size, or pass --allow-config-conflicts to merge them anyway",
         )
     return [f"the models' configs differ: {line}; {told}" for line in (*found.conflicts, *found.remarks)]
 
@@ -271,9 +271,9 @@ def _unlike_kinds(module: NormalModule, models: Mapping[ModelReference, Model]) 
                     if key in theirs and theirs[key] != own[key]
                 ]
             if differ:
-                found.append(f"output layer {place} is merged of layers of different kinds: {differ[0]}")
+                found.append(f"output layer {place} merges layers of different kinds: {differ[0]}")
             place += 1
-    more = f" (and so {len(found) - 1} more)" if len(found) > 1 else ""
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return [found[0] + more + "; it stays of the former kind"] if found else []
 
 

@@ -24,8 +24,8 @@ def check_sizes(donor: Checkpoint) -> None:
     for file in donor.side_files:
         if file.num_bytes > MAX_SIDE_FILE_BYTES:
             raise PlanError(
-                f"{file.name} is {format_bytes(file.num_bytes)}, and files beside the weights are copied up to "
-                f"{format_bytes(MAX_SIDE_FILE_BYTES)}",
+                f"{file.name} has {format_bytes(file.num_bytes)}, and only files of up to "
+                f"{format_bytes(MAX_SIDE_FILE_BYTES)} are copied beside the weights",
                 where=f"model {donor.reference}",
                 remedy="move it out of the model's folder, and copy it to the result yourself",
             )
@@ -111,5 +111,5 @@ def _code_warnings(donor: Checkpoint, files: Collection[str], names: Collection[
     ]
     missing = sorted(name for name in files if name not in names and "--" not in name)
     if missing:
-        found.append(f"{', '.join(missing)}: named in config.json as the model's code, and not there")
+        found.append(f"{', '.join(missing)}: config.json names it as the model's code, but it is missing")
     return found

@@ -305,9 +305,9 @@ class _DenseLowering:
         if has_head and (first.sources != last.sources or first.base != last.base):
             lost = ", ".join(str(m.reference) for m in last.models)
             self._result.warnings.append(
-                f"the output stays tied: its head is its embedding, made from "
-                f"{', '.join(str(m.reference) for m in first.models)}, and not that of {lost}, "
-                "since nothing tells what the class calls a head of its own"
+                f"the output's head stays tied to its embedding, made from "
+                f"{', '.join(str(m.reference) for m in first.models)}; the head of {lost} is lost, because nothing "
+                "tells what the class calls a separate head"
             )
 
     def _is_tied(self, first: Cut, last: Cut) -> bool:

@@ -43,14 +43,14 @@ class Cluster:
             key, equals, value = (each.strip() for each in part.partition("="))
             if key not in _KEYS or not equals:
                 raise ConfigError(
-                    f"--cluster: {part.strip()!r} means nothing{nearest(key, _KEYS)}", remedy=f"write {_EXAMPLE}"
+                    f"--cluster: {part.strip()!r} is unknown{nearest(key, _KEYS)}", remedy=f"write {_EXAMPLE}"
                 )
             values[key] = value
         missing = [key for key in ("nodes", "link") if key not in values]
         if missing:
             raise ConfigError(f"--cluster: {' and '.join(missing)} missing", remedy=f"write {_EXAMPLE}")
         if not values["nodes"].isdecimal() or int(values["nodes"]) < 1:
-            raise ConfigError(f"--cluster: nodes={values['nodes']} is no number of machines", remedy="1 or more")
+            raise ConfigError(f"--cluster: nodes={values['nodes']} is not a number of machines", remedy="1 or more")
         store = _rate("store", values["store"]) if "store" in values else None
         return cls(int(values["nodes"]), _rate("link", values["link"]), store)
 
@@ -92,7 +92,7 @@ def estimate(plan: Plan, cluster: Cluster) -> Estimate:
 def _rate(key: str, text: str) -> float:
     match = _RATE.fullmatch(text)
     if match is None or not float(match["number"]):
-        raise ConfigError(f"--cluster: {key}={text} is no rate", remedy="such as 25Gbit (bits) or 3GB/s (bytes)")
+        raise ConfigError(f"--cluster: {key}={text} is not a rate", remedy="such as 25Gbit (bits) or 3GB/s (bytes)")
     unit = match["unit"]
     lower = unit.lower()
     factor = _FACTORS[lower[0] if lower[0] in "kmgt" else ""]

@@ -134,7 +134,7 @@ def extraction(tuned: Model, base: Model, coverage: Coverage) -> Extraction:
             )
     if not found.targets:
         raise ModelError(
-            f"there is no matrix to factorise that {base.reference} has as well",
+            "no matrix is in both models, so there is nothing to factorise",
             where=where,
             remedy="give the model it was fine-tuned from as base",
         )

@@ -67,7 +67,7 @@ def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None
                 f"{'with' if name in found else 'without'} {name!r}: layers of {donor.reference} differ in it, and "
                 "config.json does not say which have it",
                 where=f"slices, model {model.reference}",
-                remedy="choose slices that leave the layers with other tensors than the rest where they are",
+                remedy="choose slices that keep layers with different tensors in their places",
             )
 
 
@@ -116,7 +116,7 @@ def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
     lists = (value for level in levels for value in level.values() if isinstance(value, list))
     if len(levels) == 1 and not count_keys(levels[0], stack) and all(len(value) != count for value in lists):
         raise PlanError(
-            f"config.json gives the number of layers of {stack!r} under no key that is known, and so it cannot change",
+            f"no known key in config.json gives the number of layers of {stack!r}, so it cannot change",
             where=where,
             remedy=remedy,
         )

@@ -189,7 +189,7 @@ class AdapterFit:
         if head is None:
             raise self._fault(
                 f"it stores {embedding!r} whole, so the head that is tied to it must be stored too; nothing tells what "
-                "the class calls a head of its own",
+                "the class calls a separate head",
                 _MERGE_WITH_PEFT,
             )
         if ties_more(self._base_config):
@@ -238,7 +238,7 @@ class AdapterFit:
         if len(set(rows.values())) > 1:
             listed = ", ".join(f"{name}: {count}" for name, count in rows.items())
             raise self._fault(
-                f"it resizes a part of the vocabulary only ({listed} rows)",
+                f"it resizes only a part of the vocabulary ({listed} rows)",
                 "save the adapter with PEFT's save_embedding_layers=True",
             )
         changed = copy.deepcopy(dict(self.config))

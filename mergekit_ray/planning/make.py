@@ -56,7 +56,7 @@ def check_plannable(recipe: Recipe) -> Recipe:
             )
     if isinstance(recipe, MoeRecipe) and recipe.base_model.lora is not None and recipe.gate_mode.needs_prompts:
         raise PlanError(
-            "routers are made by running base_model's own layers, and its adapter is not applied there",
+            "routers are computed with base_model's own layers, without its adapter",
             where=f"base_model {recipe.base_model}",
             remedy="merge the adapter into the base first (merge_method: passthrough) and name the result",
         )

@@ -233,9 +233,9 @@ def _set_kinds(level: dict[str, Any], layers: Layers) -> None:
             place = next(i for i in range(len(layers)) if found[i : i + 1] != wanted[i : i + 1])
             raise PlanError(
                 f"output layer {place}, layer {layers[place][1]} of its model, would be of another kind there: "
-                f"{rule.key} tells kinds of layers by their places, and cannot tell this order",
+                f"{rule.key} gives the kinds of layers by their places, and cannot express this order",
                 where="slices",
-                remedy=f"choose slices in which the kinds of layers come in an order that {rule.key} can tell",
+                remedy=f"choose slices whose kinds of layers come in an order that {rule.key} can express",
             )
 
 

@@ -33,8 +33,8 @@ def weights_of(key: str, checkpoint: Checkpoint, where: str) -> Weights:
 def leftover_warnings(found: Quantisation, where: str) -> list[str]:
     """What is to be said where the config of a checkpoint speaks of codes, and its weights are numbers."""
     return [
-        f"{where}: config.json says that its weights are quantised ({method}), and they are not: they are read as the "
-        "numbers that they are, and the result's config.json says nothing of it"
+        f"{where}: config.json says that its weights are quantised ({method}), but they are not: they are read as "
+        "plain numbers, and the result's config.json does not mention quantisation"
         for method in found.leftover
     ]
 

@@ -57,7 +57,7 @@ def set_tower(config: dict[str, Any], donor: Model, stack: str, layers: Sequence
         _check_nothing_by_index(donor, stack, by_index)
     if not keys:
         raise PlanError(
-            f"config.json gives the number of layers of {stack!r} under no key of its own, and so it cannot change",
+            f"config.json has no key of its own for the number of layers of {stack!r}, so it cannot change",
             where=f"modules, model {donor.reference}",
             remedy="merge all its layers in their order, without slices",
         )

@@ -59,4 +59,4 @@ def as_numbers(rows: Bytes, dtype: DType) -> np.ndarray:
             return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         case DType.F16 | DType.F32 | DType.F64:
             return rows.view({2: np.float16, 4: np.float32, 8: np.float64}[dtype.itemsize]).astype(np.float64)
-    raise ValueError(f"{dtype.config_name} is no floating dtype")
+    raise ValueError(f"{dtype.config_name} is not floating point")

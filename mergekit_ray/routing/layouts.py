@@ -84,7 +84,7 @@ def _phi_msft(checkpoint: Checkpoint) -> Checkpoint:
 def _number(checkpoint: Checkpoint, key: str) -> int:
     value = checkpoint.config.get(key)
     if not isinstance(value, int):
-        raise ModelError(f"config.json says {key} {value!r}, and a number is needed", where=checkpoint.reference)
+        raise ModelError(f"config.json gives {key} as {value!r}, which is not a number", where=checkpoint.reference)
     return value
 
 

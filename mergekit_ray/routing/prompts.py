@@ -33,5 +33,5 @@ def _tokens_of(tokenizer: Tokenizer, prompt: str, reference: str) -> Tokens:
             ids.pop(0)
         ids.insert(0, bos)
     if not ids:
-        raise ModelError(f"the tokenizer makes no tokens of the prompt {prompt!r}", where=reference)
+        raise ModelError(f"the tokenizer finds no tokens in the prompt {prompt!r}", where=reference)
     return tuple(ids)

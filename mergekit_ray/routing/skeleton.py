@@ -76,7 +76,7 @@ def _folder_of(checkpoint: Checkpoint, *, with_tokenizer: bool) -> Iterator[Path
 def _said(error: Exception, folder: Path, checkpoint: Checkpoint) -> str:
     """What transformers said, with the model's name for the folder, and no advice that nobody here can follow."""
     if "trust_remote_code" in str(error):
-        return "it takes code that comes with the model, which is not run"
+        return "it needs code that comes with the model, which is not run"
     return str(error).replace(str(folder), checkpoint.reference)
 
 

@@ -112,7 +112,7 @@ def _scheme_of(reference: str) -> str | None:
         raise ConfigError(
             "a URI must not hold a credential",
             where=reference,
-            remedy="take it out, and give it by the environment: HF_TOKEN, or AWS_ACCESS_KEY_ID and "
+            remedy="take it out, and set it in the environment: HF_TOKEN, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY",
         )
     return scheme[1].lower() if scheme else None

@@ -52,7 +52,7 @@ def expanded(base: DenseModel) -> dict[str, Any]:
     heads, rows = config["num_attention_heads"], base.shape("self_attn.q_proj.weight")[0]
     if type(heads) is not int or heads < 1 or rows < heads or rows % heads:
         raise ModelError(
-            f"config.json says {heads!r:.200} of num_attention_heads, which does not divide the {rows} rows of q_proj",
+            f"config.json gives num_attention_heads as {heads!r:.200}, which does not divide the {rows} rows of q_proj",
             where=f"model {base.reference}",
             remedy="correct its config.json, or download the checkpoint again",
         )

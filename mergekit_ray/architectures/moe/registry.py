@@ -57,6 +57,6 @@ def family_of(model: DenseModel) -> MoeFamily | None:
 def _remedy(fitting: list[MoeFamily], families: list[MoeFamily]) -> str:
     if fitting:
         names = ", ".join(family.name for family in fitting)
-        return f"of the architectures there are, these fit: {names}; leave `architecture` out to have the first taken"
+        return f"these architectures fit: {names}; leave `architecture` out to take the first"
     listed = "; ".join(f"{family.name} from {', '.join(family.dense_types)}" for family in families)
-    return f"architectures there are: {listed}"
+    return f"known architectures: {listed}"

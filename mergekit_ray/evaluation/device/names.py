@@ -29,7 +29,7 @@ def check_device(name: str) -> str:
         ConfigError: it is none.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} is no device", remedy="write auto, cpu, cuda, or cuda:0, cuda:1 and so on")
+        raise ConfigError(f"{name!r} is not a device", remedy="write auto, cpu, cuda, or cuda:0, cuda:1 and so on")
     return name
 
 

@@ -68,7 +68,7 @@ def module_prefix(name: str, donor: Model) -> str | None:
         return found[0]
     listed = ", ".join(found or prefixes[:_MAX_LISTED])
     raise PlanError(
-        f"a module {name!r} may be any of several parts" if found else f"no tensors belong to a module {name!r}",
+        f"module {name!r} may be any of several parts" if found else f"no tensors belong to a module {name!r}",
         where=f"model {donor.reference}",
         remedy=f"use 'default' for the whole model, or one of: {listed}",
     )

@@ -62,8 +62,8 @@ def check_additions(
         config = source.checkpoint.config
         if config.get("model_type") not in accepted:
             problems.append(
-                f"model_type: {' or '.join(accepted)} fit into {base.reference}, {config.get('model_type')!r} is "
-                f"{source.reference}"
+                f"model_type: {base.reference} takes experts from {' or '.join(accepted)}, and {source.reference} is "
+                f"{config.get('model_type')!r}"
             )
             continue
         problems += differences([base, source], (ACTIVATION,))
@@ -98,7 +98,7 @@ def _misfit(base: Model, sources: Sequence[Model], problems: Sequence[str]) -> M
         f"the experts do not fit the base model{classes_told([base, *sources])}:\n  "
         + "\n  ".join([*problems[:_MAX_LISTED], *rest]),
         where=f"base_model {base.reference}",
-        remedy="take models of one family and size, best of all fine-tunes of one model",
+        remedy="use models of one family and size, ideally fine-tunes of one model",
     )
 
 
@@ -110,7 +110,7 @@ def vocabulary_warnings(base: Model, sources: Sequence[Model]) -> list[str]:
         if theirs != rows:
             found.append(
                 f"{source.reference} has a vocabulary of {theirs} tokens, {base.reference} one of {rows}: "
-                f"embeddings and tokenizer are those of {base.reference}, and tokens that only the other knows are lost"
+                f"the output has embeddings and tokenizer of {base.reference}, and loses tokens that only the other has"
             )
     return found
 
@@ -191,7 +191,7 @@ def _not_floating(model: Model, name: str) -> list[str]:
 def _no_float(model: Model, spec: TensorSpec) -> str:
     if spec.dtype.is_floating:
         return ""
-    return f"{spec.name}: stored as {spec.dtype.value} in {model.reference}, which is no floating dtype"
+    return f"{spec.name}: stored as {spec.dtype.value} in {model.reference}, which is not floating point"
 
 
 def _shape(spec: TensorSpec | None) -> str:

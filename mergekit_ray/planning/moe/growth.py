@@ -48,7 +48,7 @@ class Mixture:
         family = family_of(seen)
         if family is None:
             raise ModelError(
-                f"experts can be added to a Mixture of Experts, and its model_type is {seen.model_type or 'not given'}",
+                f"only a Mixture of Experts takes more experts; its model_type is {seen.model_type or 'not given'}",
                 where=where,
                 remedy=f"name a model of one of the architectures {', '.join(FAMILIES.names())}, or leave "
                 "`add_to_base` out to make one from dense models",
@@ -68,7 +68,7 @@ class Mixture:
         if self.count_key is None or found != {config[self.count_key]}:
             said = "nothing" if self.count_key is None else config[self.count_key]
             raise ModelError(
-                f"config.json says {said} of the number of experts, and the routers have "
+                f"config.json gives {said} as the number of experts, and the routers have "
                 f"{' or '.join(map(str, sorted(found))) or 'no'} rows",
                 where=where,
                 remedy="correct its config.json, or download the checkpoint again",
@@ -113,7 +113,7 @@ class _Growth:
         family = self._mixture.family
         if recipe.architecture not in (None, family.name, *family.aliases):
             raise PlanError(
-                f"the base model is a {family.name}, and what is added to it stays one",
+                f"the base model is a {family.name}, and stays one",
                 where=f"architecture {recipe.architecture}",
                 remedy="leave `architecture` out",
             )
@@ -160,7 +160,7 @@ class _Growth:
         active = config.get(ACTIVE_KEY, 0)
         if not isinstance(active, int):
             raise ModelError(
-                f"config.json says {active!r:.200} of {ACTIVE_KEY}",
+                f"config.json gives {ACTIVE_KEY} as {active!r:.200}",
                 where=f"base_model {self._base.reference}",
                 remedy="correct its config.json, or say experts_per_token",
             )

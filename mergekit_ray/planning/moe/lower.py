@@ -66,8 +66,7 @@ class _MoeLowering:
         )
         if family_of(self._dense) is not None:
             raise ModelError(
-                f"it is a Mixture of Experts already ({self._dense.model_type}), and experts are put together from "
-                "dense models",
+                f"it already is a Mixture of Experts ({self._dense.model_type}); experts are made from dense models",
                 where=f"base_model {base.reference}",
                 remedy="name a dense model, or set `add_to_base: true` to add the experts to those it has",
             )

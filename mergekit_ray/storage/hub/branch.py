@@ -310,7 +310,7 @@ def _upload_fault(error: Exception, where: str) -> Exception:
     """What huggingface_hub means by an error of an upload."""
     if isinstance(error, ValueError):
         return StorageError(
-            f"the Hub does not take it: {error}", where=where, remedy="see what its page says", retryable=False
+            f"the Hub refuses it: {error}", where=where, remedy="see what its page says", retryable=False
         )
     cause = error.__cause__
     if isinstance(cause, Exception):

@@ -186,7 +186,7 @@ def parse_reference(uri: str, revision: str | None) -> tuple[str, str | None]:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ModelError(
-            "neither a folder nor a name the Hugging Face Hub could have", where=name, remedy="names look like org/name"
+            "neither a folder nor a valid name on the Hugging Face Hub", where=name, remedy="names look like org/name"
         ) from error
     return name, at or revision
 

@@ -41,8 +41,7 @@ _FULL_CODES = {"InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaEx
 """Amazon's has no end. Servers send these with several statuses, some of which would be worth another try."""
 
 _CREDENTIALS = (
-    "give credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, by AWS_PROFILE, in ~/.aws/credentials, or by the "
-    "role of the machine"
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use ~/.aws/credentials or the machine's role"
 )
 _REMEDY_BY_CODE = {
     "AccessDenied": "these credentials may not do this here: check the bucket's policy and the role",

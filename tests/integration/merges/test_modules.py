@@ -152,7 +152,7 @@ def test_one_number_for_both_sides_is_refused(side: str, tmp_path: Path) -> None
     ("path", "value", "message"),
     [
         ("vision_config.fullatt_block_indexes", [1], "fullatt_block_indexes .* tells single layers"),
-        ("vision_config.num_hidden_layers", 7, "under no key of its own"),
+        ("vision_config.num_hidden_layers", 7, "no key of its own for the number of layers"),
         ("vision_feature_layer", 2, r"vision_feature_layer \(2\) tells single layers"),
         ("vision_feature_layer", [-1, 0], "vision_feature_layer .* tells single layers"),
     ],

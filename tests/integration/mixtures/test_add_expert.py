@@ -259,7 +259,7 @@ class TestRefusals:
         assert "leave `add_to_base` out" in str(caught.value)
 
     def test_a_mixture_as_base_of_a_new_one(self, llamas: list[Path], mixtral: Path, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="it is a Mixture of Experts already") as caught:
+        with pytest.raises(ModelError, match="it already is a Mixture of Experts") as caught:
             self.merge({**addition(mixtral, expert(llamas[1])), "add_to_base": False}, tmp_path)
         assert "set `add_to_base: true`" in str(caught.value)
 
@@ -294,5 +294,5 @@ class TestRefusals:
 
         shutil.copytree(mixtral, tmp_path / "wrong")
         (tmp_path / "wrong" / "config.json").write_text(json.dumps({**config_of(mixtral), "num_local_experts": 5}))
-        with pytest.raises(ModelError, match="says 5 of the number of experts, and the routers have 2 rows"):
+        with pytest.raises(ModelError, match="gives 5 as the number of experts, and the routers have 2 rows"):
             self.merge(addition(tmp_path / "wrong", expert(llamas[1])), tmp_path)

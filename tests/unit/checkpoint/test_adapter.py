@@ -164,9 +164,9 @@ def test_initialisations_that_leave_the_base_alone_are_fine(value: object) -> No
         ({"rank_pattern": [1]}, "rank_pattern does not map"),
         ({"rank_pattern": {"q": 1.5}}, "rank_pattern does not map"),
         ({"alpha_pattern": {"q": "x"}}, "alpha_pattern does not map"),
-        ({"rank_pattern": {"(": 1}}, r"rank_pattern holds '\(', which is no regular expression"),
-        ({"rank_pattern": {"x" * 200 + "(": 1}}, "rank_pattern holds 'x{100}…', which is no regular expression"),
-        ({"rank_pattern": {"(?i)q": 1}}, "which is no regular expression: global flags"),
+        ({"rank_pattern": {"(": 1}}, r"rank_pattern holds '\(', which is not a regular expression"),
+        ({"rank_pattern": {"x" * 200 + "(": 1}}, "rank_pattern holds 'x{100}…', which is not a regular expression"),
+        ({"rank_pattern": {"(?i)q": 1}}, "which is not a regular expression: global flags"),
         ({"alpha_pattern": {"(?!k)._proj": 1}}, "cannot be matched in bounded time: error: look-around"),
         ({"alpha_pattern": {r"(q|k)_\1": 1}}, "cannot be matched in bounded time: error: backreferences"),
         ({"alpha_pattern": {"((a{1000}){1000}){1000}": 1}}, "in bounded time: .*exceeds size limit"),
@@ -256,16 +256,16 @@ def test_of_a_module_stored_twice_the_tensor_that_peft_loads(folder: Folder) -> 
         (
             ["m.token_adapter.trainable_tokens_original"],
             ModelError,
-            "'m.token_adapter.trainable_tokens_original' is of no kind",
+            "'m.token_adapter.trainable_tokens_original' is of an unknown kind",
         ),
         (
             [f"m.token_adapter.trainable_tokens_delta{end}" for end in ("", ".default")],
             CheckpointError,
             "the same tensor under two names",
         ),
-        (["m.lora_diagonal"], ModelError, "'m.lora_diagonal' is of no kind"),
-        (["m.lora_A.bias"], ModelError, "'m.lora_A.bias' is none of a LoRA"),
-        (["m.lora_A.one.two"], ModelError, "'m.lora_A.one.two' is none of a LoRA"),
+        (["m.lora_diagonal"], ModelError, "'m.lora_diagonal' is of an unknown kind"),
+        (["m.lora_A.bias"], ModelError, "'m.lora_A.bias' does not belong to a LoRA"),
+        (["m.lora_A.one.two"], ModelError, "'m.lora_A.one.two' does not belong to a LoRA"),
     ],
 )
 def test_names_that_make_no_sense(folder: Folder, names: list[str], error: type[Exception], message: str) -> None:

@@ -196,7 +196,7 @@ def warnings_of(text: str, methods: Methods, **options: Any) -> list[tuple[str, 
             "merge_method: slerp\nbase_model: a\nparameters: {t: 0}\nmodels:\n  - {model: b, parameters: {t: 1}}\n",
             5,
             "models[0].parameters.t",
-            "a wider level sets it",
+            "an outer level sets it",
         ),
     ],
 )

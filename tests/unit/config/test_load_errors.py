@@ -229,13 +229,13 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "  - sources: [{model: b, layer_range: [0, 2]}, {model: c, layer_range: [2, 4]}]\n",
             5,
             "slices[0].sources",
-            "which layers of the base model a belong here is open",
+            "which layers of the base model a belong here is unclear",
             "list the base model",
         ),
         ("- a\n- b\n", 1, "", "a recipe is a mapping, found a list", "merge_method"),
         ("title: x\nexpert: []\n", 1, "", "neither kind of recipe", "`experts`"),
-        ("merge_method: moe\nmodels: [{model: a}]\n", 2, "models", "both kinds of recipe", "backbone"),
-        ("base_model: b\nexperts: [{source_model: a}]\nslices: [{sources: []}]\n", 3, "slices", "both kinds", ""),
+        ("merge_method: moe\nmodels: [{model: a}]\n", 2, "models", "two kinds of recipe", "backbone"),
+        ("base_model: b\nexperts: [{source_model: a}]\nslices: [{sources: []}]\n", 3, "slices", "two kinds", ""),
     ],
 )
 def test_one_problem_one_message(text: str, line: int, path: str, what: str, hint: str, methods: Methods) -> None:
@@ -304,7 +304,7 @@ def test_a_folder_is_not_a_recipe(tmp_path: Path, methods: Methods) -> None:
 
 @pytest.mark.parametrize("source", ["nothing", "", "a" * 5000, "x\0y"])
 def test_a_string_that_is_neither_file_nor_yaml_says_so(source: str, methods: Methods) -> None:
-    with pytest.raises(ConfigError, match="not YAML text either"):
+    with pytest.raises(ConfigError, match="is neither a file nor YAML text"):
         load_recipe(source, methods=methods)
 
 

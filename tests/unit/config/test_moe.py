@@ -107,7 +107,7 @@ SAME = "base_model: x\nexperts:\n" + "  - {source_model: %s, positive_prompts: [
         ),
         (MOE + "experts_per_token: 3\n", 11, "experts_per_token", "cannot use 3 experts of 2", "1 to 2"),
         (MOE + "experts_per_token: 0\n", 11, "experts_per_token", "found 0", ""),
-        (MOE + "merge_method: linear\n", 11, "merge_method", "merge_method is `moe` or left out, found 'linear'", ""),
+        (MOE + "merge_method: linear\n", 11, "merge_method", "takes `merge_method: moe` or none, found 'linear'", ""),
         (MOE + "expert_layout: pakced\n", 11, "expert_layout", "accepted: separate, packed", "'packed'"),
         (
             MOE + "shared_experts:\n  - {source_model: a}\n  - {source_model: b}\n",
@@ -116,7 +116,7 @@ SAME = "base_model: x\nexperts:\n" + "  - {source_model: %s, positive_prompts: [
             "at most one",
             "experts",
         ),
-        (MOE + "models: [{model: a}]\n", 11, "models", "both kinds of recipe", "backbone"),
+        (MOE + "models: [{model: a}]\n", 11, "models", "two kinds of recipe", "backbone"),
         (MOE.replace("base_model: org/base\n", ""), 1, "base_model", "'base_model' is missing", "org/name"),
         ("base_model: x\nexperts: []\n", 2, "experts", "an empty list", ""),
         ("base_model: x\nmerge_method: moe\n", 1, "experts", "'experts' is missing", "source_model"),

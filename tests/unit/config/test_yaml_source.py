@@ -102,7 +102,7 @@ def test_duplicate_keys_are_reported_with_both_lines() -> None:
         ("merge_method: x\n---\nb: 1\n", 2, "several stages are not supported yet", "a file of its own"),
         ("a: 1\n? [x, y]\n: 1\n", 2, "where a key should", ""),
         ("a:\n  <<: 3\n", 2, "<< merges mappings", ""),
-        ("a: 1\nb: \x07\n", 2, "'\\x07' cannot stand in it", "UTF-8"),
+        ("a: 1\nb: \x07\n", 2, "'\\x07' is not allowed", "UTF-8"),
     ],
 )
 def test_what_cannot_be_read_names_the_line(text: str, line: int, words: str, hint: str) -> None:

@@ -41,7 +41,7 @@ NOISE = Noise(Constant(TensorSpec("gate", DType.F32, (4, 4)), 0.0), "normal", 0.
         (NOISE, Strategy.COMPILED, "from the bytes read"),
         (linear(torch.float16), Strategy.TORCH, "bfloat16 and float32, and a tensor is float16"),
         (cast_first(), Strategy.TORCH, "an input is computed first"),
-        (of("ties", density=0.5), Strategy.TORCH, "ties has no loops"),
+        (of("ties", density=0.5), Strategy.TORCH, "ties has no compiled loop"),
         (Cast(Inputs().load("a", torch.zeros(3)), DType.BF16), Strategy.TORCH, "no compiled loops for cast"),
     ],
 )

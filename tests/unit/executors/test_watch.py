@@ -40,14 +40,16 @@ def test_it_is_told_of_once_for_the_same_shards() -> None:
     for seconds in (30, 40, 50):
         watch.look([standing(seconds)])
     [told] = events.of("worker_stalled")
-    assert told["message"] == ("worker-0 has not answered for 30 s, with model-1; after 100 s its shards go to others")
+    assert told["message"] == (
+        "worker-0 has not answered for 30 s on model-1; after 100 s its shards go to other workers"
+    )
 
 
 def test_a_thread_is_only_told_of() -> None:
     events = Events()
     assert Watch(events, 100).look([standing(still=1e6, worker="")]) == []
     [told] = events.of("worker_stalled")
-    assert told["message"].endswith("has got no further for 1000000 s, with model-1")
+    assert told["message"].endswith("has made no progress for 1000000 s on model-1")
 
 
 def test_the_time_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

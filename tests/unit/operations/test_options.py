@@ -36,7 +36,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device": "cuda"}, "--device cuda"),
         ({"device": "cuda:1", "executor": "local"}, "--device cuda:1"),
         ({"device": "cuda:1", "executor": "ray"}, "a GPU of its own"),
-        ({"device": "gpu"}, "'gpu' is no device"),
+        ({"device": "gpu"}, "'gpu' is not a device"),
     ],
 )
 @pytest.mark.usefixtures("without_gpu")

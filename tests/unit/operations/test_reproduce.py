@@ -142,14 +142,14 @@ class TestReproduce:
     @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
     def test_another_file_beside_the_weights_is_named(self, out: Path, tmp_path: Path, name: str) -> None:
         edit_manifest(out, lambda found: found["files"][name].update(sha256="0" * 64))
-        assert again(out, tmp_path / "again").problems == (f"{name}: came out another (SHA-256 differs)",)
+        assert again(out, tmp_path / "again").problems == (f"{name}: came out different (SHA-256 differs)",)
 
     def test_a_side_file_that_is_gone_or_new_is_named(self, out: Path, models: list[Path], tmp_path: Path) -> None:
         (models[0] / "tokenizer.json").unlink()
         (models[0] / "vocab.json").write_text("{}")
         assert again(out, tmp_path / "again").problems == (
             "tokenizer.json: was not made",
-            "vocab.json: came out another (SHA-256 differs)",
+            "vocab.json: came out different (SHA-256 differs)",
         )
 
     def test_the_card_names_the_software_and_is_not_compared(self, out: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ class TestReproduce:
                 next(iter(data["inputs"].values())).pop("uri")
 
         edit_manifest(out, change)
-        with pytest.raises(CheckpointError, match="a manifest that was changed"):
+        with pytest.raises(CheckpointError, match="the manifest was changed"):
             again(out, tmp_path / "again")
 
     def test_the_command(self, out: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_result_that_is_there_needs_no_routers(plan: Plan, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (MergeOptions(executor="local", device="tpu"), ConfigError, "'tpu' is no device"),
+        (MergeOptions(executor="local", device="tpu"), ConfigError, "'tpu' is not a device"),
         (MergeOptions(executor="local", memory_bytes=1), PlanError, "memory"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_second_is_refused_and_told_who_and_what_to_do(sink: LocalStore, stack
     assert (caught.value.exit_code, caught.value.retryable) == (4, False)
     assert caught.value.where == sink.uri
     assert f"{holder.user} on {holder.host} (process {os.getpid()}, since " in text
-    assert "wait for its end, stop it, or choose another output" in text
+    assert "wait until it ends, stop it, or choose another output" in text
     assert "run again 300 s after its last renewal" in text
     assert written(sink) == holder
 

@@ -74,7 +74,7 @@ class TestFolders:
             check(model, place)
         with pytest.raises(PlanError, match=f"the output is one of the inputs, {place}\n"):
             check(place, model)
-        with pytest.raises(PlanError, match="the output lies inside of one of the inputs"):
+        with pytest.raises(PlanError, match="the output is inside one of the inputs"):
             check(model, place / "merged")
 
     def test_a_bind_mount_of_what_is_above(
@@ -86,7 +86,7 @@ class TestFolders:
         with pytest.raises(PlanError, match="the output is one of the inputs"):
             check(model, place / "model")
         check(model, place / "merged")
-        with pytest.raises(PlanError, match="an input is where files of the output go"):
+        with pytest.raises(PlanError, match="an input is where the output's files would go"):
             check(model, place, "model/x.safetensors")
 
     def test_a_mounted_file(self, model: Path, tmp_path: Path, bind: Callable[[Path, Path], Path]) -> None:
@@ -118,12 +118,12 @@ class TestFolders:
     def test_inside_of_an_input(self, model: Path, tmp_path: Path, name: str) -> None:
         (tmp_path / "link").symlink_to(model)
         for place in (model / name, tmp_path / "link" / name):
-            with pytest.raises(PlanError, match=f"the output lies inside of one of the inputs, {model}"):
+            with pytest.raises(PlanError, match=f"the output is inside one of the inputs, {model}"):
                 check(model, place)
 
     def test_above_an_input(self, model: Path, tmp_path: Path) -> None:
         check(model, tmp_path, FILE, "config.json", "model-2/x")
-        with pytest.raises(PlanError, match=f"an input is where files of the output go: {model}"):
+        with pytest.raises(PlanError, match=f"an input is where the output's files would go: {model}"):
             check(model, tmp_path, "model/x.jinja")
         notes = tmp_path / ".mergekit-ray" / "digest"
         notes.mkdir(parents=True)
@@ -146,7 +146,7 @@ class TestPrefixes:
 
     @pytest.mark.parametrize(("model", "output"), [("s3://b/m", "s3://b/m/x"), ("s3://b", "s3://b/x/y")])
     def test_inside_of_an_input(self, model: str, output: str) -> None:
-        with pytest.raises(PlanError, match=f"the output lies inside of one of the inputs, {model}"):
+        with pytest.raises(PlanError, match=f"the output is inside one of the inputs, {model}"):
             check_apart({model: []}, output)
 
     @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ class TestMerges:
         mergekit_ray.merge(recipe, tmp_path, options=options)
         mergekit_ray.merge({**recipe, "seed": 3}, tmp_path, options=options)
         assert [contents(model) for model in models] == before
-        with pytest.raises(PlanError, match="lies inside of one of the inputs"):
+        with pytest.raises(PlanError, match="is inside one of the inputs"):
             mergekit_ray.merge(recipe, models[1] / "merged", options=options)
         assert [contents(model) for model in models] == before
 
@@ -224,5 +224,5 @@ class TestMerges:
     def test_an_adapter_is_not_extracted_into_a_model(self, models: list[Path]) -> None:
         from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
 
-        with pytest.raises(PlanError, match="lies inside of one of the inputs"):
+        with pytest.raises(PlanError, match="is inside one of the inputs"):
             extract_lora(str(models[1]), str(models[0]), str(models[0] / "adapter"), ExtractOptions(rank=1))

@@ -246,7 +246,7 @@ def test_a_note_of_somebody_elses_deletes_nothing(out: Path, plan: Plan, name: s
     note = out / RECORD_ROOT / plan.digest / "swap.json"
     note.parent.mkdir(parents=True)
     note.write_text(json.dumps({"format": 1, "goes": ["config.json", name], "comes": []}))
-    with pytest.raises(CheckpointError, match="is no file of a model") as caught:
+    with pytest.raises(CheckpointError, match="is not a file of a model") as caught:
         merge(plan, out)
     assert repr(name) in caught.value.what
     assert caught.value.where == str(note)

@@ -325,9 +325,7 @@ def test_layers_of_different_kinds_made_one(config: dict[str, Any], first: int, 
     assert len(warnings) == (said is not None)
     for warning in warnings:
         place, _, kinds = str(said).partition(": ")
-        assert warning.startswith(
-            f"output layer {place} is merged of layers of different kinds: {kinds} (and so 1 more)"
-        )
+        assert warning.startswith(f"output layer {place} merges layers of different kinds: {kinds} (and 1 more)")
 
 
 # -- Mixtures of Experts, modules and adapters ------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_code_that_is_not_there_is_named() -> None:
     auto_map = {"AutoConfig": "org/other--configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
     asks, missing = warnings(model(auto_map=auto_map))
     assert "org/other--configuration_x.py" in asks
-    assert missing.startswith("modeling_x.py: named in config.json")
+    assert missing.startswith("modeling_x.py: config.json names it")
 
 
 @pytest.mark.parametrize("auto_map", [None, {}, "x", {"AutoModel": 3}])
@@ -53,6 +53,6 @@ def test_no_code_no_warning(auto_map: Any) -> None:
 
 
 def test_files_too_large_to_copy_are_refused_before_anything_is_merged() -> None:
-    with pytest.raises(PlanError, match=r"tokenizer\.json is .* copied up to") as caught:
+    with pytest.raises(PlanError, match=r"tokenizer\.json has .* are copied beside") as caught:
         warnings(model("tokenizer.json", num_bytes=MAX_SIDE_FILE_BYTES + 1))
     assert caught.value.where == "model /a"

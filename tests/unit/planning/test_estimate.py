@@ -35,13 +35,13 @@ def test_clusters(text: str, expected: Cluster) -> None:
     ("text", "told"),
     [
         ("nodes=8", "link missing"),
-        ("", "means nothing"),
+        ("", "is unknown"),
         ("node=8,link=1Gbit", "did you mean 'nodes'"),
-        ("nodes=0,link=1Gbit", "no number of machines"),
-        ("nodes=two,link=1Gbit", "no number of machines"),
-        ("nodes=2,link=fast", "no rate"),
-        ("nodes=2,link=0Gbit", "no rate"),
-        ("nodes=2,link=1Gbit,store=5", "no rate"),
+        ("nodes=0,link=1Gbit", "is not a number of machines"),
+        ("nodes=two,link=1Gbit", "is not a number of machines"),
+        ("nodes=2,link=fast", "is not a rate"),
+        ("nodes=2,link=0Gbit", "is not a rate"),
+        ("nodes=2,link=1Gbit,store=5", "is not a rate"),
     ],
 )
 def test_what_means_nothing(text: str, told: str) -> None:

@@ -116,8 +116,8 @@ def test_a_difference_is_what_was_learnt() -> None:
     ("arguments", "message"),
     [
         ({"saved": ("head",)}, "no module's name ends with 'head'; did you mean 'lm_head'"),
-        ({"base": {"other.weight": (4, 4)}, "config": {}}, "there is no matrix to factorise that /base has as well"),
-        ({"excluded": ("q_proj", "up_proj")}, "there is no matrix to factorise"),
+        ({"base": {"other.weight": (4, 4)}, "config": {}}, "no matrix is in both models"),
+        ({"excluded": ("q_proj", "up_proj")}, "so there is nothing to factorise"),
     ],
 )
 def test_what_cannot_be_extracted(arguments: dict[str, Any], message: str) -> None:

@@ -82,7 +82,11 @@ def test_of_each_kind_that_the_config_tells_the_first_may_have_more() -> None:
         ({"cross_layer_interval": 2}, {}, "cross_layer_interval says that layers of 'model.layers' share weights, or"),
         ({"num_hidden_groups": 4, "num_hidden_layers": 12}, {}, "num_hidden_groups says that layers"),
         ({}, {f"model.ffns.{layer}.weight": (4, 4) for layer in range(4)}, r"'model\.layers' and 'model\.ffns'"),
-        ({"num_hidden_layers": None}, {}, r"number of layers of 'model\.layers' under no key that is known"),
+        (
+            {"num_hidden_layers": None},
+            {},
+            r"no known key in config\.json gives the number of layers of 'model\.layers'",
+        ),
     ],
 )
 def test_layers_that_one_stack_does_not_hold_or_nothing_counts_stay_in_order(

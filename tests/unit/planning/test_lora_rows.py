@@ -87,8 +87,8 @@ def test_rows_of_a_resized_embedding() -> None:
 @pytest.mark.parametrize(
     ("shapes", "rows", "message"),
     [
-        ({DELTA: (2, 4)}, [1], r"is F32 \[2, 4\]; trainable_token_indices lists 1 rows of 'model.embed_tokens.weight'"),
-        ({DELTA: (1, 5)}, [1], r"is F32 \[1, 5\]; trainable_token_indices lists 1 rows"),
+        ({DELTA: (2, 4)}, [1], r"is F32 \[2, 4\]; trainable_token_indices lists 1 row of 'model.embed_tokens.weight'"),
+        ({DELTA: (1, 5)}, [1], r"is F32 \[1, 5\]; trainable_token_indices lists 1 row"),
         ({DELTA: (1, 4)}, {"lm_head": [1]}, "trainable_token_indices lists 0 rows"),
         (
             {DELTA: (1, 4)},

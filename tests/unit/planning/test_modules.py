@@ -127,7 +127,7 @@ def test_a_text_decoder_of_a_model_without_towers_is_all_of_it() -> None:
 def test_a_name_that_may_be_several_parts_is_refused() -> None:
     shapes = llama_shapes(2) | {f"{name}.layers.0.fc.weight": (4, 4) for name in ("vision_low", "vision_high")}
     a = checkpoint("/a", shapes, {"num_hidden_layers": 2, "tie_word_embeddings": False})
-    with pytest.raises(PlanError, match="a module 'vision_encoder' may be any of several parts") as caught:
+    with pytest.raises(PlanError, match="module 'vision_encoder' may be any of several parts") as caught:
         plan_of("merge_method: passthrough\nmodules: {vision_encoder: {models: [{model: /a}]}}", a)
     assert "one of: vision_high, vision_low" in str(caught.value.remedy)
 

@@ -62,7 +62,7 @@ def test_what_a_config_says_of_codes_that_are_none_is_left_out(method: str) -> N
     plan = plan_of(text, plain, left)
     assert "quantization_config" not in plan.config
     [warning] = plan.warnings
-    assert warning.startswith(f"model /b: config.json says that its weights are quantised ({method}), and they are not")
+    assert warning.startswith(f"model /b: config.json says that its weights are quantised ({method}), but they are not")
     assert expressions_of(plan).keys() == llama_shapes(1).keys()
 
 

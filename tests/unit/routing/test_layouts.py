@@ -99,7 +99,7 @@ class TestWhatCannotBeRouted:
         (llama / "tokenizer_config.json").write_text(
             '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", null]}}'
         )
-        assert "it takes code that comes with the model, which is not run" in self.told(llama).what
+        assert "it needs code that comes with the model, which is not run" in self.told(llama).what
 
     def test_tensors_that_the_class_does_not_have(self, tmp_path: Path) -> None:
         folder = save_phi_msft(tmp_path / "phi", 1)

@@ -160,12 +160,12 @@ class TestRefusals:
             "  model.layers.0.mlp.gate_proj.weight: [6, 4] in experts of /moe, [8, 4] in /b",
             "  model.layers.0.mlp.down_proj.weight: [4, 6] in experts of /moe, [4, 8] in /b",
             "  model.layers.0.mlp.up_proj.weight: [6, 4] in experts of /moe, [8, 4] in /b",
-            "  model_type: llama or mistral fit into /moe, 'qwen2' is /c",
+            "  model_type: /moe takes experts from llama or mistral, and /c is 'qwen2'",
         ]
 
     @pytest.mark.parametrize("config", [{"num_local_experts": 3}, {"num_local_experts": None}])
     def test_a_config_that_does_not_say_how_many_experts_there_are(self, config: dict[str, Any]) -> None:
-        with pytest.raises(ModelError, match="of the number of experts, and the routers have 2 rows"):
+        with pytest.raises(ModelError, match="as the number of experts, and the routers have 2 rows"):
             plan_of(mixtral(**config), dense())
 
     def test_a_mixture_without_routers(self) -> None:
@@ -176,5 +176,5 @@ class TestRefusals:
     def test_keys_that_would_change_the_rest(self, key: str) -> None:
         backbone = {"merge_method": "passthrough", "models": [{"model": "/moe"}]}
         values = {"backbone": backbone, "shared_experts": [{"source_model": "/b"}], "expert_layout": "packed"}
-        with pytest.raises(ConfigError, match="keeps all that base_model has but for more experts"):
+        with pytest.raises(ConfigError, match="keeps everything of base_model and only adds experts"):
             plan_of(mixtral(), dense(), **{key: values[key]})

@@ -386,7 +386,7 @@ class TestMismatches:
             plan_of(recipe(EXPERT_B, architecture="qwen3_moe"), A, B)
         message = str(caught.value)
         assert "architecture qwen3_moe takes qwen3 models, found llama" in message
-        assert "these fit: mixtral, qwen2_moe, deepseek" in message
+        assert "these architectures fit: mixtral, qwen2_moe, deepseek" in message
 
     def test_an_architecture_that_there_is_not(self) -> None:
         with pytest.raises(ConfigError, match="unknown MoE architecture 'mixtrel'; did you mean 'mixtral'"):
