@@ -96,7 +96,7 @@ class Voice:
         elif self._json is not None:
             yield self._json
         elif sys.stderr.isatty():
-            from mergekit_ray.cli.live import LiveReporter
+            from mergekit_ray.reporting.live import LiveReporter
 
             with contextlib.closing(LiveReporter()) as live:
                 yield live

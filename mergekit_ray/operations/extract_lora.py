@@ -59,7 +59,8 @@ from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapt
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.make import inputs_of, models_of
 from mergekit_ray.planning.windows import comfortable_memory
-from mergekit_ray.reporting.reporters import Reporter, SilentReporter
+from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.reporting.showing import shown
 from mergekit_ray.storage.opening import open_sink, open_source
 from mergekit_ray.storage.protocols import PublishingSink
 
@@ -110,6 +111,7 @@ def extract_lora(
     wanted: ExtractOptions,
     options: MergeOptions | None = None,
     *,
+    progress: bool = True,
     reporter: Reporter | None = None,
     stop: threading.Event | None = None,
 ) -> ExtractResult:
@@ -121,7 +123,8 @@ def extract_lora(
         output: folder or ``s3://bucket/prefix``.
         wanted: ranks and coverage.
         options: how to run it.
-        reporter: told what happens; None for silence.
+        progress: without a reporter, show a live bar in a notebook or on a terminal.
+        reporter: told what happens in its place (`reporting.reporters.Reporter`).
         stop: set it from another thread to stop; running it again resumes.
 
     Returns:
@@ -132,7 +135,8 @@ def extract_lora(
     """
     chosen = options or MergeOptions()
     chosen.check()
-    return _Extraction(output, wanted, chosen, reporter or SilentReporter(), stop).run(tuned, base)
+    with shown(reporter, progress=progress) as tell:
+        return _Extraction(output, wanted, chosen, tell, stop).run(tuned, base)
 
 
 class _Extraction:

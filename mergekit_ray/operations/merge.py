@@ -18,6 +18,7 @@ from mergekit_ray.operations.recipes import load_recipe
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
 from mergekit_ray.planning.make import check_plannable
 from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.reporting.showing import shown
 
 
 def merge(
@@ -27,6 +28,7 @@ def merge(
     seed: int | None = None,
     device: str | None = None,
     options: MergeOptions | None = None,
+    progress: bool = True,
     reporter: Reporter | None = None,
     stop: threading.Event | AbstractContextManager[threading.Event] | None = None,
 ) -> MergeResult:
@@ -38,7 +40,8 @@ def merge(
         seed: of all randomness; overrides the recipe's.
         device: to compute on; overrides that of the options.
         options: how to run it.
-        reporter: told what happens (`reporting.reporters.Reporter`); None for silence.
+        progress: without a reporter, show a live bar in a notebook or on a terminal.
+        reporter: told what happens in its place (`reporting.reporters.Reporter`).
         stop: set it from another thread to stop the merge; running it again resumes. A context gives its event from
             the moment on that something is written.
 
@@ -59,14 +62,15 @@ def merge(
     def route(tell: Reporter, kept: KeptRouters) -> Plan:
         return prepared.routed(chosen, kept, tell)
 
-    return run_plan(
-        prepared.plan,
-        target,
-        chosen,
-        reporter=reporter,
-        stop=stop,
-        route=route if prepared.needs_routing else None,
-    )
+    with shown(reporter, progress=progress) as tell:
+        return run_plan(
+            prepared.plan,
+            target,
+            chosen,
+            reporter=tell,
+            stop=stop,
+            route=route if prepared.needs_routing else None,
+        )
 
 
 def _target_of(recipe: DenseRecipe | MoeRecipe, output: str | Path | None) -> str:

@@ -28,6 +28,7 @@ from mergekit_ray.output.manifest import FileDigest, is_intact, listed_files, re
 from mergekit_ray.output.provenance import header_digest
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.reporting.reporters import Reporter
+from mergekit_ray.reporting.showing import shown
 from mergekit_ray.storage.opening import open_source
 from mergekit_ray.storage.protocols import FileStat, Source
 
@@ -54,6 +55,7 @@ def reproduce(
     output: str,
     options: MergeOptions,
     *,
+    progress: bool = True,
     reporter: Reporter | None = None,
     stop: threading.Event | None = None,
 ) -> Reproduction:
@@ -68,7 +70,8 @@ def reproduce(
         manifest: see `read_manifest`.
         output: folder or URI.
         options: how to run it.
-        reporter: told what happens; None for silence.
+        progress: without a reporter, show a live bar in a notebook or on a terminal.
+        reporter: told what happens in its place (`reporting.reporters.Reporter`).
         stop: set it from another thread to stop; running it again resumes.
 
     Raises:
@@ -85,7 +88,8 @@ def reproduce(
         raise CheckpointError(
             f"the manifest was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error
-    result = run_plan(plan, output, options, reporter=reporter, stop=stop)
+    with shown(reporter, progress=progress) as tell:
+        result = run_plan(plan, output, options, reporter=tell, stop=stop)
     if result.was_there:
         raise PlanError(
             "the result is already there, so nothing was computed and there is nothing to compare",

@@ -1,4 +1,4 @@
-"""What a log sees of a merge: timed lines, JSON lines, or nothing. A terminal's live bar is in `cli.live`."""
+"""What a log sees of a merge: timed lines, JSON lines, or nothing. A live bar is in `reporting.live`."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import mergekit_ray
 from mergekit_ray.cli import tables
-from mergekit_ray.cli.live import LiveReporter
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.reporting.live import LiveReporter
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import (
     JsonReporter,
