@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -20,10 +20,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mergekit_ray.config.findings import SETTINGS_ERROR, Finding, found
+from mergekit_ray.config.findings import (
+    FINDINGS_ERROR,
+    SETTINGS_ERROR,
+    Finding,
+    config_error,
+    details_of,
+    findings_of,
+    found,
+    to_problems,
+)
+from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Issue, Level, Setting, dump_setting, parse_setting
 from mergekit_ray.config.sizes import format_size, parse_size
-from mergekit_ray.config.yaml_source import format_path
+from mergekit_ray.config.yaml_source import Document, format_path
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.core.sizes import counted
@@ -44,8 +54,32 @@ class ComputeDType(enum.Enum):
     """The dtype that mergekit would compute in: the recipe's ``dtype``, or that of the inputs."""
 
 
-class RecipeModel(BaseModel):
-    """Base of every part of a recipe: frozen, without keys that mean nothing; a key set to null is a key left out."""
+if TYPE_CHECKING:
+    from pydantic import BaseModel as _Built
+else:
+
+    class _Constructor(type(BaseModel)):
+        """Calling a class of a recipe's parts: fields by their names in Python too, and our errors."""
+
+        def __call__(cls, /, **data: Any) -> Any:
+            fields = cls.model_fields
+            written = {(fields[key].alias or key) if key in fields else key: value for key, value in data.items()}
+            try:
+                return super().__call__(**written)
+            except ValidationError as error:
+                findings = findings_of(details_of(error), cls)
+            raise config_error(to_problems(findings, Document(None)), cls.__name__)
+
+    class _Built(BaseModel, metaclass=_Constructor):
+        pass
+
+
+class RecipeModel(_Built):
+    """Base of every part of a recipe: frozen, without keys that mean nothing; a key set to null is a key left out.
+
+    Raises:
+        ConfigError: when one is built in Python, with all that is wrong; `model_validate` raises pydantic's error.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # built on first use, not at import
 
@@ -55,6 +89,27 @@ class RecipeModel(BaseModel):
         if isinstance(data, Mapping):
             return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         return data
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """What is not left at its default, references and enumerations as recipes write them."""
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if info.is_required() or value != info.get_default(call_default_factory=True):
+                yield name, _plainly(value)
+
+
+def _plainly(value: Any) -> Any:
+    if isinstance(value, ModelReference):
+        return str(value)
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def written(data: Mapping[str, Any]) -> str:
+    """A recipe's data as the text of a file."""
+    import yaml  # noqa: PLC0415 - few recipes are written
+
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def raise_findings(findings: list[Finding]) -> None:
@@ -66,7 +121,7 @@ def raise_findings(findings: list[Finding]) -> None:
     errors = [finding for finding in findings if not finding.is_warning]
     if errors:
         parts = (": ".join(filter(None, (format_path(f.path), f.what, f.hint))) for f in errors)
-        raise PydanticCustomError("recipe", "{text}", {"text": "; ".join(parts)})
+        raise PydanticCustomError(FINDINGS_ERROR, "{text}", {"text": "; ".join(parts), "findings": errors})
 
 
 def _parse_settings(value: object) -> Level:
@@ -198,11 +253,25 @@ class OutputOptions(RecipeModel):
     path: Name | None = None
     max_shard_size: ByteSize = DEFAULT_MAX_SHARD_BYTES
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            path: str | PurePath | None = ...,
+            max_shard_size: int | str = ...,
+        ) -> None: ...
+
 
 def _parse_output(value: object) -> object:
     if value is None:
         return OutputOptions()
     return {"path": value} if isinstance(value, str | PurePath) else value
+
+
+def place(output: OutputOptions) -> str:
+    """Where the result goes, for the end of a line."""
+    return "" if output.path is None else f" to {output.path}"
 
 
 Output = Annotated[OutputOptions, BeforeValidator(_parse_output)]

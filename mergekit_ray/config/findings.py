@@ -19,6 +19,9 @@ from mergekit_ray.core.spelling import closest
 SETTINGS_ERROR = "recipe_settings"
 """Type of the pydantic error whose context lists what is wrong below one ``parameters``."""
 
+FINDINGS_ERROR = "recipe_findings"
+"""Type of the pydantic error whose context lists findings across fields, with paths below its own."""
+
 _MISSING_HINTS = {
     "merge_method": "write for example `merge_method: linear`; `mergekit-ray methods` lists them all",
     "model": "write `model: org/name`, a folder, or s3://bucket/prefix",
@@ -136,6 +139,8 @@ def findings_of(
             findings.append(unknown_key(path, accepted_keys(root, path), parameters))
         elif detail["type"] == SETTINGS_ERROR:
             findings += [Finding((*path, *below), what, hint) for below, what, hint in detail["ctx"]["issues"]]
+        elif detail["type"] == FINDINGS_ERROR:
+            findings += [finding.below(path) for finding in detail["ctx"]["findings"]]
         elif detail["type"] == "missing":
             key = str(path[-1])
             siblings = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]

@@ -7,12 +7,14 @@ The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layou
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from mergekit_ray.config.accepted import DTypeLike, ModelLike
 from mergekit_ray.config.fields import (
     ArithmeticDType,
     ComputeDType,
@@ -22,12 +24,15 @@ from mergekit_ray.config.fields import (
     OutputOptions,
     RecipeModel,
     Seed,
+    place,
     raise_findings,
+    written,
 )
 from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.yaml_source import YamlPath
+from mergekit_ray.core.shown import counted, preformatted
 
 MOE_KEYS = frozenset(
     {"experts", "shared_experts", "gate_mode", "experts_per_token", "backbone", "expert_layout", "add_to_base"}
@@ -104,6 +109,18 @@ class ExpertRecipe(RecipeModel):
     noise_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     residual_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            source_model: ModelLike,
+            positive_prompts: str | Sequence[str] = ...,
+            negative_prompts: str | Sequence[str] = ...,
+            noise_scale: float | None = ...,
+            residual_scale: float | None = ...,
+        ) -> None: ...
+
 
 def _parse_merge_method(value: object) -> object:
     if value is not None and value != MOE_METHOD:
@@ -152,6 +169,29 @@ class MoeRecipe(RecipeModel):
     seed: Seed = 0
     compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            merge_method: Literal["moe"] = ...,
+            base_model: ModelLike,
+            experts: Sequence[ExpertRecipe | Mapping[str, Any]],
+            shared_experts: Sequence[ExpertRecipe | Mapping[str, Any]] | None = ...,
+            gate_mode: GateMode | str = ...,
+            experts_per_token: int | None = ...,
+            architecture: str | None = ...,
+            dtype: DTypeLike | None = ...,
+            backbone: DenseRecipe | Mapping[str, Any] | None = ...,
+            expert_layout: Literal["separate", "packed"] = ...,
+            add_to_base: bool = ...,
+            allow_identical_experts: bool = ...,
+            name: str | None = ...,
+            output: OutputOptions | str | PurePath | Mapping[str, Any] = ...,
+            seed: int = ...,
+            compute_dtype: ComputeDType | str = ...,
+        ) -> None: ...
+
     @model_validator(mode="before")
     @classmethod
     def _is_moe(cls, data: Any) -> Any:
@@ -179,6 +219,19 @@ class MoeRecipe(RecipeModel):
         return {"merge_method": MOE_METHOD} | self.model_dump(
             mode="json", by_alias=True, exclude_none=True, exclude_defaults=True
         )
+
+    def to_yaml(self) -> str:
+        """As the text of a recipe's file."""
+        return written(self.to_data())
+
+    def __repr__(self) -> str:
+        experts = counted(len(self.experts), "expert")
+        return f"<MoeRecipe {experts} on {self.base_model}{place(self.output)}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.to_yaml())
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """Every model named, once each: ``base_model`` first, then experts, shared experts, and the backbone's."""

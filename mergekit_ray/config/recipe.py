@@ -7,12 +7,14 @@ knowing the merge methods is checked here, whether a recipe comes from a file or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from mergekit_ray.config.accepted import DTypeLike, ModelLike, ParametersLike
 from mergekit_ray.config.fields import (
     ArithmeticDType,
     ComputeDType,
@@ -25,13 +27,16 @@ from mergekit_ray.config.fields import (
     RecipeModel,
     Seed,
     parse_patterns,
+    place,
     raise_findings,
+    written,
 )
 from mergekit_ray.config.findings import Finding, did_you_mean
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Level
 from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource
 from mergekit_ray.config.yaml_source import YamlPath
+from mergekit_ray.core.shown import counted, preformatted
 
 MOE_METHOD = "moe"
 BODIES = ("models", "slices", "modules")
@@ -50,6 +55,15 @@ class InputModel(RecipeModel):
     model: ModelReference
     parameters: ParameterSettings = Field(default_factory=dict)
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            model: ModelLike,
+            parameters: ParametersLike = ...,
+        ) -> None: ...
+
 
 class SliceSource(RecipeModel):
     """One entry of a slice's ``sources``: a run of one model's layers."""
@@ -57,6 +71,16 @@ class SliceSource(RecipeModel):
     model: ModelReference
     layer_range: LayerRange
     parameters: ParameterSettings = Field(default_factory=dict)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            model: ModelLike,
+            layer_range: Sequence[int],
+            parameters: ParametersLike = ...,
+        ) -> None: ...
 
     @property
     def num_layers(self) -> int:
@@ -79,6 +103,17 @@ class SliceRecipe(RecipeModel):
     residual_weight: float | None = None
     parameters: ParameterSettings = Field(default_factory=dict)
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            sources: Sequence[SliceSource | Mapping[str, Any]],
+            base_model: ModelLike | None = ...,
+            residual_weight: float | None = ...,
+            parameters: ParametersLike = ...,
+        ) -> None: ...
+
 
 class ModuleRecipe(RecipeModel):
     """One entry of ``modules``: a part of a model that is merged by itself, as ``models`` or as ``slices``."""
@@ -86,6 +121,16 @@ class ModuleRecipe(RecipeModel):
     models: Annotated[tuple[InputModel, ...], Field(min_length=1)] | None = None
     slices: Annotated[tuple[SliceRecipe, ...], Field(min_length=1)] | None = None
     parameters: ParameterSettings = Field(default_factory=dict)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            models: Sequence[InputModel | Mapping[str, Any]] | None = ...,
+            slices: Sequence[SliceRecipe | Mapping[str, Any]] | None = ...,
+            parameters: ParametersLike = ...,
+        ) -> None: ...
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -139,6 +184,32 @@ class DenseRecipe(RecipeModel):
     exclude: Patterns | None = None
     from_model: ModelReference | None = Field(default=None, alias="from")
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            merge_method: str,
+            models: Sequence[InputModel | Mapping[str, Any]] | None = ...,
+            slices: Sequence[SliceRecipe | Mapping[str, Any]] | None = ...,
+            modules: Mapping[str, ModuleRecipe | Mapping[str, Any]] | None = ...,
+            base_model: ModelLike | None = ...,
+            dtype: DTypeLike | None = ...,
+            out_dtype: DTypeLike | None = ...,
+            parameters: ParametersLike = ...,
+            tokenizer_source: ModelLike | None = ...,
+            tokenizer: TokenizerOptions | Mapping[str, Any] | None = ...,
+            chat_template: str | None = ...,
+            name: str | None = ...,
+            output: OutputOptions | str | PurePath | Mapping[str, Any] = ...,
+            seed: int = ...,
+            compute_dtype: ComputeDType | str = ...,
+            missing: Missing | None = ...,
+            include: str | Sequence[str] | None = ...,
+            exclude: str | Sequence[str] | None = ...,
+            from_model: ModelLike | None = ...,
+        ) -> None: ...
+
     @model_validator(mode="before")
     @classmethod
     def _is_dense(cls, data: Any) -> Any:
@@ -159,6 +230,19 @@ class DenseRecipe(RecipeModel):
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+
+    def to_yaml(self) -> str:
+        """As the text of a recipe's file."""
+        return written(self.to_data())
+
+    def __repr__(self) -> str:
+        models = counted(len(self.model_references()), "model")
+        return f"<DenseRecipe {self.merge_method} of {models}{place(self.output)}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.to_yaml())
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """Every model that is merged or a base, once each: the recipe's ``base_model`` first, then as listed."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
+from mergekit_ray.config.accepted import ModelLike
 from mergekit_ray.config.fields import RecipeModel
 from mergekit_ray.config.findings import did_you_mean, found
 from mergekit_ray.config.reference import ModelReference
@@ -17,7 +18,7 @@ _WORDS = ("union", "base")
 class ZeroEmbedding(RecipeModel):
     """A token whose embedding is all zeros."""
 
-    kind: Literal["zero"]
+    kind: Literal["zero"] = "zero"
 
 
 class ModelTokenEmbedding(RecipeModel):
@@ -28,10 +29,21 @@ class ModelTokenEmbedding(RecipeModel):
         token_id, token: which of its tokens; exactly one is given.
     """
 
-    kind: Literal["model_token"]
+    kind: Literal["model_token"] = "model_token"
     model: ModelReference
     token_id: Annotated[int, Field(ge=0)] | None = None
     token: str | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            kind: Literal["model_token"] = ...,
+            model: ModelLike,
+            token_id: int | None = ...,
+            token: str | None = ...,
+        ) -> None: ...
 
     @model_validator(mode="after")
     def _one_token(self) -> Self:
@@ -106,6 +118,15 @@ class TokenEmbedding(RecipeModel):
     )
     force: bool = False
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            source: TokenSource | ModelLike | None = ...,
+            force: bool = ...,
+        ) -> None: ...
+
 
 class TokenizerOptions(RecipeModel):
     """The ``tokenizer`` section.
@@ -119,3 +140,13 @@ class TokenizerOptions(RecipeModel):
     source: TokenizerSource = "union"
     tokens: dict[str, TokenEmbedding] | None = None
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            source: ModelLike | None = ...,
+            tokens: Mapping[str, TokenEmbedding | Mapping[str, Any]] | None = ...,
+            pad_to_multiple_of: int | None = ...,
+        ) -> None: ...

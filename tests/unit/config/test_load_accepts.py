@@ -250,11 +250,11 @@ def test_recipes_built_in_python_meet_the_same_checks(methods: Methods) -> None:
     model = {"model": "a", "parameters": {"weight": [0, "1e-3"]}}
     recipe = DenseRecipe(merge_method="linear", models=[model], base_model="b")
     check_recipe(recipe, methods=methods)
-    with pytest.raises(ValueError, match="both given"):
+    with pytest.raises(ConfigError, match="both given"):
         DenseRecipe(merge_method="linear", models=[model], modules={"m": {"models": [model]}})
-    with pytest.raises(ValueError, match="nothing to merge"):
+    with pytest.raises(ConfigError, match="nothing to merge"):
         DenseRecipe(merge_method="linear")
-    with pytest.raises(ValueError, match="expected a finite number"):
+    with pytest.raises(ConfigError, match="expected a finite number"):
         DenseRecipe(merge_method="linear", models=[{"model": "a", "parameters": {"weight": float("nan")}}])
     with pytest.raises(ConfigError, match="needs a base model"):
         check_recipe(DenseRecipe(merge_method="ties", models=[model]), methods=methods)

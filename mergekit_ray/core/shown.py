@@ -1,0 +1,26 @@
+"""How objects show themselves in a session: a line, and HTML in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 model``, ``1,234 models``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def table(title: str, rows: Mapping[str, object]) -> str:
+    """Named values as an HTML table of two columns; a value of several lines keeps them."""
+    cells = "".join(
+        f'<tr><th style="text-align:left;vertical-align:top">{escape(name)}</th>'
+        f'<td style="text-align:left;white-space:pre-wrap">{escape(str(value))}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f'<table><caption style="text-align:left">{escape(title)}</caption>{cells}</table>'
+
+
+def preformatted(text: str) -> str:
+    """Text as HTML, as it stands."""
+    return f"<pre>{escape(text)}</pre>"
