@@ -17,6 +17,18 @@ _OTHER_WIDTH_KEYS: Final = ("word_embed_proj_dim", "embedding_size")
 """Of families whose embeddings are narrower than their layers."""
 
 
+def hidden_size(embedding: TensorSpec | None, config: Mapping[str, Any]) -> int | None:
+    """The width of the layers: as the config states it, else the embedding's; None if neither tells.
+
+    Args:
+        embedding: the input embedding, if there is one.
+        config: ``config.json``.
+    """
+    inner = language_config(config)
+    stated = next((inner[key] for key in _WIDTH_KEYS if type(inner.get(key)) is int), None)
+    return embedding.shape[1] if stated is None and embedding is not None else stated
+
+
 def misfits(parts: Anatomy, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> list[str]:
     """What a config says of sizes that its tensors belie, in words that begin with "says" or "head".
 

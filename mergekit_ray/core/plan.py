@@ -25,6 +25,8 @@ from mergekit_ray.core.expressions import (
     without_values,
 )
 from mergekit_ray.core.secrets import redact, redact_data
+from mergekit_ray.core.shown import counted, table
+from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.tensors import TensorSpec
 
 FORMAT = 1
@@ -77,6 +79,9 @@ class InputModel:
         """Hide credentials."""
         object.__setattr__(self, "reference", redact(self.reference))
 
+    def __repr__(self) -> str:
+        return f"<InputModel {self.reference}: {counted(len(self.files), 'file')} of {redact(self.uri)}>"
+
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -91,6 +96,9 @@ class OutputTensor:
     expression: Expression
     start: int
     end: int
+
+    def __repr__(self) -> str:
+        return f"<OutputTensor {self.spec.name}: {self.spec.dtype.config_name} {list(self.spec.shape)}>"
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,9 @@ class Shard:
     def num_parameters(self) -> int:
         """Elements of all its tensors."""
         return sum(tensor.spec.num_elements for tensor in self.tensors)
+
+    def __repr__(self) -> str:
+        return f"<Shard {self.file}: {counted(len(self.tensors), 'tensor')}, {format_bytes(self.num_bytes)}>"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -195,6 +206,29 @@ class Plan:
     def num_parameters(self) -> int:
         """Elements of all output tensors."""
         return sum(shard.num_parameters for shard in self.shards)
+
+    @property
+    def title(self) -> str:
+        """What is merged, in a few words: ``linear of 2 models``."""
+        method = self.recipe.get("merge_method") or next(iter(self.recipe), "merge")
+        return f"{method} of {counted(len(self.inputs), 'model')}"
+
+    def __repr__(self) -> str:
+        shards = counted(len(self.shards), "shard")
+        size = f"{format_bytes(self.read_bytes)} to read, {format_bytes(self.num_bytes)} to write"
+        return f"<Plan {self.title}: {counted(self.num_parameters, 'parameter')} in {shards}, {size}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "models": "\n".join(model.reference for model in self.inputs.values()),
+            "parameters": f"{self.num_parameters:,}",
+            "tensors": f"{sum(len(shard.tensors) for shard in self.shards):,}",
+            "shards": f"{len(self.shards):,}",
+            "to read": format_bytes(self.read_bytes),
+            "to write": format_bytes(self.num_bytes),
+            **({"warnings": "\n".join(self.warnings)} if self.warnings else {}),
+        }
+        return table(f"Plan: {self.title}", rows)
 
     @property
     def index_file(self) -> str:

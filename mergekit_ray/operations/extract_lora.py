@@ -16,6 +16,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -105,9 +106,9 @@ class ExtractOptions:
 
 
 def extract_lora(
-    tuned: str,
-    base: str,
-    output: str,
+    tuned: str | Path,
+    base: str | Path,
+    output: str | Path,
     wanted: ExtractOptions,
     options: MergeOptions | None = None,
     *,
@@ -136,7 +137,7 @@ def extract_lora(
     chosen = options or MergeOptions()
     chosen.check()
     with shown(reporter, progress=progress) as tell:
-        return _Extraction(output, wanted, chosen, tell, stop).run(tuned, base)
+        return _Extraction(str(output), wanted, chosen, tell, stop).run(tuned, base)
 
 
 class _Extraction:
@@ -163,7 +164,7 @@ class _Extraction:
             # The solver of a matrix works on one thread, so matrices are worked on side by side.
             self._options = replace(options, num_workers=min(_MAX_LOCAL_WORKERS, available_cpus()))
 
-    def run(self, tuned: str, base: str) -> ExtractResult:
+    def run(self, tuned: str | Path, base: str | Path) -> ExtractResult:
         try:
             references = [ModelReference.from_data(text) for text in (tuned, base)]
         except ValueError as error:
@@ -172,7 +173,7 @@ class _Extraction:
             ) from None
         opened = models_of(open_models(references))
         if len(opened) < 2:
-            raise ModelError("the fine-tuned model and its base are the same", where=tuned)
+            raise ModelError("the fine-tuned model and its base are the same", where=str(tuned))
         finetuned, original = (opened[reference] for reference in references)
         for warning in check_pair(original, finetuned, allow_conflicts=self._options.allow_config_conflicts):
             self._tell.event("warning", warning)

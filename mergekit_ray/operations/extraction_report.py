@@ -13,6 +13,7 @@ import numpy as np
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import NUM_NORMS
+from mergekit_ray.core.shown import table
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.version import __version__
 from mergekit_ray.planning.extraction import Extraction
@@ -75,6 +76,25 @@ class ExtractResult:
     unmatched: Mapping[str, str]
     saved: Sequence[str]
     error: float
+
+    def __repr__(self) -> str:
+        matrices = "1 matrix" if self._num_kept() == 1 else f"{self._num_kept():,} matrices"
+        return f"<ExtractResult {self.uri}: {matrices}, {self.error:.3g} of all differences lost>"
+
+    def _repr_html_(self) -> str:
+        ranks = [each.rank for each in self.factorised if each.rank]
+        rows = {
+            "where": self.uri,
+            "matrices": f"{len(ranks):,}",
+            "ranks": f"{min(ranks)} to {max(ranks)}" if ranks else "none",
+            "stored whole": f"{len(self.saved):,}",
+            "not covered": f"{len(self.uncovered) + len(self.unmatched):,}",
+            "lost of all differences": f"{self.error:.3g}",
+        }
+        return table("Extracted LoRA", rows)
+
+    def _num_kept(self) -> int:
+        return sum(each.rank > 0 for each in self.factorised)
 
 
 def read_small(work: Checkpoint, names: Sequence[str], last_bytes: int | None = None) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
@@ -19,7 +20,9 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
+from mergekit_ray.core.shown import counted, table
 from mergekit_ray.core.version import __version__
+from mergekit_ray.evaluation.device.names import CPU
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.prepare import make_routers
 from mergekit_ray.operations.run_plan import run_plan
@@ -49,11 +52,29 @@ class Reproduction:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def ok(self) -> bool:
+        """All came out the same."""
+        return not self.problems
+
+    def __repr__(self) -> str:
+        found = "all as the manifest says" if self.ok else counted(len(self.problems), "problem")
+        return f"<Reproduction {self.uri}: {counted(self.num_shards, 'shard')}, {found}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "where": self.uri,
+            "shards": f"{self.num_shards:,}",
+            "problems": "\n".join(self.problems) or "none",
+            **({"notes": "\n".join(self.notes)} if self.notes else {}),
+        }
+        return table("Reproduction", rows)
+
 
 def reproduce(
-    manifest: Mapping[str, Any],
-    output: str,
-    options: MergeOptions,
+    manifest: Mapping[str, Any] | str | Path,
+    output: str | Path,
+    options: MergeOptions | None = None,
     *,
     progress: bool = True,
     reporter: Reporter | None = None,
@@ -67,9 +88,9 @@ def reproduce(
     were. Each file must have the size and, where the manifest says it, the header that it had.
 
     Args:
-        manifest: see `read_manifest`.
+        manifest: its content, its file, or the model it lies in (see `read_manifest`).
         output: folder or URI.
-        options: how to run it.
+        options: how to run it; on the CPU if None, whose results do not depend on the machine.
         progress: without a reporter, show a live bar in a notebook or on a terminal.
         reporter: told what happens in its place (`reporting.reporters.Reporter`).
         stop: set it from another thread to stop; running it again resumes.
@@ -79,7 +100,10 @@ def reproduce(
         PlanError: the model is at the output already.
         MergekitRayError: as `mergekit_ray.merge`.
     """
+    options = options or MergeOptions(device=CPU)
     options.check()
+    if isinstance(manifest, str | Path):
+        manifest = read_manifest(str(manifest))
     try:
         records = [ShardRecord.from_json(record) for record in manifest["shards"]]
         files = listed_files(manifest)
@@ -89,7 +113,7 @@ def reproduce(
             f"the manifest was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error
     with shown(reporter, progress=progress) as tell:
-        result = run_plan(plan, output, options, reporter=tell, stop=stop)
+        result = run_plan(plan, str(output), options, reporter=tell, stop=stop)
     if result.was_there:
         raise PlanError(
             "the result is already there, so nothing was computed and there is nothing to compare",

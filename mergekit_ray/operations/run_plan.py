@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan
-from mergekit_ray.core.sizes import counted
+from mergekit_ray.core.shown import table
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.tensors import Tensors
 from mergekit_ray.output.destination import (
     PLAN_FILE,
     RECORD_ROOT,
@@ -36,13 +39,16 @@ from mergekit_ray.output.publish import check_records, publish
 from mergekit_ray.output.staging import is_swapping, staged, swap
 from mergekit_ray.planning.figures import figures, summary
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
-from mergekit_ray.reporting.reporters import Reporter, SilentReporter
+from mergekit_ray.reporting.reporters import Reporter, SilentReporter, duration
 from mergekit_ray.reporting.signals import RESUME
 from mergekit_ray.storage.opening import open_sink, open_sources
 from mergekit_ray.storage.protocols import PublishingSink, Sink
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class MergeResult:
     """What a merge did.
 
@@ -59,6 +65,37 @@ class MergeResult:
     num_resumed: int
     seconds: float
     was_there: bool = False
+
+    @cached_property
+    def _tensors(self) -> Tensors:
+        return Tensors.at(self.uri)
+
+    def tensors(self) -> Tensors:
+        """The model's tensors by name, from wherever it was written; each is read when it is looked up.
+
+        Raises:
+            MergekitRayError: the model is gone, or its store failed.
+        """
+        return self._tensors
+
+    def load_tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor of the model. See `operations.tensors.Tensors.load` for the errors."""
+        return self._tensors.load(name)
+
+    def __repr__(self) -> str:
+        done = "it was there" if self.was_there else duration(self.seconds)
+        return f"<MergeResult {self.uri}: {self.plan.title}, {done}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "where": self.uri,
+            "merge": self.plan.title,
+            "parameters": f"{self.plan.num_parameters:,}",
+            "size": f"{format_bytes(self.plan.num_bytes)} in {counted(len(self.plan.shards), 'shard')}",
+            "shards resumed": self.num_resumed,
+            "time": "it was there already" if self.was_there else duration(self.seconds),
+        }
+        return table("Merged model", rows)
 
 
 def run_plan(

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from mergekit_ray.architectures.anatomy import anatomy
@@ -16,9 +17,12 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import index_name
 from mergekit_ray.core.record import ShardRecord, tensor_digest
+from mergekit_ray.core.shown import counted, table
+from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import Contents, FileDigest, published_contents, read_json
+from mergekit_ray.storage.opening import open_source
 from mergekit_ray.storage.protocols import FileStat, Source
 
 _READ_BYTES: Final = 32 << 20
@@ -83,14 +87,36 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def ok(self) -> bool:
+        """All is as the manifest says."""
+        return not self.problems
+
+    def __repr__(self) -> str:
+        found = "all as written" if self.ok else counted(len(self.problems), "problem")
+        return f"<Verification of {counted(self.num_tensors, 'tensor')}: {found}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "shards": f"{self.num_shards:,}",
+            "tensors read": f"{self.num_tensors:,}",
+            "other files": f"{self.num_files:,}",
+            "bytes read": format_bytes(self.num_bytes),
+            "problems": "\n".join(self.problems) or "none",
+            **({"notes": "\n".join(self.notes)} if self.notes else {}),
+        }
+        return table("Verification", rows)
+
 
 def verify(
-    source: Source, on_bytes: Callable[[int], None] = lambda _: None, options: VerifyOptions | None = None
+    model: str | Path | Source,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    options: VerifyOptions | None = None,
 ) -> Verification:
     """Compare every file of a model made by mergekit-ray with its manifest, and look for files that are not part of it.
 
     Args:
-        source: where the model is.
+        model: its folder or URI, or the store that holds it.
         on_bytes: told how many more bytes were read.
         options: how thorough to be; None for every digest.
 
@@ -98,6 +124,7 @@ def verify(
         CheckpointError: there is no manifest, so there is nothing to compare with, or it is not one.
         StorageError: the store failed.
     """
+    source = open_source(str(model)) if isinstance(model, str | Path) else model
     return _Verifier(source, on_bytes, options or VerifyOptions()).run()
 
 

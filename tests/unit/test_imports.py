@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import mergekit_ray
 from support.memory_inputs import random_llama, write_model
 
 HEAVY = ("torch", "ray", "transformers", "boto3", "botocore", "huggingface_hub", "numba", "numpy", "safetensors")
@@ -31,6 +34,9 @@ MODULES = [
     "mergekit_ray.reporting.reporters",
     "mergekit_ray.cli.tables",
     "mergekit_ray.operations.verify",
+    "mergekit_ray.operations.inspect",
+    "mergekit_ray.operations.tensors",
+    "mergekit_ray.errors",
 ]
 
 
@@ -122,8 +128,20 @@ def test_a_local_merge_loads_what_it_uses(method: str, expected: list[str], tmp_
 
 
 def test_the_public_names() -> None:
+    """All are there and listed, and are what a type checker is told that they are."""
     code = "import mergekit_ray\nprint(*[getattr(mergekit_ray, name) is not None for name in mergekit_ray.__all__])"
     assert set(python(code).split()) == {"True"}
+    assert dir(mergekit_ray) == sorted(mergekit_ray.__all__)
+    told = {"__version__"}
+    for node in ast.walk(ast.parse(Path(mergekit_ray.__file__).read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for each in node.body:
+                assert isinstance(each, ast.ImportFrom)
+                for alias in each.names:
+                    told.add(alias.name)
+                    value = getattr(mergekit_ray, alias.name)
+                    assert value is getattr(importlib.import_module(str(each.module)), alias.name)
+    assert told == {*mergekit_ray.__all__}
     with pytest.raises(subprocess.CalledProcessError) as caught:
         python("import mergekit_ray\nmergekit_ray.merj")
     assert "module 'mergekit_ray' has no attribute 'merj'" in caught.value.stderr

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError, PlanError
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.tensors import Tensors
 from mergekit_ray.operations.verify import verify
 from mergekit_ray.storage.hub import store as hub_store
 from mergekit_ray.storage.hub.branch import BRANCH
-from mergekit_ray.storage.opening import open_source
 from mergekit_ray.storage.transfers import RetryPolicy
 from mergekit_ray.worker.worker import SHARDS_IN_WORK
 from support.memory_inputs import random_llama, write_model
@@ -76,7 +77,9 @@ def test_a_merge_to_the_hub(server: WritableHubServer, folders: list[Path], tmp_
     files = dict(repo.head())
     assert files.pop(".gitattributes")
     assert files == expected(folders, tmp_path / "local")
-    assert verify(open_source("hf://org/out")).problems == []
+    assert verify("hf://org/out").problems == []
+    assert torch.equal(result.load_tensor("lm_head.weight"), result.tensors()["lm_head.weight"])
+    assert dict(result.tensors().specs) == dict(Tensors.at(str(tmp_path / "local")).specs)
     assert list(repo.branches) == ["main"]
     assert published_times(server) == 1
     assert spooled(tmp_path) == []

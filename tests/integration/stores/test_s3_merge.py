@@ -214,3 +214,15 @@ def test_wrong_credentials(bucket: Bucket, home: Home, s3_server: S3Server, mode
         assert "403" in done.stderr
         assert "check the credentials" in done.stderr
     assert bucket.keys("out") == []
+
+
+def test_tensors_are_read_from_where_the_result_is(
+    s3_environment: S3Server, bucket: Bucket, models: ModelLibrary, tmp_path: Path
+) -> None:
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(models.get("llama", 0))}]}
+    result = mergekit_ray.merge(recipe, f"{bucket.uri}/out", options=MergeOptions(executor="local"))
+    stored = tensors_of(bucket.download("out", tmp_path / "fetched"))
+    assert result.tensors().keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in result.tensors().items())
+    assert mergekit_ray.inspect(result.uri).num_parameters == result.plan.num_parameters
+    assert mergekit_ray.verify(result.uri).ok
