@@ -13,8 +13,7 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.operations.prepare import RecipeLike, prepare
-from mergekit_ray.operations.recipes import load_recipe
+from mergekit_ray.operations.prepare import RecipeLike, checked_recipe, prepare
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
 from mergekit_ray.planning.make import check_plannable
 from mergekit_ray.reporting.reporters import Reporter
@@ -51,7 +50,7 @@ def merge(
     Raises:
         MergekitRayError: nothing is published; finished shards are kept for the next run.
     """
-    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
+    loaded = checked_recipe(recipe)
     chosen = options or MergeOptions()
     if device is not None:
         chosen = replace(chosen, device=device)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.fields import parse_seed
+from mergekit_ray.config.load import check_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
@@ -82,6 +83,18 @@ class Prepared:
         return plan(make) if kept is None else kept.plan_with(plan, make)
 
 
+def checked_recipe(recipe: RecipeLike) -> DenseRecipe | MoeRecipe:
+    """The recipe, loaded if it is not yet; one built in Python is now checked against its merge method.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
+    if not isinstance(recipe, DenseRecipe | MoeRecipe):
+        return load_recipe(recipe)
+    check_recipe(recipe)
+    return recipe
+
+
 def prepare(recipe: RecipeLike, *, seed: int | None = None, allow_config_conflicts: bool = False) -> Prepared:
     """Open the models of a merge and plan it, from headers alone.
 
@@ -93,8 +106,7 @@ def prepare(recipe: RecipeLike, *, seed: int | None = None, allow_config_conflic
     Raises:
         MergekitRayError: the recipe or the seed is wrong, or the models are not there or do not fit together.
     """
-    loaded = recipe if isinstance(recipe, DenseRecipe | MoeRecipe) else load_recipe(recipe)
-    checked = check_plannable(loaded)
+    checked = check_plannable(checked_recipe(recipe))
     if seed is not None:
         checked = _seeded(checked, parse_seed(seed))
     checkpoints = open_models(referenced_models(checked))

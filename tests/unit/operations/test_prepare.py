@@ -42,3 +42,12 @@ def test_on_the_command_line(command: str, seed: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [command, str(tmp_path / "r.yml"), "--seed", seed])
     assert done.exit_code == 2
     assert "seed" in done.stderr
+
+
+def test_a_recipe_built_in_python_is_checked_against_its_method() -> None:
+    recipe = mergekit_ray.DenseRecipe(
+        merge_method="ties", models=[{"model": "/no/such/model", "parameters": {"wieght": 1}}]
+    )
+    for run in (lambda: mergekit_ray.merge(recipe, "out"), lambda: mergekit_ray.plan(recipe)):
+        with pytest.raises(ConfigError, match=r"2 problems(.|\n)*did you mean 'weight'(.|\n)*needs a base model"):
+            run()
