@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mergekit_ray.operations.reproduce import Reproduction
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
 from mergekit_ray.operations.tensors import Tensors
 from mergekit_ray.operations.verify import Verification
+from mergekit_ray.reporting.reporters import SilentReporter
 from support.memory_inputs import random_llama, write_model
 
 NAMES = ["model.embed_tokens.weight", "lm_head.weight"]
@@ -124,6 +126,24 @@ def test_problems_are_counted_in_lines_and_listed_in_tables() -> None:
     found = ExtractResult("out", [Factorised("a", 4, 1.0, 0.1), Factorised("b", 0, 0.0, 0.0)], [], {}, [], 0.1)
     assert repr(found) == "<ExtractResult out: 1 matrix, 0.1 of all differences lost>"
     assert "4 to 4" in found._repr_html_()
+
+
+class Impatient(SilentReporter):
+    """Interrupts once the first shard is there, as Ctrl-C or a notebook's stop button may."""
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        if kind == "shard_done":
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_stops_the_merge_and_the_next_call_resumes(plan: Plan, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", MergeOptions(executor="local", num_workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, str(out), options, reporter=Impatient())
+    assert not (out / "mergekit-ray.json").exists()
+    result = run_plan(plan, str(out), options)
+    assert 1 <= result.num_resumed < 3 == len(plan.shards)
+    assert len(result.tensors()) == 7
 
 
 def test_a_model_is_reproduced_by_its_name(models: list[Path], tmp_path: Path) -> None:
