@@ -32,7 +32,8 @@ from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.yaml_source import YamlPath
-from mergekit_ray.core.shown import counted, preformatted
+from mergekit_ray.core.shown import preformatted
+from mergekit_ray.core.sizes import counted
 
 MOE_KEYS = frozenset(
     {"experts", "shared_experts", "gate_mode", "experts_per_token", "backbone", "expert_layout", "add_to_base"}

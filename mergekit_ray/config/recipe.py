@@ -36,7 +36,8 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Level
 from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource
 from mergekit_ray.config.yaml_source import YamlPath
-from mergekit_ray.core.shown import counted, preformatted
+from mergekit_ray.core.shown import preformatted
+from mergekit_ray.core.sizes import counted
 
 MOE_METHOD = "moe"
 BODIES = ("models", "slices", "modules")

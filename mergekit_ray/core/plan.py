@@ -25,8 +25,8 @@ from mergekit_ray.core.expressions import (
     without_values,
 )
 from mergekit_ray.core.secrets import redact, redact_data
-from mergekit_ray.core.shown import counted, table
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.shown import table
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.core.tensors import TensorSpec
 
 FORMAT = 1

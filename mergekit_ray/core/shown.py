@@ -1,14 +1,9 @@
-"""How objects show themselves in a session: a line, and HTML in a notebook."""
+"""How objects show themselves in a notebook, as HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 model``, ``1,234 models``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def table(title: str, rows: Mapping[str, object]) -> str:

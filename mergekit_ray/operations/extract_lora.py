@@ -61,7 +61,7 @@ from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.make import inputs_of, models_of
 from mergekit_ray.planning.windows import comfortable_memory
 from mergekit_ray.reporting.reporters import Reporter
-from mergekit_ray.reporting.showing import shown
+from mergekit_ray.reporting.showing import visible
 from mergekit_ray.storage.opening import open_sink, open_source
 from mergekit_ray.storage.protocols import PublishingSink
 
@@ -136,7 +136,7 @@ def extract_lora(
     """
     chosen = options or MergeOptions()
     chosen.check()
-    with shown(reporter, progress=progress) as tell:
+    with visible(reporter, progress=progress) as tell:
         return _Extraction(str(output), wanted, chosen, tell, stop).run(tuned, base)
 
 

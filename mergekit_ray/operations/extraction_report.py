@@ -78,7 +78,7 @@ class ExtractResult:
     error: float
 
     def __repr__(self) -> str:
-        matrices = "1 matrix" if self._num_kept() == 1 else f"{self._num_kept():,} matrices"
+        matrices = counted(sum(each.rank > 0 for each in self.factorised), "matrix", "matrices")
         return f"<ExtractResult {self.uri}: {matrices}, {self.error:.3g} of all differences lost>"
 
     def _repr_html_(self) -> str:
@@ -92,9 +92,6 @@ class ExtractResult:
             "lost of all differences": f"{self.error:.3g}",
         }
         return table("Extracted LoRA", rows)
-
-    def _num_kept(self) -> int:
-        return sum(each.rank > 0 for each in self.factorised)
 
 
 def read_small(work: Checkpoint, names: Sequence[str], last_bytes: int | None = None) -> dict[str, bytes]:

@@ -15,8 +15,8 @@ from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.config.accepted import ModelLike
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ConfigError, ModelError
-from mergekit_ray.core.shown import counted, table
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.shown import table
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.make import models_of
 

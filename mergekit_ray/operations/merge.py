@@ -17,7 +17,7 @@ from mergekit_ray.operations.prepare import RecipeLike, checked_recipe, prepare
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
 from mergekit_ray.planning.make import check_plannable
 from mergekit_ray.reporting.reporters import Reporter
-from mergekit_ray.reporting.showing import shown
+from mergekit_ray.reporting.showing import visible
 
 
 def merge(
@@ -61,7 +61,7 @@ def merge(
     def route(tell: Reporter, kept: KeptRouters) -> Plan:
         return prepared.routed(chosen, kept, tell)
 
-    with shown(reporter, progress=progress) as tell:
+    with visible(reporter, progress=progress) as tell:
         return run_plan(
             prepared.plan,
             target,

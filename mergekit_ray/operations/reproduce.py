@@ -20,7 +20,8 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.core.shown import counted, table
+from mergekit_ray.core.shown import table
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.version import __version__
 from mergekit_ray.evaluation.device.names import CPU
 from mergekit_ray.operations.options import MergeOptions
@@ -31,7 +32,7 @@ from mergekit_ray.output.manifest import FileDigest, is_intact, listed_files, re
 from mergekit_ray.output.provenance import header_digest
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
 from mergekit_ray.reporting.reporters import Reporter
-from mergekit_ray.reporting.showing import shown
+from mergekit_ray.reporting.showing import visible
 from mergekit_ray.storage.opening import open_source
 from mergekit_ray.storage.protocols import FileStat, Source
 
@@ -112,7 +113,7 @@ def reproduce(
         raise CheckpointError(
             f"the manifest was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error
-    with shown(reporter, progress=progress) as tell:
+    with visible(reporter, progress=progress) as tell:
         result = run_plan(plan, str(output), options, reporter=tell, stop=stop)
     if result.was_there:
         raise PlanError(

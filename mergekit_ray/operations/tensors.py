@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
 from mergekit_ray.core.errors import ConfigError
-from mergekit_ray.core.shown import counted
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.storage.opening import open_source

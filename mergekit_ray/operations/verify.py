@@ -17,8 +17,8 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import index_name
 from mergekit_ray.core.record import ShardRecord, tensor_digest
-from mergekit_ray.core.shown import counted, table
-from mergekit_ray.core.sizes import format_bytes
+from mergekit_ray.core.shown import table
+from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import Contents, FileDigest, published_contents, read_json

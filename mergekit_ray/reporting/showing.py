@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def shown(reporter: Reporter | None, *, progress: bool) -> Iterator[Reporter]:
+def visible(reporter: Reporter | None, *, progress: bool) -> Iterator[Reporter]:
     """The reporter to tell.
 
     Args:

@@ -14,7 +14,7 @@ from mergekit_ray.reporting.live import LiveReporter
 from mergekit_ray.reporting.notebook import Bundle, NotebookReporter, in_notebook
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import LineReporter, SilentReporter
-from mergekit_ray.reporting.showing import shown
+from mergekit_ray.reporting.showing import visible
 
 
 class Terminal(io.StringIO):
@@ -93,17 +93,17 @@ def test_a_second_plan_has_a_bar_of_its_own(kernel: list[list[Bundle]], plan: Pl
 
 def test_who_is_shown_a_bar(kernel: list[list[Bundle]], monkeypatch: pytest.MonkeyPatch) -> None:
     own = LineReporter(io.StringIO())
-    with shown(own, progress=True) as reporter:
+    with visible(own, progress=True) as reporter:
         assert reporter is own
-    with shown(None, progress=False) as reporter:
+    with visible(None, progress=False) as reporter:
         assert isinstance(reporter, SilentReporter)
-    with shown(None, progress=True) as reporter:
+    with visible(None, progress=True) as reporter:
         assert isinstance(reporter, NotebookReporter)
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", SimpleNamespace)  # IPython on a terminal
     assert not in_notebook()
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with shown(None, progress=True) as reporter:
+    with visible(None, progress=True) as reporter:
         assert type(reporter) is LiveReporter
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with shown(None, progress=True) as reporter:
+    with visible(None, progress=True) as reporter:
         assert isinstance(reporter, SilentReporter)
