@@ -1,1 +1,1 @@
-"""What a log sees of a merge, and what Ctrl-C does."""
+"""What a person or a log sees of a merge, and what Ctrl-C does."""

@@ -176,3 +176,10 @@ def test_recipes_show_themselves_in_a_line() -> None:
     moe = MoeRecipe(base_model="org/base", experts=[ExpertRecipe(source_model="org/a")], gate_mode="random")
     assert repr(moe) == "<MoeRecipe 1 expert on org/base>"
     assert "gate_mode: random\n" in moe._repr_html_()
+
+
+def test_from_has_its_python_name_in_python_only() -> None:
+    data: dict[str, Any] = {"merge_method": "linear", "models": [{"model": "a"}], "exclude": ["x"]}
+    assert DenseRecipe(**data, from_model="a") == DenseRecipe(**data, **{"from": "a"})
+    with pytest.raises(ConfigError, match="unknown key 'from_model'"):
+        load_recipe({**data, "from_model": "a"})

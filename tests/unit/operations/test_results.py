@@ -161,4 +161,7 @@ def test_an_adapter_is_extracted_from_paths(tmp_path: Path) -> None:
     folders = [write_model(tmp_path / name, tensors, config) for name, tensors in (("tuned", tuned), ("base", base))]
     found = mergekit_ray.extract_lora(*folders, tmp_path / "lora", mergekit_ray.ExtractOptions(rank=1))
     assert [each.name for each in found.factorised if each.rank] == ["model.layers.0.self_attn.q_proj.weight"]
-    assert (tmp_path / "lora/adapter_config.json").is_file()
+    adapted = mergekit_ray.inspect(f"{folders[1]}+{tmp_path}/lora")
+    plain = mergekit_ray.inspect(folders[1])
+    assert (adapted.num_files, adapted.num_parameters) == (2, plain.num_parameters)
+    assert adapted.num_bytes > plain.num_bytes

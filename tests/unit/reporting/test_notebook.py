@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+import mergekit_ray
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.reporting.live import LiveReporter
 from mergekit_ray.reporting.notebook import Bundle, NotebookReporter, in_notebook
@@ -107,3 +109,20 @@ def test_who_is_shown_a_bar(kernel: list[list[Bundle]], monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with visible(None, progress=True) as reporter:
         assert isinstance(reporter, SilentReporter)
+
+
+def test_operations_show_their_bar_unless_they_are_told_not_to(
+    kernel: list[list[Bundle]], models: list[Path], tmp_path: Path
+) -> None:
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(models[0])}]}
+    lora = mergekit_ray.ExtractOptions(rank=1)
+    mergekit_ray.merge(recipe, tmp_path / "quiet", progress=False)
+    mergekit_ray.reproduce(tmp_path / "quiet", tmp_path / "quiet-too", progress=False)
+    mergekit_ray.extract_lora(*models, tmp_path / "quiet-lora", lora, progress=False)
+    assert kernel == []
+    result = mergekit_ray.merge(recipe, tmp_path / "shown")
+    assert kernel[0][-1]["text/plain"].endswith(f"{result.uri} is complete\n")
+    again = mergekit_ray.reproduce(tmp_path / "shown", tmp_path / "shown-too")
+    assert kernel[1][-1]["text/plain"].endswith(f"{again.uri} is complete\n")
+    mergekit_ray.extract_lora(*models, tmp_path / "shown-lora", lora)
+    assert len(kernel) == 3
