@@ -42,6 +42,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     said = capsys.readouterr().out
     for form in (
         r"<MergeResult .*/merged: ties of 3 models, \d+ s>",
+        r"<DenseRecipe ties of 3 models>$",
         r"<Inspection models/base: llama, 2 layers, 472 parameters, bfloat16, [\d.]+ kB>",
         r"<Plan ties of 3 models: 472 parameters in 1 shard, [\d.]+ kB to read, [\d.]+ kB to write>",
         r"model\.norm\.weight bfloat16 \(8,\)",
