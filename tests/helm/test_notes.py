@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helm.charts import CASES, CHART, GIVEN, Manifest, one, render, values_of
+from helm.charts import CASES, CHART, GIVEN, RECIPE, Manifest, one, render, values_of
 
 AS_MANIFEST = """
 apiVersion: v1
@@ -72,6 +72,7 @@ def test_rayjob_is_told_of_its_dashboard_and_of_a_missing_kuberay(copied: Path) 
 def test_a_path_is_said_to_need_a_volume(copied: Path) -> None:
     said, _ = notes(copied, values_of("plain-job"))
     assert "It is a path in the pod: it outlives it only on a volume" in said
-    said, _ = notes(copied, {**GIVEN, "output": ""})
+    recipe = {"content": f"{RECIPE}output: s3://bucket/out\n"}
+    said, _ = notes(copied, {"recipe": recipe})
     assert "where the recipe's `output` says" in said
     assert one(render(values_of("plain-job"), chart=copied), "Job")

@@ -154,6 +154,40 @@ def test_gpu_workers_on_spot_nodes() -> None:
     assert own.items() <= worker.template["metadata"]["labels"].items()
 
 
+def test_gpus_bring_a_toleration_unless_there_is_one() -> None:
+    def tolerations(**group: Any) -> list[Manifest]:
+        [worker] = [each for each in pods_of([job_of({"workerDefaults": group})]) if each.where == "worker cpu"]
+        return list(worker.spec.get("tolerations", []))
+
+    own = {"key": "amd.com/gpu", "operator": "Equal", "value": "mi300", "effect": "NoExecute"}
+    added = {"key": "amd.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert tolerations() == []
+    assert tolerations(gpus=2, gpuResource="amd.com/gpu") == [added]
+    assert tolerations(gpus=2, gpuResource="amd.com/gpu", tolerations=[own]) == [own]
+    other = {**own, "key": "dedicated"}
+    assert tolerations(gpus=2, gpuResource="amd.com/gpu", tolerations=[other]) == [other, added]
+
+
+def test_pods_carry_the_identity_that_a_cloud_gives_them() -> None:
+    manifests = rendered("azure")
+    account = one(manifests, "ServiceAccount")["metadata"]
+    assert "azure.workload.identity/client-id" in account["annotations"]
+    for each in pods_of(manifests):
+        assert each.template["metadata"]["labels"]["azure.workload.identity/use"] == "true", each.where
+        assert each.spec["serviceAccountName"] == account["name"]
+    gke = rendered("gke")
+    assert "iam.gke.io/gcp-service-account" in one(gke, "ServiceAccount")["metadata"]["annotations"]
+    assert pod(gke, "worker cpu").template["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+
+
+def test_kueue_finds_a_suspended_job_with_its_queue() -> None:
+    job = one(rendered("kueue"), "RayJob")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "merges"
+    assert job["spec"]["suspend"] is True
+    # Kueue takes no RayJob that keeps its cluster.
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+
+
 def test_a_group_with_an_image_of_its_own() -> None:
     manifests = rendered("everything")
     assert pod(manifests, "worker gpu").container["image"].endswith("/mergekit-ray:0.1.0-cuda")

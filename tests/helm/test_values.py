@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from helm.charts import CASES, CHART, GIVEN, RECIPE, Manifest, refusal, values_of
-from helm.document_values import page, values
+from helm import document_values, list_methods
+from helm.charts import CASES, CHART, GIVEN, RECIPE, Manifest, job_of, refusal, render, values_of
+from helm.document_values import comments, page, values
 
 CLUSTER = {"mode": "existing-cluster"}
 
@@ -59,6 +60,8 @@ def test_the_schema_refuses(wrong: Manifest, said: str) -> None:
     [
         ({"recipe": {}}, "no recipe: give its YAML with --set-file recipe.content=recipe.yml"),
         ({"recipe": {"content": RECIPE, "existingConfigMap": "r"}}, "are both set; give one"),
+        ({"recipe": {"content": "merge_method: ["}}, "recipe.content is not a recipe"),
+        ({"output": ""}, "no output: set it as in --set output=s3://bucket/merged, or write `output: s3://"),
         (CLUSTER, "mode existing-cluster needs existingCluster.name"),
         (CLUSTER | {"existingCluster": {"name": "a", "address": "http://a"}}, "are both set; give one"),
         ({"workerGroups": {"cpu": None}}, "workerGroups is empty"),
@@ -76,6 +79,25 @@ def test_the_schema_refuses(wrong: Manifest, said: str) -> None:
 )
 def test_values_that_do_not_go_together_are_refused(wrong: Manifest, said: str) -> None:
     assert said in refusal({**GIVEN, **wrong})
+
+
+@pytest.mark.parametrize("text", ["merge_method: tias", "experts: []\nbackbone: {merge_method: tias}"])
+def test_unknown_methods_are_refused(text: str) -> None:
+    said = refusal({**GIVEN, "recipe": {"content": text}})
+    assert 'recipe.content: unknown merge method "tias"; accepted: ' in said
+    assert f": {', '.join(json.loads(list_methods.FILE.read_text()))};" in said
+    render({**GIVEN, "recipe": {"content": text, "pluginMethods": ["tias"]}})
+
+
+@pytest.mark.parametrize("recipe", [{"content": f"{RECIPE}output: s3://b/o\n"}, {"existingConfigMap": "mine"}])
+def test_an_output_in_the_recipe_will_do(recipe: Manifest) -> None:
+    command = job_of({"recipe": recipe, "output": ""})["spec"]["entrypoint"].split()
+    assert command[:2] == ["merge", "/etc/mergekit-ray/recipe.yml"]
+    assert command[2].startswith("--")
+
+
+def test_known_methods_are_those_of_the_package() -> None:
+    assert list_methods.FILE.read_text() == list_methods.text(), "run `python helm/list_methods.py`"
 
 
 def objects(part: Any, path: str) -> Iterator[tuple[str, Manifest]]:
@@ -100,9 +122,14 @@ def test_every_value_has_a_meaning_and_a_default() -> None:
     assert leaves == []
 
 
-def test_reference_page() -> None:
-    hint = "run `python helm/document_values.py > helm/mergekit-ray/README.md`"
+def test_every_comment_is_of_a_value() -> None:
+    assert list(comments()) == [row.path for row in values()]
+
+
+def test_page_and_schema_say_what_the_comments_say() -> None:
+    hint = "run `python helm/document_values.py`"
     assert (CHART / "README.md").read_text() == page(), hint
+    assert (CHART / "values.schema.json").read_text() == document_values.schema(), hint
 
 
 def test_schema_and_defaults_name_the_same_values() -> None:

@@ -6,6 +6,7 @@
 {{- else if not (or $recipe.content $recipe.existingConfigMap) }}
 {{- fail "no recipe: give its YAML with --set-file recipe.content=recipe.yml, or the name of a ConfigMap as recipe.existingConfigMap" }}
 {{- end }}
+{{- include "mergekit-ray.checkRecipe" . }}
 {{- if eq .Values.mode "existing-cluster" }}
 {{- $cluster := .Values.existingCluster }}
 {{- if and $cluster.name $cluster.address }}
@@ -42,5 +43,25 @@
 {{- $spot := .root.Values.spot }}
 {{- if and .settings.spot (not (or $spot.nodeSelector $spot.tolerations)) }}
 {{- fail (printf "%s.spot is true, but the chart does not know what spot nodes look like here: set spot.nodeSelector, spot.tolerations, or both" .where) }}
+{{- end }}
+{{- end }}
+
+{{/* Of a recipe, only what a merge would find wrong before it starts: the method, and that there is an output. */}}
+{{- define "mergekit-ray.checkRecipe" -}}
+{{- with .Values.recipe.content }}
+{{- $recipe := fromYaml . }}
+{{- with $recipe.Error }}
+{{- fail (printf "recipe.content is not a recipe: %s" .) }}
+{{- end }}
+{{- if not (or $.Values.output $recipe.output) }}
+{{- fail "no output: set it as in --set output=s3://bucket/merged, or write `output: s3://bucket/merged` in the recipe" }}
+{{- end }}
+{{- $known := concat ($.Files.Get "files/methods.json" | fromJsonArray) $.Values.recipe.pluginMethods | uniq | sortAlpha }}
+{{- $backbone := kindIs "map" $recipe.backbone | ternary $recipe.backbone dict }}
+{{- range list $recipe.merge_method $backbone.merge_method }}
+{{- if and . (not (has . $known)) }}
+{{- fail (printf "recipe.content: unknown merge method %q; accepted: %s; if a plugin in your image adds it, list it in recipe.pluginMethods" (toString .) (join ", " $known)) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

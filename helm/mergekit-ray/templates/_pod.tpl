@@ -54,7 +54,7 @@ securityContext:
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with concat (default list .settings.tolerations) (.settings.spot | default false | ternary $values.spot.tolerations list) }}
+{{- with include "mergekit-ray.tolerations" . | fromYamlArray }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -173,6 +173,18 @@ volumeMounts:
   {{- toYaml . | nindent 2 }}
   {{- end }}
   {{- end }}
+{{- end }}
+
+{{/* Of a role's settings, and those that nodes with GPUs and spot nodes need. */}}
+{{- define "mergekit-ray.tolerations" -}}
+{{- $all := default list .settings.tolerations }}
+{{- $keys := list }}
+{{- range $all }}{{ $keys = append $keys (default "" .key) }}{{ end }}
+{{- if and .settings.gpus (not (has .settings.gpuResource $keys)) }}
+{{- $all = append $all (dict "key" .settings.gpuResource "operator" "Exists" "effect" "NoSchedule") }}
+{{- end }}
+{{- if .settings.spot }}{{ $all = concat $all .root.Values.spot.tolerations }}{{ end }}
+{{- toYaml $all }}
 {{- end }}
 
 {{/* Of a role's settings, with its GPUs as a limit: they cannot be shared. */}}
