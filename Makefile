@@ -28,7 +28,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test test-quick check format site families families-page parity gpu memory fencing soak ray fuzz container package bench clean clean-venv
+.PHONY: help setup demo demo-moe test test-quick check format site chart families families-page parity gpu memory fencing soak ray fuzz container package bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -67,6 +67,11 @@ format: $(READY)  ## put the code into the form that `check` wants
 
 site: $(READY)  ## build the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict
+
+chart: $(READY)  ## renew what is made from the chart's values and the methods: its page, its schema, deploy/
+	$(BIN)/python -m helm.list_methods
+	$(BIN)/python -m helm.document_values
+	$(BIN)/python -m helm.render_deploy
 
 families: $(READY)  ## merge every family that transformers knows, small, and compare with docs/families.md (minutes)
 	PYTHONPATH=tests $(BIN)/python -m support.sweep.run --check

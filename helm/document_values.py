@@ -1,6 +1,6 @@
 """Writes what is known about the chart's values from the comments of ``values.yaml``.
 
-Run ``python helm/document_values.py`` after changing ``values.yaml``, ``values.schema.json`` or ``Chart.yaml``. It
+Run ``python -m helm.document_values`` after changing ``values.yaml``, ``values.schema.json`` or ``Chart.yaml``. It
 writes the chart's ``README.md`` and the descriptions in ``values.schema.json``. Types come from the schema.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the names of the merge methods for the chart, which refuses others: ``python helm/list_methods.py``.
+"""Writes the names of the merge methods for the chart, which refuses others: ``python -m helm.list_methods``.
 
 Only methods of this package are listed, not those of plugins that happen to be installed.
 """

@@ -16,6 +16,7 @@ from support.waiting import DEADLINE_SECONDS
 
 Manifest = dict[str, Any]
 
+ROOT = CHART.parents[1]
 CI = CHART.parent / "ci"
 CASES = tuple(sorted(file.stem for file in CI.glob("*.yaml")))
 """The sets of values that are tried, by name."""

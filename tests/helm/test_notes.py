@@ -63,15 +63,24 @@ def test_rayjob_is_told_of_its_dashboard_and_of_a_missing_kuberay(copied: Path) 
     said, job = notes(copied, GIVEN)
     assert f"kubectl get rayjob {job} -n ml --watch" in said
     assert "svc/" in said
-    assert "does not seem to have KubeRay" in said
+    assert "KubeRay does not seem to be installed" in said
     plain, _ = notes(copied, {**GIVEN, "mode": "job"})
     assert "KubeRay" not in plain
     assert "rayjob" not in plain
 
 
+def test_a_suspended_job_is_said_to_wait(copied: Path) -> None:
+    said, _ = notes(copied, values_of("kueue"))
+    assert "It is suspended. Kueue starts it once queue merges has room." in said
+    said, _ = notes(copied, {**GIVEN, "job": {"suspend": True}})
+    assert "Set its spec.suspend to false to start it." in said
+    said, _ = notes(copied, GIVEN)
+    assert "suspended" not in said
+
+
 def test_a_path_is_said_to_need_a_volume(copied: Path) -> None:
     said, _ = notes(copied, values_of("plain-job"))
-    assert "It is a path in the pod: it outlives it only on a volume" in said
+    assert "It is lost with it unless extraVolumes mounts a volume there." in said
     recipe = {"content": f"{RECIPE}output: s3://bucket/out\n"}
     said, _ = notes(copied, {"recipe": recipe})
     assert "where the recipe's `output` says" in said

@@ -97,7 +97,7 @@ def test_an_output_in_the_recipe_will_do(recipe: Manifest) -> None:
 
 
 def test_known_methods_are_those_of_the_package() -> None:
-    assert list_methods.FILE.read_text() == list_methods.text(), "run `python helm/list_methods.py`"
+    assert list_methods.FILE.read_text() == list_methods.text(), "run `make chart`"
 
 
 def objects(part: Any, path: str) -> Iterator[tuple[str, Manifest]]:
@@ -127,7 +127,7 @@ def test_every_comment_is_of_a_value() -> None:
 
 
 def test_page_and_schema_say_what_the_comments_say() -> None:
-    hint = "run `python helm/document_values.py`"
+    hint = "run `make chart`"
     assert (CHART / "README.md").read_text() == page(), hint
     assert (CHART / "values.schema.json").read_text() == document_values.schema(), hint
 
