@@ -1,18 +1,17 @@
 # mergekit-ray on Debian's own Python, for podman, Docker and Kubernetes: docs/container.md.
 #
-#   podman build --tag mergekit-ray .                            torch for the CPU
-#   podman build --tag mergekit-ray --build-arg TORCH=cuda .     torch with the CUDA libraries
+#   docker/build.sh                  torch for the CPU
+#   docker/build.sh --torch cuda     torch with the CUDA libraries
 #
-# Everything is installed under /usr/local and not in a virtual environment: a login shell, which KubeRay can be told to
-# start Ray with, finds it on PATH, and Ray makes the environments of jobs that ask for more packages on top of it instead
-# of copying it.
+# Everything is installed under /usr/local, not in a virtual environment: the login shells that KubeRay may start Ray with
+# find it on PATH, and Ray builds the environments of jobs that need more packages on top of it instead of copying it.
 
 ARG BASE=docker.io/library/debian:bookworm-slim
 
-# ------------------------------------------------------------------------------------- what every stage and the image has
+# ------------------------------------------------------------------------------------------- common to all stages
 
 FROM ${BASE} AS python
-# Versions up to the point from where on Debian changes them for security alone: those updates are wanted.
+# Pinned to the upstream versions: beyond these Debian only changes packages for security, and we want those updates.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         ca-certificates=20* \
@@ -22,19 +21,19 @@ RUN apt-get update \
         wget=1.21.* \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/debconf/*-old \
-    # Nothing in here changes user.
+    # No setuid files.
     && find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
     && groupadd --gid 10001 merge \
     && useradd --no-log-init --uid 10001 --gid 10001 --create-home --shell /bin/bash merge
 
-# ------------------------------------------------------------------------------------------------------- what installs
+# ------------------------------------------------------------------------------------------------------- installation
 
 FROM python AS build
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv=3.11.* \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/pip
-# pip stands apart and installs for the system's Python, into trees that become layers: torch's changes least often.
+# pip has an environment of its own and installs for the system's Python, into trees that become layers. torch changes least.
 ENV PATH=/opt/pip/bin:$PATH \
     PIP_BREAK_SYSTEM_PACKAGES=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -43,10 +42,10 @@ ENV PATH=/opt/pip/bin:$PATH \
 
 FROM build AS torch
 ARG TORCH=cpu
-# Where to take torch from instead of PyTorch's index (cpu) or PyPI (cuda).
+# Where to get torch, instead of PyTorch's index (cpu) or PyPI (cuda).
 ARG TORCH_INDEX=
 COPY docker/requirements-${TORCH}.txt /requirements.txt
-# The secrets are optional: a pip.conf (a mirror, its credentials) and the certificate authority that it may name.
+# Optional secrets: a pip.conf (a mirror, its credentials) and the certificate authority it names.
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
@@ -75,7 +74,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY mergekit_ray mergekit_ray
-# By name, as an index would give it: pip would record a path, which is gone with this stage, as the package's origin.
+# Install by name, as from an index: pip would record a path as the package's origin, and this stage's paths are gone later.
 RUN pip wheel --no-cache-dir --no-deps --no-index --no-build-isolation --wheel-dir /built . \
     && echo mergekit-ray > /requirements.txt \
     && pip --python /usr/bin/python3 install --no-cache-dir --root /package --no-deps --no-index --find-links /built \
@@ -88,19 +87,19 @@ COPY --from=torch /torch /
 COPY --from=dependencies /dependencies /
 COPY --from=package /package /
 
-# NUMBA_CACHE_DIR: merge loops are compiled for the processor that they meet, at first use, so not here. The package's own
-#   folder, where they would be kept, cannot be written to; /tmp can, even where all else is read-only.
-# NVIDIA_DRIVER_CAPABILITIES: what the container toolkit passes in once a GPU is given to the container.
+# NUMBA_CACHE_DIR: merge loops are compiled at first use, for the processor at hand. The package's folder, numba's default
+#   place for them, is not writable; /tmp is, even if everything else is read-only.
+# NVIDIA_DRIVER_CAPABILITIES: what the container toolkit adds when the container gets a GPU.
 ENV LANG=C.UTF-8 \
     NUMBA_CACHE_DIR=/tmp/numba \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0
 
-# For any user, and for the file systems mounted on it that take over its mode.
+# Writable by any user; some file systems mounted here take over this mode.
 RUN install --directory --mode=1777 /data
 WORKDIR /data
-# By number: Kubernetes' runAsNonRoot cannot tell for a name.
+# By number: Kubernetes cannot check runAsNonRoot for a name.
 USER 10001:10001
 ENTRYPOINT ["tini", "--"]
 CMD ["merge", "--help"]
@@ -111,7 +110,7 @@ ARG REVISION=
 ARG TORCH=cpu
 ARG VERSION=
 LABEL org.opencontainers.image.title="mergekit-ray" \
-    org.opencontainers.image.description="Merges language-model checkpoints larger than any one machine, on a Ray cluster" \
+    org.opencontainers.image.description="Merges LLM checkpoints of any size, on one machine or a Ray cluster" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.base.name="${BASE}" \
     org.opencontainers.image.created="${CREATED}" \

@@ -5,6 +5,7 @@
 #                 make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   RAY           the version that `make ray` tests with
 #   FUZZ_SECONDS  for each target of `make fuzz`
+#   TAG           what `make release-check` checks
 #   CONSTRAINTS   the versions to install; empty for the newest that pyproject.toml allows
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ TORCH_INDEX ?=
 CONSTRAINTS ?= constraints-dev.txt
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 300
+TAG ?= HEAD
 RAY ?= 2.40.0
 
 VENV := .venv
@@ -28,7 +30,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test test-quick check format site chart families families-page parity gpu memory fencing soak ray fuzz container package bench clean clean-venv
+.PHONY: help setup demo demo-moe test test-quick check format site chart families families-page parity gpu memory fencing soak ray fuzz container package release-check bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -121,8 +123,11 @@ fuzz: $(READY)  ## five minutes of coverage-guided fuzzing of each reader of fil
 container: $(READY)  ## build the container image with podman and try it (minutes, 6 GB of disk)
 	$(BIN)/python -m pytest -m container tests/container $(PYTEST_ARGS)
 
-package: $(READY)  ## build wheel and sdist in dist/, and try the wheel in an empty environment
+package: $(READY)  ## build wheel and sdist in dist/, and try each in an empty environment
 	PATH=$(CURDIR)/$(BIN):$$PATH PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) release/package.sh $(TORCH_OPTION)
+
+release-check: $(READY)  ## build all of a release in a clean clone and install each part: TAG=v..., else the last commit
+	PATH=$(CURDIR)/$(BIN):$$PATH PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) release/check.sh $(TAG) $(TORCH_OPTION)
 
 bench: $(READY) $(MERGEKIT_READY)  ## mergekit and mergekit-ray side by side on a 1.1B model (13 GB of disk, 30 minutes)
 	$(BIN)/python -m benchmarks.side_by_side --mergekit-python $(MERGEKIT)/bin/python

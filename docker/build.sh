@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Builds the image and says how large it is.
+# Builds the image under the name that the chart pulls, with podman, and prints its size.
 #
 #   docker/build.sh [--torch cpu|cuda] [--tag NAME] [--base IMAGE] [--index URL] [--torch-index URL] [--ca FILE] [--wheels FOLDER]
 #
+#   --torch        cpu (the default), or cuda, which adds the CUDA libraries and "-cuda" to the tag
+#   --tag          another name than ghcr.io/mergekit-ray/mergekit-ray with the package's version as its tag
+#   --base         another base image than Debian 12
 #   --index        another index of Python packages than PyPI
-#   --torch-index  another index to take torch from
-#   --ca           certificate authorities, where connections are inspected on their way
-#   --wheels       a folder of wheels, for what an index does not have; their hashes must be the locked ones
+#   --torch-index  another index for torch
+#   --ca           file of certificate authorities to trust while fetching packages
+#   --wheels       folder of wheels that the index lacks; they must have the locked hashes
 #
-# What is not given of index, ca and wheels is what pip uses on this machine (`pip config list`).
-# The image holds nothing of these options: configuration, certificates and wheels are mounted while pip runs.
+# Index, CA and wheels default to what pip uses on this machine (`pip config list`).
+# pip's configuration, certificates and wheels are mounted during the build. None of them ends up in the image.
 set -euo pipefail
 torch=cpu tag='' base=docker.io/library/debian:bookworm-slim index='' torch_index='' ca='' wheels=''
 while (($#)); do
@@ -20,12 +23,11 @@ while (($#)); do
       shift 2
       ;;
     *)
-      sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+      sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
       exit 2
       ;;
   esac
 done
-tag=${tag:-mergekit-ray:$torch}
 
 # A setting of pip's here; nothing if it has none, or there is no pip.
 pip_setting() {
@@ -53,13 +55,17 @@ if [[ -z $torch_index && -n $wheels ]] && compgen -G "$wheels/torch-$locked-*.wh
   torch_index=${index:-https://pypi.org/simple}
 fi
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mergekit_ray/core/version.py)
+if [[ -z $tag ]]; then
+  tag=$(sed -n 's/^  repository: //p' helm/mergekit-ray/values.yaml):$version
+  [[ $torch == cpu ]] || tag+=-$torch
+fi
 revision=$(git rev-parse HEAD 2>/dev/null || true)
 if [[ -n $revision && -n $(git status --porcelain) ]]; then
   revision+=-dirty
 fi
 
 if ! "$podman" image exists "$base" && ! "$podman" pull "$base"; then
-  echo "$base is neither here nor to be had: docker/base.sh makes Debian's from its packages" >&2
+  echo "$base is not on this machine and cannot be pulled. docker/base.sh makes Debian's from its packages" >&2
   exit 1
 fi
 

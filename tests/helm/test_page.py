@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helm.charts import CHART, GIVEN, RECIPE, render
+import mergekit_ray
+from helm.charts import CHART, GIVEN, RECIPE, ROOT, render
 from helm.package_chart import find_helm
 
-ROOT = CHART.parents[1]
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
 VALUES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-COMMANDS = [line.strip() for line in PAGE.splitlines() if re.match(r"\s*helm (install|upgrade) my-merge", line)]
+COMMANDS = re.findall(
+    r"^ *(helm (?:install|upgrade|template) my-merge .*?)$", re.sub(r"\\\n *", "", PAGE), re.MULTILINE
+)
+PUBLISHED = ["oci://ghcr.io/mergekit-ray/charts/mergekit-ray", "--version", mergekit_ray.__version__]
 
 
 @pytest.mark.parametrize("text", VALUES)
@@ -28,11 +31,13 @@ def test_values(text: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text(RECIPE)
-    (tmp_path / "helm").symlink_to(ROOT / "helm")
-    _, verb, *words = shlex.split(command)
-    if verb == "upgrade":  # renders what a former installation was given
-        words = ["--set-file=recipe.content=recipe.yml" if word == "--reuse-values" else word for word in words]
-    done = subprocess.run([find_helm(), "template", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(GIVEN))
+    _, _, release, *words = shlex.split(command.partition(" > ")[0])
+    # What is published by that name is this chart.
+    assert words[:3] == PUBLISHED
+    words = ["-fvalues.yaml" if word == "--reuse-values" else word for word in words[3:]]
+    whole = [find_helm(), "template", release, str(CHART), *words]
+    done = subprocess.run(whole, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -49,8 +54,8 @@ def test_security_can_be_left_to_the_cluster() -> None:
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(VALUES) >= 10
-    assert len(COMMANDS) >= 3
+    assert len(VALUES) >= 15
+    assert [command.split()[1] for command in COMMANDS] == ["install", "install", "upgrade", "template"]
 
 
 def test_links() -> None:

@@ -131,6 +131,8 @@ OTHERS = (
     "huggingface-cli",
     "hf",
     "aws",
+    "argo",
+    "gh",
 )
 """Programs that are not ours."""
 
