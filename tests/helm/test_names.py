@@ -28,7 +28,6 @@ VERSIONS = re.compile(
             rf"mergekit[-_]ray(?:\[[\w,]+\])?(?:==|:|-|@|/releases/tag/|\.git@){_NUMBER}",
             rf"mergekit-ray\S*\s+--version[ =]{_NUMBER}",
             rf"(?:imageTag|appVersion): {_NUMBER}",
-            rf"\bVERSION={_NUMBER}",
         ]
     )
 )
@@ -67,7 +66,6 @@ def test_nothing_names_a_version_that_is_not_there() -> None:
         "helm install x oci://ghcr.io/mergekit-ray/charts/mergekit-ray --version 9.8.7 -f v",
         "imageTag: 9.8.7-cuda",
         "mergekit-ray-9.8.7.tgz",
-        "VERSION=9.8.7",
     ],
 )
 def test_the_search_finds_versions(text: str) -> None:
