@@ -8,7 +8,6 @@
 # the package and to what is installed with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # Not at the head of PATH any more once an environment is tried.
@@ -64,4 +63,12 @@ python -m venv --without-pip "$work/sbom"
 # Versions of its own, which development's need not agree with.
 PIP_CONSTRAINT='' install "$work/sbom" --requirement release/requirements-sbom.txt
 "$work/sbom/bin/cyclonedx-py" environment --pyproject pyproject.toml --mc-type library --output-reproducible \
-  --output-file "$root/dist/mergekit_ray.cdx.json" "$work/venv/bin/python"
+  --output-file "$work/sbom.json" "$work/venv/bin/python"
+# pyproject.toml has no version: it is in the package.
+python - "$work/sbom.json" "$version" >dist/mergekit_ray.cdx.json <<'END'
+import json, pathlib, sys
+
+document = json.loads(pathlib.Path(sys.argv[1]).read_text())
+document["metadata"]["component"]["version"] = sys.argv[2]
+print(json.dumps(document, indent=2))
+END

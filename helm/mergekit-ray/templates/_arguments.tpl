@@ -1,6 +1,5 @@
 {{/*
-The command of a run. Ray has shells read it twice; values.schema.json therefore lets no character through that a shell
-would take up.
+The command of a run. On Ray, two shells read it; values.schema.json therefore refuses characters that a shell interprets.
 */}}
 {{- define "mergekit-ray.arguments" -}}
 {{- $merge := .root.Values.merge }}
@@ -19,7 +18,7 @@ would take up.
 {{- concat $words $merge.extraArgs | toYaml }}
 {{- end }}
 
-{{/* Ray's autoscaler adds pods for workers that are waiting, so with it there must be a number to wait for. */}}
+{{/* Ray's autoscaler adds pods for workers that wait, so a merge that uses it must ask for a number of workers. */}}
 {{- define "mergekit-ray.workers" -}}
 {{- if not (kindIs "invalid" .Values.merge.workers) }}
 {{- int .Values.merge.workers }}

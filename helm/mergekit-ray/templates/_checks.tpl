@@ -1,4 +1,4 @@
-{{/* What the schema cannot say: values that do not go together. */}}
+{{/* What the schema cannot express: values that contradict each other. */}}
 {{- define "mergekit-ray.checks" -}}
 {{- $recipe := .Values.recipe }}
 {{- if and $recipe.content $recipe.existingConfigMap }}
@@ -17,7 +17,7 @@
 {{- end }}
 {{- if eq .Values.mode "rayjob" }}
 {{- if not .Values.workerGroups }}
-{{- fail "workerGroups is empty: the head computes nothing, so there must be one" }}
+{{- fail "workerGroups is empty; set at least one, as the head computes nothing" }}
 {{- end }}
 {{- if and (eq .Values.ray.auth "token") (semverCompare "<2.52.0" .Values.ray.version) }}
 {{- fail (printf "ray.auth token needs Ray 2.52.0 or newer, not %s; use a newer image, or ray.auth disabled" .Values.ray.version) }}
@@ -42,11 +42,11 @@
 {{- define "mergekit-ray.checkSpot" -}}
 {{- $spot := .root.Values.spot }}
 {{- if and .settings.spot (not (or $spot.nodeSelector $spot.tolerations)) }}
-{{- fail (printf "%s.spot is true, but the chart does not know what spot nodes look like here: set spot.nodeSelector, spot.tolerations, or both" .where) }}
+{{- fail (printf "%s.spot is true, but the chart does not know your spot nodes: set spot.nodeSelector, spot.tolerations, or both" .where) }}
 {{- end }}
 {{- end }}
 
-{{/* Of a recipe, only what a merge would find wrong before it starts: the method, and that there is an output. */}}
+{{/* Finds the commonest mistakes in a recipe before a pod starts; mergekit-ray validate finds the others. */}}
 {{- define "mergekit-ray.checkRecipe" -}}
 {{- with .Values.recipe.content }}
 {{- $recipe := fromYaml . }}

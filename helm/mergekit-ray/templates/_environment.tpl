@@ -1,4 +1,4 @@
-{{/* Environment variables: of all containers, of those in a Ray cluster, and of those that read and write models. */}}
+{{/* Environment variables: for all containers, for those in a Ray cluster, and for those that read and write models. */}}
 {{- define "mergekit-ray.environment" -}}
 {{- $values := .root.Values -}}
 - name: HOME

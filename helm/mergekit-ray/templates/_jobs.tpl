@@ -1,6 +1,6 @@
 {{/*
-Jobs of Kubernetes' own. A request or inputs that are wrong (exit codes 2 and 3) are not tried again, pods that had to
-make way for others do not count, and each new pod makes a new submission.
+Kubernetes' own Jobs. They do not retry a wrong request or wrong inputs (exit codes 2 and 3) and do not count evicted pods.
+Each new pod submits anew.
 */}}
 {{- define "mergekit-ray.jobSpec" -}}
 {{- $job := .root.Values.job -}}
@@ -39,8 +39,8 @@ template:
 {{- end }}
 
 {{/*
-Not a RayJob with a clusterSelector: KubeRay cannot retry one. Until 1.5 it deleted the selected cluster to do so, newer
-versions refuse a backoffLimit.
+A RayJob with a clusterSelector would not do, as KubeRay cannot retry it: up to version 1.5 it deletes the selected cluster,
+and newer versions refuse a backoffLimit.
 */}}
 {{- define "mergekit-ray.submitterJobSpec" -}}
 {{- $cluster := .Values.existingCluster }}

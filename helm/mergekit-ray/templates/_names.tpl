@@ -1,8 +1,8 @@
 {{/*
 Every name and label of the chart.
 
-KubeRay appends to a RayJob's name for the cluster and its services; 47 characters are the most it takes. 38 of the
-release's and the chart's names leave room for a hash.
+KubeRay appends to a RayJob's name for the cluster and its services, and takes at most 47 characters. Using 38 of the
+release's and the chart's names leaves room for a hash.
 */}}
 
 {{- define "mergekit-ray.name" -}}
@@ -30,7 +30,7 @@ release's and the chart's names leave room for a hash.
 {{- end }}
 {{- end }}
 
-{{/* Named by its content, so that pods of a former run keep theirs while they stop. */}}
+{{/* Named by its content, so that pods of the previous run keep their recipe while they stop. */}}
 {{- define "mergekit-ray.recipeConfigMapName" -}}
 {{- if .Values.recipe.existingConfigMap }}
 {{- .Values.recipe.existingConfigMap }}
@@ -44,7 +44,7 @@ release's and the chart's names leave room for a hash.
 {{- printf "%s-scripts-%s" (include "mergekit-ray.fullname" .) ($content | sha256sum | trunc 8) }}
 {{- end }}
 
-{{/* Named by what it runs, as neither a RayJob nor a Job can be changed: another name is another run. */}}
+{{/* Named by what it runs: RayJobs and Jobs cannot be changed, so another run needs another name. */}}
 {{- define "mergekit-ray.jobName" -}}
 {{- $spec := "" }}
 {{- if eq .Values.mode "rayjob" }}
@@ -57,7 +57,7 @@ release's and the chart's names leave room for a hash.
 {{- printf "%s-%s" (include "mergekit-ray.fullname" .) (printf "%s\n%s" .Values.run $spec | sha256sum | trunc 8) }}
 {{- end }}
 
-{{/* A role's own tag wins over the digest, which is another image's. */}}
+{{/* A role's own tag takes precedence over the digest, which belongs to another image. */}}
 {{- define "mergekit-ray.image" -}}
 {{- $image := .root.Values.image }}
 {{- if and $image.digest (not .tag) }}
@@ -83,7 +83,7 @@ app.kubernetes.io/part-of: mergekit-ray
 {{- end }}
 {{- end }}
 
-{{/* Without the chart's version: a new chart that makes the same pods starts no new run. */}}
+{{/* Without the chart's version, so that a new chart that makes the same pods starts no new run. */}}
 {{- define "mergekit-ray.podLabels" -}}
 {{ include "mergekit-ray.selectorLabels" .root }}
 app.kubernetes.io/component: {{ .component }}

@@ -5,15 +5,15 @@ A pod of one container.
   component    label of its role
   settings     resources, nodeSelector, tolerations, affinity, ... of the role
   name         of the container
-  args         its command, which the image's entrypoint (tini) runs; empty where KubeRay fills it in
+  args         its command, run by the image's entrypoint (tini); empty where KubeRay sets it
   ports        of the container, if any
   recipe       whether the recipe is mounted at /etc/mergekit-ray/recipe.yml
   scripts      whether the chart's scripts are mounted at /etc/mergekit-ray/scripts
-  ray          whether it belongs to a Ray cluster, or speaks to one
-  auth         RAY_AUTH_MODE, where ray
-  node         whether it is a node of one: has an object store
+  ray          whether it belongs to a Ray cluster, or connects to one
+  auth         RAY_AUTH_MODE, if ray
+  node         whether it is a node of one, with an object store
   stores       whether it reads and writes models: credentials, extra environment and volumes
-  api          whether it may speak to the Kubernetes API
+  api          whether it gets a token of the Kubernetes API
   env          more environment variables
 */}}
 {{- define "mergekit-ray.pod" -}}
@@ -175,7 +175,7 @@ volumeMounts:
   {{- end }}
 {{- end }}
 
-{{/* Of a role's settings, and those that nodes with GPUs and spot nodes need. */}}
+{{/* A role's tolerations, plus those for GPU nodes and spot nodes. */}}
 {{- define "mergekit-ray.tolerations" -}}
 {{- $all := default list .settings.tolerations }}
 {{- $keys := list }}
@@ -187,7 +187,7 @@ volumeMounts:
 {{- toYaml $all }}
 {{- end }}
 
-{{/* Of a role's settings, with its GPUs as a limit: they cannot be shared. */}}
+{{/* A role's resources, with its GPUs as a limit, as Kubernetes wants it. */}}
 {{- define "mergekit-ray.resources" -}}
 {{- $resources := deepCopy .resources }}
 {{- if .gpus }}
@@ -198,7 +198,7 @@ volumeMounts:
 {{- toYaml $resources }}
 {{- end }}
 
-{{/* The restricted Pod Security Standard. Only ids can be changed, for clusters that choose them. */}}
+{{/* The restricted Pod Security Standard. Only the IDs can be changed, for clusters that choose them. */}}
 {{- define "mergekit-ray.podSecurity" -}}
 {{- $security := .Values.security -}}
 runAsNonRoot: true

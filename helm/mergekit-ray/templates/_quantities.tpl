@@ -9,7 +9,7 @@
 {{- printf "%d" (int64 (mulf (float64 $number) (get $units $unit))) }}
 {{- end }}
 
-{{/* What workers may share of a pod's memory, for Ray's scheduler; empty without a limit. */}}
+{{/* Memory of a pod that workers share, for Ray's scheduler; empty without a limit. */}}
 {{- define "mergekit-ray.workMemory" -}}
 {{- $limit := dig "limits" "memory" "" .resources }}
 {{- if $limit }}

@@ -1,4 +1,4 @@
-{{/* One worker group: what it says, else the defaults. */}}
+{{/* One worker group: its own settings over the defaults. */}}
 {{- define "mergekit-ray.workerGroup" -}}
 {{- mergeOverwrite (deepCopy .root.Values.workerDefaults) (deepCopy (default dict (get .root.Values.workerGroups .name))) | toYaml }}
 {{- end }}
@@ -13,7 +13,7 @@ submissionMode: K8sJobMode
 entrypoint: {{ include "mergekit-ray.arguments" (dict "root" . "recipe" "/etc/mergekit-ray/recipe.yml" "executor" "ray") | fromYamlArray | join " " | quote }}
 shutdownAfterJobFinishes: true
 ttlSecondsAfterFinished: {{ int $values.job.clusterTtlSeconds }}
-{{- /* Each retry is a new cluster and, as there is no jobId, a new submission. */}}
+{{- /* Each retry gets a new cluster and, without a jobId, a new submission. */}}
 backoffLimit: {{ int $values.job.retries }}
 {{- if not (kindIs "invalid" $values.job.deadlineSeconds) }}
 activeDeadlineSeconds: {{ int $values.job.deadlineSeconds }}
@@ -43,7 +43,7 @@ rayClusterSpec:
       {{- include "mergekit-ray.rayStartParams" (dict "root" . "chosen" $chosen "settings" $values.head) | nindent 6 }}
     template:
       {{- $ports := list (dict "name" "gcs" "containerPort" 6379) (dict "name" "dashboard" "containerPort" 8265) (dict "name" "client" "containerPort" 10001) (dict "name" "metrics" "containerPort" 8080) }}
-      {{- /* Seconds that a merge has to abandon its shards when its job is stopped; 3 by default. */}}
+      {{- /* Seconds a merge has to abandon its shards once its job is stopped. Ray's default is 3. */}}
       {{- $env := list (dict "name" "RAY_JOB_STOP_WAIT_TIME_S" "value" "30") }}
       {{- include "mergekit-ray.pod" (dict "root" . "component" "head" "settings" $values.head "name" "ray-head" "ports" $ports "env" $env "recipe" true "ray" true "auth" $values.ray.auth "node" true "stores" true "api" $values.autoscaling.enabled) | nindent 6 }}
   workerGroupSpecs:
@@ -79,7 +79,7 @@ resources:
   {{- toYaml .resources | nindent 2 }}
 {{- end }}
 env:
-  {{- /* KubeRay gives this container the mode itself where it gives it a token. */}}
+  {{- /* KubeRay sets the mode itself if it gives this container a token. */}}
   {{- $auth := eq .Values.ray.auth "disabled" | ternary "disabled" "" }}
   {{- include "mergekit-ray.environment" (dict "root" . "ray" true "auth" $auth) | nindent 2 }}
 securityContext:
