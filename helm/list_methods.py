@@ -1,6 +1,6 @@
-"""Writes the names of the merge methods for the chart, which refuses others: ``python -m helm.list_methods``.
+"""Generates the list of merge methods that the chart accepts: ``python -m helm.list_methods``.
 
-Only methods of this package are listed, not those of plugins that happen to be installed.
+It has this package's methods, not those of plugins that happen to be installed.
 """
 
 from __future__ import annotations

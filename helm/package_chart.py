@@ -1,8 +1,8 @@
-"""Packages the chart so that the same files give the same bytes, whoever does it and when.
+"""Packages the chart reproducibly: the same files give the same bytes, whoever packages them and when.
 
 Run it as ``python helm/package_chart.py FOLDER``; it prints the archive's path. ``helm package`` checks the chart and
-chooses the files, but writes the time into each entry. Here, every entry has SOURCE_DATE_EPOCH's time (else that of
-1980, before which some readers know none) and no owner. Only another zlib may compress otherwise.
+chooses the files, but writes the time into each entry. Here, every entry has the time of SOURCE_DATE_EPOCH, by default
+1980 (some readers know no earlier one), and no owner. Only another version of zlib may compress differently.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ EARLIEST: Final = 315_532_800
 
 
 def package(folder: Path, *, chart: Path = CHART, helm: str | None = None) -> Path:
-    """Write the archive into ``folder``, which must be there.
+    """Write the archive into ``folder``, which must exist.
 
     Args:
         folder: where to.
         chart: the chart's folder.
-        helm: the program; by default beside this Python, else on PATH.
+        helm: the program; by default the one beside this Python, or else on PATH.
 
     Raises:
-        subprocess.CalledProcessError: helm finds fault with the chart, and has said what.
+        subprocess.CalledProcessError: helm refuses the chart; it has printed why.
     """
     program = helm or find_helm()
     moment = int(os.environ.get("SOURCE_DATE_EPOCH", EARLIEST))

@@ -1,7 +1,7 @@
-"""Writes the plain manifests in ``deploy/``, for clusters without Helm: ``python -m helm.render_deploy``.
+"""Generates the plain manifests in ``deploy/``, for clusters without Helm: ``python -m helm.render_deploy``.
 
-They are what ``helm template`` makes of the values below, without what only Helm uses. The template of Argo Workflows
-is the chart's pod of mode ``job`` with recipe and output as parameters.
+They are what ``helm template`` makes of the values below, without the labels that only Helm uses. The WorkflowTemplate
+for Argo is the chart's pod of mode ``job``, with recipe and output as parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from helm.package_chart import CHART, find_helm
 
 FOLDER: Final = CHART.parents[1] / "deploy"
 
-_HEAD: Final = "# Made by helm/render_deploy.py from the chart: README.md in this folder says how to use it.\n"
+_HEAD: Final = "# Generated from the chart by `make chart`. README.md in this folder says how to use it.\n"
 _NAME: Final = "merge"
 _RECIPE: Final = """\
 merge_method: linear
