@@ -62,6 +62,7 @@ def test_the_schema_refuses(wrong: Manifest, said: str) -> None:
         ({"recipe": {"content": RECIPE, "existingConfigMap": "r"}}, "are both set; give one"),
         ({"recipe": {"content": "merge_method: ["}}, "recipe.content is not a recipe"),
         ({"output": ""}, "no output: set it as in --set output=s3://bucket/merged, or write `output: s3://"),
+        ({"output": "", "recipe": {"content": "output: {max_shard_size: 1GB}"}}, "no output: set it as in"),
         (CLUSTER, "mode existing-cluster needs existingCluster.name"),
         (CLUSTER | {"existingCluster": {"name": "a", "address": "http://a"}}, "are both set; give one"),
         ({"workerGroups": {"cpu": None}}, "workerGroups is empty"),
@@ -89,7 +90,14 @@ def test_unknown_methods_are_refused(text: str) -> None:
     render({**GIVEN, "recipe": {"content": text, "pluginMethods": ["tias"]}})
 
 
-@pytest.mark.parametrize("recipe", [{"content": f"{RECIPE}output: s3://b/o\n"}, {"existingConfigMap": "mine"}])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"content": f"{RECIPE}output: s3://b/o\n"},
+        {"content": f"{RECIPE}output: {{path: s3://b/o, max_shard_size: 1GB}}\n"},
+        {"existingConfigMap": "mine"},
+    ],
+)
 def test_an_output_in_the_recipe_will_do(recipe: Manifest) -> None:
     command = job_of({"recipe": recipe, "output": ""})["spec"]["entrypoint"].split()
     assert command[:2] == ["merge", "/etc/mergekit-ray/recipe.yml"]

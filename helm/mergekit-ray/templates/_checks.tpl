@@ -53,7 +53,9 @@
 {{- with $recipe.Error }}
 {{- fail (printf "recipe.content is not a recipe: %s" .) }}
 {{- end }}
-{{- if not (or $.Values.output $recipe.output) }}
+{{- $output := $recipe.output }}
+{{- if kindIs "map" $output }}{{ $output = $output.path }}{{ end }}
+{{- if not (or $.Values.output $output) }}
 {{- fail "no output: set it as in --set output=s3://bucket/merged, or write `output: s3://bucket/merged` in the recipe" }}
 {{- end }}
 {{- $known := concat ($.Files.Get "files/methods.json" | fromJsonArray) $.Values.recipe.pluginMethods | uniq | sortAlpha }}
