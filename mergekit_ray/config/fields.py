@@ -12,13 +12,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from mergekit_ray.config.findings import (
     FINDINGS_ERROR,
@@ -205,23 +208,65 @@ def parse_patterns(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-ParameterSettings = Annotated[Level, PlainValidator(_parse_settings), PlainSerializer(_dump_settings)]
+ParameterSettings = Annotated[
+    Level,
+    PlainValidator(_parse_settings),
+    PlainSerializer(_dump_settings),
+    WithJsonSchema({"title": "Parameters", "type": "object"}),
+]
 """``parameters`` at one place: names to parsed settings; null is none."""
 
-FloatDType = Annotated[DType, PlainValidator(_parse_dtype), PlainSerializer(lambda dtype: dtype.config_name)]
+FloatDType = Annotated[
+    DType,
+    PlainValidator(_parse_dtype),
+    PlainSerializer(lambda dtype: dtype.config_name),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["bfloat16", "float16", "float32", "float64"]},
+                {"type": "string", "pattern": "^(torch\\.)?(bf16|f16|fp16|half|f32|fp32|float|f64|fp64|double)$"},
+            ]
+        }
+    ),
+]
 """A floating dtype by any of its names."""
 
 ArithmeticDType = Annotated[
-    ComputeDType, PlainValidator(_parse_compute_dtype), PlainSerializer(lambda dtype: dtype.value)
+    ComputeDType,
+    PlainValidator(_parse_compute_dtype),
+    PlainSerializer(lambda dtype: dtype.value),
+    WithJsonSchema({"enum": [dtype.value for dtype in ComputeDType]}),
 ]
 
-LayerRange = Annotated[tuple[int, int], PlainValidator(_parse_layer_range), PlainSerializer(list)]
+LayerRange = Annotated[
+    tuple[int, int],
+    PlainValidator(_parse_layer_range),
+    PlainSerializer(list),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}),
+]
 """First layer and the layer after the last, counted from 0."""
 
-ByteSize = Annotated[int, PlainValidator(parse_size), PlainSerializer(format_size)]
-"""A number of bytes, written such as ``2GB`` (see `mergekit_ray.config.sizes`)."""
+ByteSize = Annotated[
+    int,
+    PlainValidator(parse_size),
+    PlainSerializer(format_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^\s*(\d+\.?\d*|\.\d+)\s*([kKmMgGtT][iI]?)?[bB]?\s*$"},
+            ]
+        }
+    ),
+]
+"""A number of bytes, such as ``2GB`` (see `mergekit_ray.config.sizes`)."""
 
-Name = Annotated[str, BeforeValidator(_parse_text), Field(min_length=1)]
+Name = Annotated[
+    str,
+    BeforeValidator(_parse_text),
+    Field(min_length=1),
+    WithJsonSchema({"type": ["string", "number"], "minLength": 1}),
+]
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -246,8 +291,8 @@ class OutputOptions(RecipeModel):
     """Where the result goes. ``output: ./merged`` is short for ``output: {path: ./merged}``.
 
     Attributes:
-        path: a folder or ``s3://bucket/prefix``; None if the command line says it.
-        max_shard_size: bytes of the largest output file, unless one layer is larger.
+        path: folder or URI of the result. The command line's second argument overrides it.
+        max_shard_size: size of the largest output file, unless one layer is larger, e.g. ``2GB`` or ``2GiB``.
     """
 
     path: Name | None = None
@@ -261,6 +306,11 @@ class OutputOptions(RecipeModel):
             path: str | PurePath | None = ...,
             max_shard_size: int | str = ...,
         ) -> None: ...
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """A path alone is accepted, too."""
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(schema)]}
 
 
 def _parse_output(value: object) -> object:

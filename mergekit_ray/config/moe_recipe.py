@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, ValidationInfo, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from mergekit_ray.config.accepted import DTypeLike, ModelLike
@@ -90,18 +98,23 @@ def _parse_prompts(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-Prompts = Annotated[tuple[str, ...], PlainValidator(_parse_prompts), PlainSerializer(list)]
+Prompts = Annotated[
+    tuple[str, ...],
+    PlainValidator(_parse_prompts),
+    PlainSerializer(list),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string", "minLength": 1}}),
+]
 
 
 class ExpertRecipe(RecipeModel):
     """One expert.
 
     Attributes:
-        source_model: the dense model whose feed-forward layers it gets.
-        positive_prompts: what it is to be chosen for; required unless the routers are random.
-        negative_prompts: what it is not to be chosen for.
-        noise_scale: standard deviation of normal noise added to its feed-forward weights.
-        residual_scale: factor on its down projection.
+        source_model: the dense model whose feed-forward layers become the expert.
+        positive_prompts: prompts that the router should send to the expert. Required unless routers are random.
+        negative_prompts: prompts that the router should not send to the expert.
+        noise_scale: standard deviation of normal noise added to the expert's weights.
+        residual_scale: factor on the expert's down projection.
     """
 
     source_model: ModelReference
@@ -133,21 +146,21 @@ class MoeRecipe(RecipeModel):
     """A Mixture of Experts whose experts are the feed-forward layers of dense models.
 
     Attributes:
-        merge_method: always ``moe``; may be left out of the YAML.
-        base_model: gives everything outside the feed-forward layers, config and tokenizer.
-        experts: at least one.
-        shared_experts: at most one, active for every token.
-        gate_mode: how the routers are made.
-        add_to_base: ``base_model`` is a Mixture of Experts already, and ``experts`` are added to those it has: all of
-            its tensors stay, each router gets a row for each new expert.
-        experts_per_token: how many experts each token uses; None for `num_active`'s default, or for the base model's
-            own number if it is added to.
-        architecture: name of the MoE family; None to infer it.
-        dtype: what is stored; None for the base model's own.
-        backbone: a dense recipe that gives the tensors outside the feed-forward layers in place of ``base_model``
+        merge_method: ``moe``, or left out.
+        base_model: the model that everything outside the feed-forward layers comes from, config and tokenizer included.
+        experts: the experts, at least one.
+        shared_experts: at most one expert that every token passes through.
+        gate_mode: how routers are made: from hidden states, from input embeddings, or at random.
+        add_to_base: add ``experts`` to ``base_model``, which is a Mixture of Experts already. All of its tensors stay;
+            each router gets a row for each new expert.
+        experts_per_token: number of experts each token uses. By default 2 or, with ``add_to_base``, the base model's
+            number.
+        architecture: name of the MoE family. By default, the first that fits.
+        dtype: dtype of the stored weights. By default, the base model's.
+        backbone: a dense recipe for the tensors outside the feed-forward layers, in place of ``base_model``
             (Branch-Train-MiX, arXiv 2403.07816).
-        expert_layout: one tensor per expert and projection, or all experts packed into one.
-        allow_identical_experts: accept experts that no router can tell apart, for those who train afterwards.
+        expert_layout: one tensor for each expert and projection, or all experts of a layer packed into one.
+        allow_identical_experts: accept experts that no router can tell apart, to be trained afterwards.
         name, output, seed, compute_dtype: as in a dense recipe.
     """
 
@@ -155,9 +168,12 @@ class MoeRecipe(RecipeModel):
     base_model: ModelReference
     experts: Annotated[tuple[ExpertRecipe, ...], Field(min_length=1)]
     shared_experts: tuple[ExpertRecipe, ...] | None = None
-    gate_mode: Annotated[GateMode, PlainValidator(_parse_gate_mode), PlainSerializer(lambda m: m.value)] = (
-        GateMode.HIDDEN
-    )
+    gate_mode: Annotated[
+        GateMode,
+        PlainValidator(_parse_gate_mode),
+        PlainSerializer(lambda mode: mode.value),
+        WithJsonSchema({"enum": [mode.value for mode in GateMode]}),
+    ] = GateMode.HIDDEN
     experts_per_token: Annotated[int, Field(ge=1)] | None = None
     architecture: Name | None = None
     dtype: FloatDType | None = None

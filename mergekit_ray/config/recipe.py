@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from mergekit_ray.config.accepted import DTypeLike, ModelLike, ParametersLike
@@ -46,12 +46,22 @@ BODIES = ("models", "slices", "modules")
 Missing: TypeAlias = Literal["error", "base", "first", "drop"]
 """What becomes of a tensor that only some models have."""
 
-Patterns: TypeAlias = Annotated[tuple[Name, ...], BeforeValidator(parse_patterns), Field(min_length=1)]
+Patterns: TypeAlias = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(parse_patterns),
+    Field(min_length=1),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string", "minLength": 1}, "minItems": 1}),
+]
 """Names of tensors, with ``*`` for any run of characters."""
 
 
 class InputModel(RecipeModel):
-    """One entry of ``models``: a whole model, all its layers."""
+    """One entry of ``models``: a whole model, all its layers.
+
+    Attributes:
+        model: the model: ``org/name``, a folder or a URI, with ``@revision`` and ``+adapter`` as needed.
+        parameters: the method's parameters for this model.
+    """
 
     model: ModelReference
     parameters: ParameterSettings = Field(default_factory=dict)
@@ -67,7 +77,13 @@ class InputModel(RecipeModel):
 
 
 class SliceSource(RecipeModel):
-    """One entry of a slice's ``sources``: a run of one model's layers."""
+    """One entry of a slice's ``sources``: a run of one model's layers.
+
+    Attributes:
+        model: the model, as in ``models``.
+        layer_range: first layer and the layer after the last, counted from 0: ``[0, 16]`` is layers 0 to 15.
+        parameters: the method's parameters for this source.
+    """
 
     model: ModelReference
     layer_range: LayerRange
@@ -93,10 +109,10 @@ class SliceRecipe(RecipeModel):
     """One entry of ``slices``: a run of the output's layers.
 
     Attributes:
-        sources: what is merged into it; all have the same number of layers.
-        base_model: in place of the recipe's.
+        sources: the runs of layers to merge; all have the same number of layers.
+        base_model: base model of this slice, in place of the recipe's.
         residual_weight: accepted, without effect.
-        parameters: for all sources.
+        parameters: the method's parameters for all sources of this slice.
     """
 
     sources: Annotated[tuple[SliceSource, ...], Field(min_length=1)]
@@ -117,7 +133,12 @@ class SliceRecipe(RecipeModel):
 
 
 class ModuleRecipe(RecipeModel):
-    """One entry of ``modules``: a part of a model that is merged by itself, as ``models`` or as ``slices``."""
+    """One entry of ``modules``: a part of a model that is merged by itself, as ``models`` or as ``slices``.
+
+    Attributes:
+        models, slices: the models to merge into this module; give exactly one of the two keys.
+        parameters: the method's parameters for this module.
+    """
 
     models: Annotated[tuple[InputModel, ...], Field(min_length=1)] | None = None
     slices: Annotated[tuple[SliceRecipe, ...], Field(min_length=1)] | None = None
@@ -144,25 +165,30 @@ class DenseRecipe(RecipeModel):
     """A merge of models of one architecture into one more of it.
 
     Attributes:
-        merge_method: name of the method.
-        models, slices, modules: what is merged; exactly one is given.
-        base_model: the model that task vectors are taken from; also the donor of config and tokenizer.
-        dtype: what inputs are rounded to before the merge and, without ``out_dtype``, what is stored; None for the
-            inputs' own.
-        out_dtype: what is stored.
-        parameters: of the method, for everything that no closer level sets.
-        tokenizer_source, tokenizer: where the vocabulary comes from; at most one is given.
-        chat_template: a template's name, or the template.
+        merge_method: name of the merge method.
+        models, slices, modules: the models to merge: whole, as runs of layers, or part by part. Give exactly one of the
+            three keys.
+        base_model: the model that task vectors are taken from. Config and tokenizer come from it, too; without it, from
+            the first model.
+        dtype: dtype of the stored weights. By default, each tensor keeps the widest dtype of its inputs. It is not the
+            dtype of the arithmetic; that is ``compute_dtype``.
+        out_dtype: dtype of the stored weights where it differs from ``dtype``.
+        parameters: the method's parameters, wherever no closer level sets them.
+        tokenizer_source, tokenizer: where the vocabulary comes from. Not supported yet: refused when the merge is
+            planned.
+        chat_template: a template's name, or the template. Not supported yet: refused when the merge is planned.
         name: free text.
-        output: where the result goes.
-        seed: of all randomness.
-        compute_dtype: what arithmetic is done in.
-        missing: what becomes of tensors that only some models have: an error, the base's (without a base, the first
-            model's), those of the first model that has them, or nothing. None for an error, but for what
-            ``config.json`` does not count as the model's layers: that is the base's.
-        include, exclude: which tensors are merged: those that match one of ``include`` (None for all) and none of
-            ``exclude``. All else is copied.
-        from_model: written ``from``: whose tensors those are that are not merged; None for the base or first model.
+        output: where the result goes, unless the command line says so.
+        seed: seed of the random masks, which depend on it, the tensor and the model only.
+        compute_dtype: precision of the arithmetic. ``inputs`` rounds at every step, as mergekit does.
+        missing: what to do with tensors that only some models have: refuse the merge (``error``), take the base model's
+            (``base``), take those of the first model that has them (``first``), or leave them out (``drop``). By
+            default, an error, except for tensors that ``config.json`` does not count as the model's layers: those are
+            the base's.
+        include, exclude: patterns of tensor names. Tensors that match one of ``include`` (default: all) and none of
+            ``exclude`` are merged; all others are copied.
+        from_model: written ``from``: the model that tensors are copied from if they are not merged. By default, the
+            base model or, without one, the first model.
     """
 
     merge_method: Name

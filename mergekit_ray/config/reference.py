@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from mergekit_ray.config.findings import found
@@ -134,6 +135,17 @@ class ModelReference:
         return core_schema.no_info_plain_validator_function(
             cls.from_data, serialization=core_schema.to_string_ser_schema(when_used="always")
         )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The string form and the mapping, whose ``model`` and ``lora`` are models again."""
+        del schema, handler
+        text = {"type": "string", "minLength": 1}
+        keys: JsonSchemaValue = dict.fromkeys((*_KEYS, *sorted(IGNORED_KEYS)), True)
+        keys |= {"path": text, "revision": {"type": ["string", "null"]}}
+        either = [{"required": ["path"]}, {"required": ["model"]}]
+        mapping = {"type": "object", "properties": keys, "additionalProperties": False, "oneOf": either}
+        return {"title": "Model", "anyOf": [text, mapping]}
 
 
 def escaped(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, WithJsonSchema, model_validator
 
 from mergekit_ray.config.accepted import ModelLike
 from mergekit_ray.config.fields import RecipeModel
@@ -101,6 +101,7 @@ TokenizerSource = Annotated[
     Literal["union", "base"] | ModelReference | None,
     PlainValidator(_parse_tokenizer_source),
     PlainSerializer(_dump_tokenizer_source),
+    WithJsonSchema({"type": ["string", "object", "null"]}),
 ]
 """``union``, ``base``, or a model."""
 
@@ -113,9 +114,12 @@ class TokenEmbedding(RecipeModel):
         force: take it from there even for models that have the token.
     """
 
-    source: Annotated[TokenSource | None, PlainValidator(_parse_token_source), PlainSerializer(_dump_token_source)] = (
-        None
-    )
+    source: Annotated[
+        TokenSource | None,
+        PlainValidator(_parse_token_source),
+        PlainSerializer(_dump_token_source),
+        WithJsonSchema({"type": ["string", "object", "null"]}),
+    ] = None
     force: bool = False
 
     if TYPE_CHECKING:

@@ -21,7 +21,7 @@ KNOWN = "MERGEKIT_RAY_KNOWN_TESTS"
 
 _FOLDERS = ("tests/unit/architectures", "tests/unit/core", "tests/unit/test_docs.py")
 _LISTS = re.compile(
-    r"\.names\(\)|\bchoose\(|\bdescribe_methods\b|\bmethods_markdown\b|[\"']methods[\"']|\bmkdocs\b|accepted: "
+    r"\.names\(\)|\bchoose\(|\bdescribe_methods\b|\bmethods_markdown\b|[\"']methods[\"']|\bsphinx\b|accepted: "
 )
 
 

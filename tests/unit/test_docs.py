@@ -1,10 +1,11 @@
-"""The documents are right: generated pages are up to date, recipes load, commands parse, links lead somewhere.
+"""The documents are right: generated parts are up to date, recipes load, commands parse, links lead somewhere.
 
 So are the commands of the workflows.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shlex
@@ -22,13 +23,14 @@ import typer.main
 import yaml
 
 import mergekit_ray
+from docs import recipe_schema
 from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.cli import app
 from mergekit_ray.core.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
 WITH_COMMANDS = ("README.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md")
-PAGES = [*(ROOT / name for name in WITH_COMMANDS), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in WITH_COMMANDS), *sorted((ROOT / "docs").rglob("*.md"))]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 FOLDERS = (".ci/", ".github/", "configs/", "docker/", "helm/", "release/")
@@ -54,7 +56,7 @@ def blocks() -> Iterator[Block]:
         text = page.read_text()
         for match in _FENCE.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
-            yield Block(page.name, line, match["language"], match["text"])
+            yield Block(str(page.relative_to(ROOT)), line, match["language"], match["text"])
 
 
 def steps() -> Iterator[Block]:
@@ -83,6 +85,7 @@ def test_yaml_is_accepted(block: Block) -> None:
     data = yaml.safe_load(block.text)
     if {"models", "slices", "modules", "experts"} & data.keys():
         mergekit_ray.load_recipe(block.text)
+        SCHEMA.validate(data)
     elif data.keys() <= {"pip", "env_vars", "working_dir"}:
         assert all(isinstance(line, str) for line in data["pip"])
     else:
@@ -162,25 +165,36 @@ _OURS = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", sorted({*ROOT.glob("*.md"), *PAGES}), ids=lambda page: str(page.relative_to(ROOT)).removesuffix(".md")
+)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
+    """On GitHub; the site checks its own when it is built."""
     for link in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text())):
-        _check_link(link)
+        _check_link(link, page)
         assert page.name != "README.md" or "://" in link, f"{link} leads nowhere on PyPI"
+
+
+def test_links_have_names() -> None:
+    for page in set(PAGES) - {ROOT / "docs/families.md"}:  # which quotes what others' programs say
+        text = re.sub(r"`[^`]*`", "", _FENCE.sub("", page.read_text()))
+        assert not re.search(r"\[(?:here|this|link|see)\]\(", text, re.IGNORECASE), page.name
+        assert not re.search(r"(?<![(\"<\w/=])https?://", text), f"{page.name}: a bare address"
 
 
 def test_links_of_the_package() -> None:
     for link in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values():
-        _check_link(link)
+        _check_link(link, ROOT / "README.md")
 
 
-def _check_link(link: str) -> None:
-    path, _, anchor = _OURS.sub("", link).partition("#")
+def _check_link(link: str, page: Path) -> None:
+    path, _, anchor = _OURS.sub(f"{ROOT}/", link).partition("#")
     if "://" in path:
         return
-    assert (ROOT / path).exists(), link
+    target = page.parent / path if path else page
+    assert target.exists(), link
     if anchor:
-        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.MULTILINE)
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, link
 
 
@@ -208,25 +222,120 @@ def test_the_chart_has_the_version_that_its_archive_is_released_under() -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built without a warning: all links and anchors lead somewhere."""
     site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    command = [sys.executable, "-m", "sphinx", "-q", "--fail-on-warning", "--keep-going", "docs", str(site)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return site
 
 
+def read(site: Path, page: str) -> str:
+    """A page's text as a reader sees it, without tags."""
+    return html.unescape(re.sub(r"<[^>]+>", "", (site / page).read_text()))
+
+
 def test_all_pages_are_in_the_site(site: Path) -> None:
-    for page in (ROOT / "docs").glob("*.md"):
-        assert "<h1" in (site / page.with_suffix(".html").name).read_text(), page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        built = (site / page.relative_to(ROOT / "docs")).with_suffix(".html").read_text()
+        assert "<h1" in built, page.name
+        assert "site: " not in built, page.name
+
+
+def test_the_site_needs_no_server(site: Path) -> None:
+    """Scripts, styles and the search's index are files beside the pages, none of which is fetched."""
+    assert (site / "searchindex.js").read_text().startswith("Search.setIndex(")
+    for page in site.rglob("*.html"):
+        for source in re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"([^\"]+)\"", page.read_text()):
+            assert not re.match(r"https?:|//", source), f"{page.name} fetches {source}"
 
 
 def test_the_site_describes_every_method(site: Path) -> None:
-    page = (site / "methods.html").read_text()
+    page = read(site, "reference/methods.html")
     for name in METHODS.names():
-        assert f'<h2 id="{name}">' in page
-        assert all(f"<code>{parameter}</code>" in page for parameter in METHODS.get(name).parameter_names())
+        assert METHODS.get(name).summary in page
+        assert METHODS.get(name).parameter_names().keys() <= set(re.findall(r"[\w-]+", page))
+
+
+def test_the_site_describes_every_command(site: Path) -> None:
+    page = read(site, "reference/commands.html")
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        assert f"mergekit-ray {name} " in page
+        assert {option for parameter in command.params for option in parameter.opts if option[0] == "-"} <= set(
+            re.findall(r"--?[\w-]+", page)
+        )
+
+
+def test_the_site_describes_every_key(site: Path) -> None:
+    words = set(re.findall(r"\w+", read(site, "reference/recipe.html")))
+    for model in recipe_schema.MODELS:
+        keys = {field.alias or name for name, field in model.model_fields.items()}
+        assert keys <= words
+        assert keys - {"kind"} <= recipe_schema.descriptions(model).keys(), f"{model.__name__} leaves keys undescribed"
+
+
+def test_the_site_describes_every_name_of_the_package(site: Path) -> None:
+    page = (site / "reference/python.html").read_text()
+    for name in mergekit_ray.__all__:
+        assert name.startswith("_") or f'id="mergekit_ray.{name}"' in page
 
 
 def test_the_site_lists_every_moe_family(site: Path) -> None:
-    page = (site / "moe.html").read_text()
+    page = read(site, "moe.html")
     for name in FAMILIES.names():
-        assert f"<td><code>{name}</code></td>" in page
+        assert name in page
+
+
+def test_the_schema_of_recipes_is_current() -> None:
+    assert recipe_schema.FILE.read_text() == recipe_schema.text(), "run `python docs/recipe_schema.py`"
+
+
+SCHEMA = jsonschema.Draft202012Validator(json.loads(recipe_schema.FILE.read_text()))
+
+
+@pytest.mark.parametrize("recipe", [*sorted((ROOT / "configs").glob("*.yml")), ROOT / "demo/recipe.yml"], ids=str)
+def test_the_schema_accepts_our_recipes(recipe: Path) -> None:
+    SCHEMA.validate(yaml.safe_load(recipe.read_text()))
+
+
+SETTINGS = [
+    "0.5",
+    "true",
+    "rescale",
+    "[0, 0.5, 1]",
+    "{filter: mlp, value: 1}",
+    "[{filter: self_attn, value: [0, 1]}, {filter: '*', value: 0.5}, {value: 1}]",
+    "null",
+]
+MODELS = ["org/a@v1+org/b", "{path: org/a, revision: v1, lora: {path: ./b}}", "{model: {path: org/a}, lora: org/b}"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_schema_accepts_every_form_of_a_setting(setting: str) -> None:
+    SCHEMA.validate(
+        yaml.safe_load(f"{{merge_method: ties, models: [{{model: a, parameters: {{weight: {setting}}}}}]}}")
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_schema_accepts_every_form_of_a_model(model: str) -> None:
+    text = f"merge_method: linear\nmodels: [{{model: {model}, parameters: {{weight: 1}}}}]\n"
+    mergekit_ray.load_recipe(text)
+    SCHEMA.validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "base_modle: org/base",
+        "output: {path: x, max_shard: 2GB}",
+        "parameters: {densty: 0.5}",
+        "parameters: {density: [{filter: mlp, valu: 1}]}",
+        "dtype: bfloat61",
+        "missing: ignore",
+        "base_model: {path: org/base, lorra: x}",
+    ],
+)
+@pytest.mark.parametrize("recipe", ["ties", "moe"])
+def test_the_schema_refuses_what_is_misspelt(recipe: str, line: str) -> None:
+    data = yaml.safe_load((ROOT / f"configs/{recipe}.yml").read_text())
+    assert not SCHEMA.is_valid(data | yaml.safe_load(line))

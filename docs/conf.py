@@ -1,0 +1,42 @@
+"""Sphinx's settings: `make site` builds the documentation into site/, and fails for a link that leads nowhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mergekit_ray.core.version import __version__
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for docs.site_pages
+
+project = "mergekit-ray"
+author = "the mergekit-ray authors"
+release = __version__
+extensions = [
+    "myst_parser",  # the pages are Markdown
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",  # docstrings in Google's style
+    "sphinx_copybutton",
+    "docs.site_pages",  # ours: what pages say of commands, recipe keys, methods and families is made from the code
+]
+exclude_patterns = ["*.json"]
+
+myst_enable_extensions = ["alert"]  # GitHub's `> [!NOTE]`
+myst_heading_anchors = 4  # the anchors that GitHub gives to headings
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures have them
+autodoc_default_options = {"members": True, "undoc-members": False}
+smartquotes = False  # `--option` keeps both dashes
+default_role = "code"  # docstrings write `name` for code
+copybutton_prompt_text = "$ "
+highlight_language = "none"
+
+html_theme = "furo"
+html_title = "mergekit-ray"
+html_show_sphinx = False
+html_copy_source = False
+html_theme_options = {
+    "source_repository": "https://github.com/mergekit-ray/mergekit-ray/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+}

@@ -1,0 +1,201 @@
+"""Extension of Sphinx: parts of pages are made from the code at every build, so that they are never out of date.
+
+A page marks such a part with ``<!-- site: NAME -->`` and ``<!-- /site -->``. GitHub shows what is between the two; on
+the site, what `PARTS` makes takes its place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import typer.main
+from sphinx.application import Sphinx
+
+import mergekit_ray
+from docs.recipe_schema import MODELS, build, descriptions
+from mergekit_ray.architectures.moe.registry import FAMILIES
+from mergekit_ray.cli import app as cli
+from mergekit_ray.cli.tables import methods_markdown
+
+_PART: Final = re.compile(r"<!-- site: (\w+) -->.*?<!-- /site -->", re.DOTALL)
+
+
+def methods() -> str:
+    """The merge methods, without the heading, which the page has."""
+    return methods_markdown().partition("\n")[2]
+
+
+def families() -> str:
+    """One row for each MoE family, in the order in which they are tried: the first line of its module describes it."""
+    lines = ["| `architecture` | experts from | what it is |", "|---|---|---|"]
+    for family in sorted(map(FAMILIES.get, FAMILIES.names()), key=lambda each: each.rank):
+        described = (inspect.getdoc(sys.modules[family.__module__]) or "").splitlines()[0]
+        lines.append(f"| `{family.name}` | {', '.join(family.dense_types)} | {described} |")
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """Every command with its arguments and options, as ``--help`` has them."""
+    group: Any = typer.main.get_command(cli)
+    lines = list(_command("mergekit-ray", group))
+    for name, command in group.commands.items():
+        lines += ["", f"## {name}", "", *_command(f"mergekit-ray {name}", command)]
+    return "\n".join(lines)
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    context = command.context_class(command, info_name=name)
+    usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
+    yield from ("```", re.sub(r"\s+", " ", usage), "```", "", inspect.cleandoc(command.help or ""))
+    rows = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+    yield from ("", "| argument or option | default | meaning |", "|---|---|---|")
+    for names, said in filter(None, rows):
+        meaning, _, rest = said.partition("  [")
+        notes = dict.fromkeys(filter(None, rest.rstrip("]").split("; ")))
+        default = "".join("required" if note == "required" else f"`{note[9:]}`" for note in notes if note[0] in "rd")
+        yield f"| `{_cell(names)}` | {_cell(default)} | {_cell(meaning)} |"
+    yield ""
+
+
+def recipe_keys() -> str:
+    """Every key of every part of a recipe, from the models that read them."""
+    definitions = build()["$defs"]
+    lines: list[str] = []
+    for model in MODELS:
+        name, said = model.__name__, descriptions(model)
+        schema = definitions[name]
+        body = next((each for each in schema.get("anyOf", ()) if "properties" in each), schema)
+        lines += [
+            f"## {_TITLES[name]}",
+            "",
+            body["description"],
+            "",
+            "| key | takes | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        for key, each in body["properties"].items():
+            given = each.get("default")
+            default = "required" if key in body.get("required", ()) else "" if given in (None, False) else f"`{given}`"
+            lines.append(f"| `{key}` | {_cell(_takes(each))} | {default} | {_cell(said.get(key, ''))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_TITLES: Final = {
+    "DenseRecipe": "Dense recipe",
+    "InputModel": "An entry of `models`",
+    "SliceRecipe": "An entry of `slices`",
+    "SliceSource": "An entry of `sources`",
+    "ModuleRecipe": "An entry of `modules`",
+    "MoeRecipe": "Mixture-of-Experts recipe",
+    "ExpertRecipe": "An entry of `experts`",
+    "OutputOptions": "`output`",
+    "TokenizerOptions": "`tokenizer`",
+    "TokenEmbedding": "An entry of `tokenizer.tokens`",
+}
+_KINDS: Final[dict[str, str]] = {
+    "Model": "model",
+    "Parameters": "parameters",
+    "DenseRecipe": "dense recipe",
+    "OutputOptions": "text or mapping",
+    "TokenizerOptions": "mapping",
+}
+
+
+def _takes(schema: dict[str, Any]) -> str:
+    """What a key takes, in words."""
+    if "$ref" in schema:
+        name: str = schema["$ref"].rpartition("/")[2]
+        return _KINDS.get(name, _TITLES.get(name, name).removeprefix("An entry of "))
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return "name of a method" if len(values) > 10 else ", ".join(f"`{value}`" for value in values)
+    if "anyOf" in schema:
+        kinds = [_takes(each) for each in schema["anyOf"] if each != {"type": "null"}]
+        closed = any("enum" in each for each in schema["anyOf"])  # its other spellings need no mention
+        return kinds[0] if closed else " or ".join(dict.fromkeys(kinds))
+    kind: str | list[str] = schema.get("type", "anything")
+    kinds = [each for each in ([kind] if isinstance(kind, str) else kind) if each != "null"]
+    if "number" in kinds and "string" in kinds:
+        kinds.remove("number")  # a name may look like a number
+    words = {
+        "string": "text",
+        "boolean": "`true`, `false`",
+        "integer": "whole number",
+        "array": "list",
+        "object": "mapping",
+    }
+    return " or ".join(words.get(each, each) for each in kinds)
+
+
+def _cell(text: str) -> str:
+    """Text that a table can hold."""
+    return re.sub(r"\s*\n\s*", " ", text).replace("|", "\\|")
+
+
+def python_api() -> str:
+    """The documented names of the package, from `mergekit_ray.__all__`."""
+    lines = []
+    for name in mergekit_ray.__all__:
+        if name.startswith("_"):
+            continue
+        found = getattr(mergekit_ray, name)
+        kind = "autoclass" if inspect.isclass(found) else "autofunction" if callable(found) else "autodata"
+        if inspect.isclass(found) and issubclass(found, BaseException):
+            kind = "autoexception"
+        lines += [f"## {name}", "", "```{eval-rst}", f".. {kind}:: mergekit_ray.{name}", "```", ""]
+    return "\n".join(lines)
+
+
+def contents() -> str:
+    """The menu. Pages that are in none of the chapters come last, so that none is lost."""
+    pages = {str(page.relative_to(_DOCS).with_suffix("")) for page in _DOCS.rglob("*.md")} - {"index"}
+    chapters = {title: [page for page in listed if page in pages] for title, listed in _CHAPTERS.items()}
+    chapters["More"] = sorted(pages.difference(*chapters.values()))
+    lines: list[str] = []
+    for title, listed in chapters.items():
+        if listed:
+            lines += ["```{toctree}", ":hidden:", f":caption: {title}", "", *listed, "```", ""]
+    return "\n".join(lines)
+
+
+_DOCS: Final = Path(__file__).parent
+_CHAPTERS: Final = {
+    "Start": ["tutorials/first-merge", "tutorials/70b-on-a-cluster", "from-mergekit"],
+    "How to": ["recipes", "moe", "python", "storage", "cluster", "kubernetes", "container", "gpu", "operations"],
+    "Help": ["troubleshooting", "glossary"],
+    "Reference": ["reference/commands", "reference/recipe", "reference/methods", "reference/python", "families"],
+    "Background": ["architecture", "reliability", "security", "performance", "changelog"],
+}
+
+
+def architecture() -> str:
+    """ARCHITECTURE.md, which lies beside the package."""
+    return "```{include} ../ARCHITECTURE.md\n:relative-images:\n:relative-docs: docs/\n```"
+
+
+def changelog() -> str:
+    """CHANGELOG.md."""
+    return "```{include} ../CHANGELOG.md\n```"
+
+
+PARTS: Final[dict[str, Callable[[], str]]] = {
+    made.__name__: made
+    for made in (architecture, changelog, commands, contents, families, methods, python_api, recipe_keys)
+}
+
+
+def _replace(app: Sphinx, name: str, content: list[str]) -> None:
+    del app, name
+    content[0] = _PART.sub(lambda match: PARTS[match[1]](), content[0])
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("source-read", _replace)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
