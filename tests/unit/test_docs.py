@@ -5,6 +5,7 @@ So are the commands of the workflows.
 
 from __future__ import annotations
 
+import ast
 import html
 import json
 import re
@@ -285,8 +286,35 @@ def test_the_site_lists_every_moe_family(site: Path) -> None:
         assert name in page
 
 
-def test_the_schema_of_recipes_is_current() -> None:
-    assert recipe_schema.FILE.read_text() == recipe_schema.text(), "run `python docs/recipe_schema.py`"
+def messages() -> list[str]:
+    """Every text in the package's source, with a null character in place of what an f-string fills in."""
+    found = []
+    for file in (ROOT / "mergekit_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_that_are_explained_are_ours() -> None:
+    ours = messages()
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", pages, re.MULTILINE)
+    explained = re.findall(r"^\| `([^`]+)` \|", "".join(tables), re.MULTILINE)
+    assert len(explained) > 35
+    for message in explained:
+        parts = [part.strip() for part in message.split("…") if part.strip()]
+        assert any(all(part in text for part in parts) for text in ours), f"nothing says {message!r}"
+
+
+@pytest.mark.parametrize("program", ["draw_pictures", "recipe_schema"])
+def test_what_programs_make_is_current(program: str) -> None:
+    done = subprocess.run([sys.executable, f"docs/{program}.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, f"run `python docs/{program}.py`"
 
 
 SCHEMA = jsonschema.Draft202012Validator(json.loads(recipe_schema.FILE.read_text()))

@@ -1,4 +1,4 @@
-"""The tutorial "Your first merge": its recipes, commands and Python are run as they stand, on a Hub with tiny models."""
+"""The tutorial "Your first merge": its recipes, commands and Python run as they stand, on a Hub with tiny models."""
 
 from __future__ import annotations
 
