@@ -131,6 +131,7 @@ OTHERS = (
     "test",
     "git",
     "cosign",
+    "export",
     "model_signing",
     "huggingface-cli",
     "hf",
