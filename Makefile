@@ -68,7 +68,7 @@ format: $(READY)  ## put the code into the form that `check` wants
 	$(BIN)/ruff format
 
 site: $(READY)  ## build the documentation as a site, in site/
-	$(BIN)/python -m sphinx -q --fail-on-warning --keep-going docs site
+	$(BIN)/python -m sphinx -q --fresh-env --write-all --fail-on-warning --keep-going docs site
 
 chart: $(READY)  ## renew what is made from the chart's values and the methods: its page, its schema, deploy/
 	$(BIN)/python -m helm.list_methods

@@ -35,8 +35,11 @@ html_theme = "furo"
 html_title = "mergekit-ray"
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "source_repository": "https://github.com/mergekit-ray/mergekit-ray/",
     "source_branch": "main",
     "source_directory": "docs/",
+    "top_of_page_buttons": ["view"],
 }

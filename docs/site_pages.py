@@ -26,8 +26,8 @@ _PART: Final = re.compile(r"<!-- site: (\w+) -->.*?<!-- /site -->", re.DOTALL)
 
 
 def methods() -> str:
-    """The merge methods, without the heading, which the page has."""
-    return methods_markdown().partition("\n")[2]
+    """The merge methods, without what `mergekit-ray methods --markdown` says before them: the page says it."""
+    return "| method |" + methods_markdown().partition("| method |")[2]
 
 
 def families() -> str:
