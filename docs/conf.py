@@ -23,10 +23,12 @@ exclude_patterns = ["*.json"]
 
 myst_enable_extensions = ["alert"]  # GitHub's `> [!NOTE]`
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
+napoleon_use_ivar = True  # a class's attributes are described once, in its docstring
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures have them
-autodoc_default_options = {"members": True, "undoc-members": False}
-smartquotes = False  # `--option` keeps both dashes
+autodoc_default_options = {"members": True, "exclude-members": "model_config"}
+python_use_unqualified_type_names = True
+smartquotes_action = "De"  # dashes and ellipses; quotes stay as they are written
 default_role = "code"  # docstrings write `name` for code
 copybutton_prompt_text = "$ "
 highlight_language = "none"

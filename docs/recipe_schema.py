@@ -81,7 +81,7 @@ def build() -> dict[str, Any]:
 
 def descriptions(model: type[BaseModel]) -> dict[str, str]:
     """What the docstring of a model says of each of its fields, by the name it has in YAML."""
-    text = inspect.getdoc(model) or ""
+    text = (inspect.getdoc(model) or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
     for names, said in re.findall(r"^    ([\w, ]+): (.+(?:\n {8}.+)*)", text, re.MULTILINE):
         for name in names.split(", "):

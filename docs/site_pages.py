@@ -51,15 +51,20 @@ def commands() -> str:
 def _command(name: str, command: Any) -> Iterator[str]:
     context = command.context_class(command, info_name=name)
     usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
-    yield from ("```", re.sub(r"\s+", " ", usage), "```", "", inspect.cleandoc(command.help or ""))
+    yield from ("```", re.sub(r"\s+", " ", usage), "```", "", _marked(inspect.cleandoc(command.help or "")))
     rows = [parameter.get_help_record(context) for parameter in command.get_params(context)]
     yield from ("", "| argument or option | default | meaning |", "|---|---|---|")
     for names, said in filter(None, rows):
         meaning, _, rest = said.partition("  [")
         notes = dict.fromkeys(filter(None, rest.rstrip("]").split("; ")))
         default = "".join("required" if note == "required" else f"`{note[9:]}`" for note in notes if note[0] in "rd")
-        yield f"| `{_cell(names)}` | {_cell(default)} | {_cell(meaning)} |"
+        yield f"| `{_cell(names)}` | {_cell(default)} | {_marked(_cell(meaning))} |"
     yield ""
+
+
+def _marked(text: str) -> str:
+    """Help texts with their options as code."""
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)
 
 
 def recipe_keys() -> str:
@@ -140,16 +145,17 @@ def _cell(text: str) -> str:
 
 def python_api() -> str:
     """The documented names of the package, from `mergekit_ray.__all__`."""
-    lines = []
-    for name in mergekit_ray.__all__:
-        if name.startswith("_"):
-            continue
-        found = getattr(mergekit_ray, name)
-        kind = "autoclass" if inspect.isclass(found) else "autofunction" if callable(found) else "autodata"
-        if inspect.isclass(found) and issubclass(found, BaseException):
-            kind = "autoexception"
-        lines += [f"## {name}", "", "```{eval-rst}", f".. {kind}:: mergekit_ray.{name}", "```", ""]
-    return "\n".join(lines)
+    names = {name: getattr(mergekit_ray, name) for name in mergekit_ray.__all__ if not name.startswith("_")}
+    for module in [name for name, found in names.items() if inspect.ismodule(found)]:
+        found = names.pop(module)
+        names |= {f"{module}.{name}": getattr(found, name) for name in found.__all__}
+    chapters: dict[str, list[str]] = {"Functions": [], "Classes": [], "Errors": []}
+    for name, found in names.items():
+        is_error = inspect.isclass(found) and issubclass(found, BaseException)
+        chapter = "Errors" if is_error else "Classes" if inspect.isclass(found) else "Functions"
+        kind = {"Errors": "autoexception", "Classes": "autoclass", "Functions": "autofunction"}[chapter]
+        chapters[chapter] += [f"### {name}", "", "```{eval-rst}", f".. {kind}:: mergekit_ray.{name}", "```", ""]
+    return "\n".join(line for title, lines in chapters.items() if lines for line in (f"## {title}", "", *lines))
 
 
 def contents() -> str:
@@ -195,7 +201,17 @@ def _replace(app: Sphinx, name: str, content: list[str]) -> None:
     content[0] = _PART.sub(lambda match: PARTS[match[1]](), content[0])
 
 
+_TOGETHER: Final = re.compile(r"^ {4}\w+(?:, \w+)+(?=: )")
+
+
+def _join_names(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Names that a docstring describes together: napoleon would take the first for the type of the second."""
+    del app, what, name, obj, options
+    lines[:] = [_TOGETHER.sub(lambda match: match[0].replace(", ", "/"), line) for line in lines]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("source-read", _replace)
+    app.connect("autodoc-process-docstring", _join_names, priority=400)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import html
+import inspect
 import json
 import re
 import shlex
@@ -277,8 +278,12 @@ def test_the_site_describes_every_key(site: Path) -> None:
 
 def test_the_site_describes_every_name_of_the_package(site: Path) -> None:
     page = (site / "reference/python.html").read_text()
-    for name in mergekit_ray.__all__:
-        assert name.startswith("_") or f'id="mergekit_ray.{name}"' in page
+    names = [name for name in mergekit_ray.__all__ if not name.startswith("_")]
+    for name in [name for name in names if inspect.ismodule(getattr(mergekit_ray, name))]:
+        names.remove(name)
+        names += [f"{name}.{each}" for each in getattr(mergekit_ray, name).__all__]
+    for name in names:
+        assert f'id="mergekit_ray.{name}"' in page
 
 
 def test_the_site_lists_every_moe_family(site: Path) -> None:
