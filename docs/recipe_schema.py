@@ -63,6 +63,7 @@ def build() -> dict[str, Any]:
     for model in MODELS:
         _describe(definitions[model.__name__], model)
     definitions["DenseRecipe"]["properties"]["merge_method"]["enum"] = METHODS.names()
+    definitions["OutputOptions"] = {"anyOf": [{"type": "string", "minLength": 1}, definitions["OutputOptions"]]}
     is_moe = [
         {"required": ["experts"]},
         {"required": ["merge_method"], "properties": {"merge_method": {"const": "moe"}}},

@@ -12,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
     TypeAdapter,
@@ -20,8 +19,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from mergekit_ray.config.findings import (
     FINDINGS_ERROR,
@@ -306,11 +304,6 @@ class OutputOptions(RecipeModel):
             path: str | PurePath | None = ...,
             max_shard_size: int | str = ...,
         ) -> None: ...
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """A path alone is accepted, too."""
-        return {"anyOf": [{"type": "string", "minLength": 1}, handler(schema)]}
 
 
 def _parse_output(value: object) -> object:
