@@ -173,7 +173,10 @@ def contents() -> str:
 _DOCS: Final = Path(__file__).parent
 _CHAPTERS: Final = {
     "Start": ["tutorials/first-merge", "tutorials/70b-on-a-cluster", "from-mergekit"],
-    "How to": ["recipes", "moe", "python", "storage", "cluster", "kubernetes", "container", "gpu", "operations"],
+    "How to": [
+        *("recipes", "moe", "lora", "python", "verify"),
+        *("storage", "cluster", "kubernetes", "container", "gpu", "operations"),
+    ],
     "Help": ["troubleshooting", "glossary"],
     "Reference": ["reference/commands", "reference/recipe", "reference/methods", "reference/python", "families"],
     "Background": ["architecture", "reliability", "security", "performance", "changelog"],
