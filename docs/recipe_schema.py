@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,14 +56,15 @@ _SETTING: Final = {
 }
 
 
-def build() -> dict[str, Any]:
-    """The schema."""
+def build(methods: Sequence[str] | None = None) -> dict[str, Any]:
+    """The schema, with these merge methods; None for all that are installed."""
+    names = METHODS.names() if methods is None else list(methods)
     _, made = models_json_schema([(model, "validation") for model in MODELS])
     shared: dict[str, Any] = {}
     definitions = {name: _tidy(schema, shared) for name, schema in made["$defs"].items()}
     for model in MODELS:
         _describe(definitions[model.__name__], model)
-    definitions["DenseRecipe"]["properties"]["merge_method"]["enum"] = METHODS.names()
+    definitions["DenseRecipe"]["properties"]["merge_method"]["enum"] = names
     definitions["OutputOptions"] = {"anyOf": [{"type": "string", "minLength": 1}, definitions["OutputOptions"]]}
     is_moe = [
         {"required": ["experts"]},
@@ -76,7 +78,7 @@ def build() -> dict[str, Any]:
         "if": {"anyOf": is_moe},
         "then": {"$ref": "#/$defs/MoeRecipe"},
         "else": {"$ref": "#/$defs/DenseRecipe"},
-        "$defs": {**definitions, **shared, "Parameters": _parameters(), "Setting": _SETTING},
+        "$defs": {**definitions, **shared, "Parameters": _parameters(names), "Setting": _SETTING},
     }
 
 
@@ -92,10 +94,10 @@ def descriptions(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def _parameters() -> dict[str, Any]:
+def _parameters(names: Sequence[str]) -> dict[str, Any]:
     """The parameters of all methods: which method takes which is for `mergekit-ray validate` to say."""
     meanings: dict[str, dict[str, list[str]]] = {}
-    for method in map(METHODS.get, METHODS.names()):
+    for method in map(METHODS.get, names):
         for declared in (method.model_parameters, method.global_parameters):
             for key, field in declared.model_fields.items():
                 said = meanings.setdefault(field.alias or key, {})
@@ -149,9 +151,9 @@ def _describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
             body["properties"][key]["description"] = said[key]
 
 
-def text() -> str:
+def text(methods: Sequence[str] | None = None) -> str:
     """The content of the file."""
-    return json.dumps(build(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(build(methods), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
