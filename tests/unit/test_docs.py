@@ -323,7 +323,7 @@ def test_the_pictures_are_current() -> None:
 
 
 def test_the_schema_of_recipes_is_current() -> None:
-    """But for methods that were added since, since a method is one file; `docs/recipe_schema.py --check` misses them."""
+    """Methods that were added since may be missing, since a method is one file; `--check` insists on them."""
     text = recipe_schema.FILE.read_text()
     methods = json.loads(text)["$defs"]["DenseRecipe"]["properties"]["merge_method"]["enum"]
     assert text == recipe_schema.text(methods), "run `python docs/recipe_schema.py`"
