@@ -143,6 +143,13 @@ OTHERS = (
 """Programs that are not ours."""
 
 
+def test_long_commands_are_broken() -> None:
+    for block in BLOCKS:
+        if block.page.startswith("docs/") and not block.language:
+            for line in block.text.splitlines():
+                assert len(line) <= 100, f"{block}: break it with a backslash: {line}"
+
+
 def _check_ours(words: list[str]) -> None:
     program, *arguments = words
     group: Any = typer.main.get_command(app)
