@@ -35,6 +35,7 @@ highlight_language = "none"
 
 html_theme = "furo"
 html_title = "mergekit-ray"
+html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
 html_static_path = ["static"]
