@@ -65,7 +65,7 @@ def test_a_pipeline_names_its_models(tmp_path: Path) -> None:
         put(store, name, "a")
     with pytest.raises(ModelError) as caught:
         open_checkpoint(store, "./pipe")
-    assert "a pipeline of diffusers, which holds 2 models" in caught.value.what
+    assert "a diffusers pipeline, which holds 2 models" in caught.value.what
     assert str(caught.value.remedy).endswith(": ./pipe/unet, ./pipe/vae")
 
 

@@ -99,7 +99,7 @@ class TestReproduce:
         edit_manifest(
             out, lambda found: found["inputs"][str(models[1])]["files"]["model.safetensors"].update(num_bytes=1)
         )
-        with pytest.raises(CheckpointError, match="its size or header is another"):
+        with pytest.raises(CheckpointError, match="its size or header differs"):
             again(out, tmp_path / "again")
         edit_manifest(out, lambda found: found["inputs"][str(models[1])]["files"].clear())
         with pytest.raises(CheckpointError, match="was not read when the model was made"):
@@ -115,7 +115,7 @@ class TestReproduce:
         text = json.dumps(dict(reversed(header.items())), separators=(",", ":")).encode().ljust(length)
         assert len(text) == length
         path.write_bytes(data[:8] + text + data[8 + length :])
-        with pytest.raises(CheckpointError, match="its size or header is another"):
+        with pytest.raises(CheckpointError, match="its size or header differs"):
             again(out, tmp_path / "again")
 
     def test_other_tensors_than_listed_are_told(self, out: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_models_of_transformers_are_seen_as_they_are(library: ModelLibrary) -> N
     ("config", "message"),
     [
         ({"n_head": 3}, "3 heads for a width of 64"),
-        ({"n_head": None}, "n_head None, and a number is needed"),
+        ({"n_head": None}, "n_head as None, which is not a number"),
         ({"n_head_kv": 1}, r"Wqkv\.\w+ has shape .* asks for 96 rows"),
     ],
 )

@@ -278,7 +278,7 @@ def test_versions_are_names_of_blobs_and_without_links_of_commits(cache: Path) -
 
 @pytest.mark.parametrize("reference", ["hf://", "hf://a/b/c", "hf://org/name--x", "hf://org/.name", "hf://org/na me"])
 def test_names_that_the_hub_could_not_have(reference: str) -> None:
-    with pytest.raises(ModelError, match="a name the Hugging Face Hub could have") as caught:
+    with pytest.raises(ModelError, match="a valid name on the Hugging Face Hub") as caught:
         open_source(reference)
     assert caught.value.remedy == "names look like org/name"
 
