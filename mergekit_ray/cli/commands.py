@@ -31,6 +31,7 @@ from mergekit_ray.cli.options import (
     Rank,
     RecipeArgument,
     Seed,
+    Version,
     takes_merge_options,
 )
 from mergekit_ray.cli.running import (
@@ -44,7 +45,6 @@ from mergekit_ray.cli.running import (
     told_errors,
 )
 from mergekit_ray.cli.voice import tell
-from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.reporting.signals import listening
 
@@ -60,19 +60,8 @@ app = typer.Typer(
 _command = partial(app.command, cls=OurCommand)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"mergekit-ray {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def main(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def main(*, version: Version = False) -> None:
     """Merge LLM checkpoints of any size, on one machine or a Ray cluster.
 
     Reads mergekit's YAML recipes. Start with `validate`, estimate with `plan`, then run `merge`.
@@ -99,11 +88,13 @@ def merge(
         LogFormat, typer.Option("--log-format", metavar="[text|json]", help="Write text, or one JSON object a line.")
     ] = LogFormat.text,
     debug: Debug = False,
+    version: Version = False,
 ) -> None:
     """Merge models as RECIPE says and publish the result at OUT.
 
     After a failure, run the same command again to resume. If the result is already there, nothing is done.
     """
+    del version
     with told_errors(debug, quiet=quiet, log_format=log_format) as voice, listening(voice.say) as signals:
         from mergekit_ray.operations.merge import merge as run
 

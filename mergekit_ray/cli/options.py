@@ -10,7 +10,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mergekit-ray {__version__}")
+        raise typer.Exit
 
 
 def _complete_method(incomplete: str) -> list[tuple[str, str]]:
@@ -61,6 +68,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Seed of all randomness (0 to 2^63 - 1); overrides the recipe's."),
+]
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

@@ -186,8 +186,8 @@ def lines(report: ExtractResult) -> list[str]:
     return [
         *told,
         "",
-        "change: Frobenius norm of the difference; lost: the part of it that the",
-        "factors leave out; relative: change over the norm of the base's tensor",
+        "change: Frobenius norm of the difference; lost: the part of it that the factors leave out; "
+        "relative: change over the norm of the base's tensor",
         "",
         f"lost of all changes together: {report.error:.3g}",
         report.uri,

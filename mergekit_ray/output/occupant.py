@@ -32,7 +32,7 @@ def occupant(found: Mapping[str, Any], *, is_finished: bool, plan: Plan | None =
     recipe = found.get("recipe")
     if not isinstance(recipe, Mapping):
         return None
-    if plan is not None and recipe == json.loads(json.dumps(plan.recipe)):
+    if plan is not None and _without_seed(recipe) == _without_seed(json.loads(json.dumps(plan.recipe))):
         if found.get("seed") != plan.seed:
             return f"this recipe's {kind} with seed {found.get('seed')} is there, and the seed is {plan.seed} now"
         return f"this recipe's {kind} from other inputs, or by another version of mergekit-ray, is there"
@@ -63,6 +63,10 @@ def described(recipe: Mapping[str, Any]) -> str | None:
         shown = models[:_MAX_MODELS] + ([f"{len(models) - _MAX_MODELS} more"] if len(models) > _MAX_MODELS else [])
         kind += " of " + " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
     return f"{kind} onto {base}" if isinstance(base, str) else kind
+
+
+def _without_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "seed"}
 
 
 def _models(data: Any) -> Iterator[str]:

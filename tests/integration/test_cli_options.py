@@ -106,7 +106,7 @@ def test_a_pipe_gets_each_row_in_one_line(arguments: tuple[str, ...], recipe: Pa
         assert all(re.search(r"safetensors, bytes \d+ to \d+$", line) for line in loads)
 
 
-@pytest.mark.parametrize("command", [["mergekit-ray"], ["python", "-m", "mergekit_ray"]])
+@pytest.mark.parametrize("command", [["mergekit-ray"], ["merge"], ["python", "-m", "mergekit_ray"]])
 def test_the_version(command: list[str]) -> None:
     done = run_command(*command, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mergekit-ray {__version__}\n", "")

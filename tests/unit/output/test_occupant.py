@@ -65,14 +65,16 @@ def test_files_that_nobody_accounts_for_are_listed() -> None:
     ("change", "told"),
     [
         ({"recipe": TASK}, "another recipe's output is there: a task_arithmetic merge of A and B onto BASE"),
-        ({"seed": 7}, "this recipe's output with seed 7 is there, and the seed is 0 now"),
+        ({"seed": 7, "recipe": {"seed": 7}}, "this recipe's output with seed 7 is there, and the seed is 0 now"),
         ({}, "this recipe's output from other inputs, or by another version of mergekit-ray, is there"),
         ({"recipe": [3]}, "other files are there already: config.json, mergekit-ray.json"),
     ],
 )
 def test_a_merge_is_refused_in_words(plan: Plan, change: dict[str, Any], told: str, tmp_path: Any) -> None:
     sink = LocalStore(tmp_path / "out")
-    manifest = {"plan_digest": "another", "recipe": plan.recipe, "seed": plan.seed, **change}
+    manifest = {"plan_digest": "another", "seed": plan.seed, **change}
+    recipe = change.get("recipe", {})  # that of the plan, with a seed of its own or none; or another
+    manifest["recipe"] = recipe if recipe in (TASK, [3]) else {**plan.recipe, **recipe}
     sink.put(MANIFEST_FILE, json.dumps(manifest).encode())
     sink.put("config.json", b"{}")
     with pytest.raises(PlanError) as caught:
