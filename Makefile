@@ -62,6 +62,7 @@ check: $(READY)  ## style, types and layering
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PATH=$(BIN):$$PATH $(BIN)/lint-imports
+	@SKIP=ruff,ruff-format,mypy,import-linter $(BIN)/pre-commit run --all-files
 
 format: $(READY)  ## put the code into the form that `check` wants
 	$(BIN)/ruff check --fix
@@ -98,7 +99,7 @@ memory: $(READY)  ## what workers hold beside what plans say, by method, on a ma
 	$(BIN)/python -m pytest -m memory tests/integration/failures/test_memory_budget.py $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.memory
 
-fencing: $(READY)  ## two drivers, one output, stopped before each change of theirs: all ways to interleave (hours)
+fencing: $(READY)  ## two drivers, one output, stopped before each change of theirs: every interleaving (hours)
 	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(BIN)/python -m pytest tests/integration/failures/test_fencing.py $(PYTEST_ARGS)
 
 soak: $(READY)  ## merges while the store fails, and drivers that are stopped and killed, by 300 schedules each (an hour)

@@ -21,7 +21,7 @@ class Picture:
 
     Args:
         width, height: in pixels.
-        title: what a reader who cannot see it is told.
+        title: what a screen reader says.
     """
 
     def __init__(self, width: int, height: int, title: str) -> None:

@@ -184,7 +184,7 @@ _CHAPTERS: Final = {
 
 
 def architecture() -> str:
-    """ARCHITECTURE.md, which lies beside the package."""
+    """ARCHITECTURE.md, from the repository's root."""
     return "```{include} ../ARCHITECTURE.md\n:relative-images:\n:relative-docs: docs/\n```"
 
 

@@ -126,7 +126,7 @@ def comments() -> dict[str, str]:
 
 
 def _parts(whole: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All values with their schemas. What is inside resources and the like is Kubernetes' own."""
+    """All values with their schemas. What is inside resources, for example, is Kubernetes' own."""
 
     def walk(part: dict[str, Any], above: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, each in part.get("properties", {}).items():

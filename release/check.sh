@@ -73,6 +73,7 @@ step() {
 
 step 'names and versions' names
 step 'wheel and sdist' package "$@"
+step 'schema of recipes' python docs/recipe_schema.py --check
 step 'chart' chart
 step 'site' site
 base=$(sed -n 's/^ARG BASE=\(.\+\)/\1/p' Dockerfile)

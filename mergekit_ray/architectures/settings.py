@@ -352,7 +352,7 @@ _COMPARED_OTHERWISE: Final = frozenset(
 def others(config: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers, words and switches of a part of a config that no setting above reads and that may change a result.
 
-    What only speaks of training, running, generating or names does not; nor do counts of layers, which tensors show.
+    Keys of training, running, generation and names are left out, and so are counts of layers, which tensors show.
     """
     return {
         key: value

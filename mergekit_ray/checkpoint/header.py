@@ -192,7 +192,7 @@ def _check_cover(found: list[tuple[TensorSpec, int, int]], data_bytes: int, wher
         if start > position:
             raise _fault(spec.name, where, f"{_shorten(start - position)} bytes before its data belong to no tensor")
         if end > data_bytes:
-            raise _fault(spec.name, where, f"its data ends at byte {_shorten(end)} of {data_bytes} that are there")
+            raise _fault(spec.name, where, f"its data ends at byte {_shorten(end)} of {data_bytes} in the file")
         position = end
     if position != data_bytes:
         raise CheckpointError(

@@ -76,7 +76,7 @@ def weights_of_modules(names: Sequence[str]) -> list[str]:
 
 
 def pickled_modules(listing: Mapping[str, FileStat], folders: Sequence[str]) -> list[str]:
-    """Weights of modules that are there only in a form whose loading can run code, and so are not copied."""
+    """Weights of modules stored only in a form whose loading can run code, and so not copied."""
     pickled = [f"{folder}/{_PICKLED_NAME}" for folder in folders if f"{folder}/{_WEIGHTS_NAME}" not in listing]
     return [name for name in pickled if name in listing]
 

@@ -25,7 +25,7 @@ from mergekit_ray.reporting.text import has_colour
 
 
 class _OurErrors:
-    """Of a command: what is wrong with its arguments is told as all errors are, and its help is coloured.
+    """Of a command: wrong arguments are reported like all errors, and its help is coloured.
 
     To be mixed into click's classes, which have the methods that are called here.
     """

@@ -73,7 +73,7 @@ class Voice:
 
     @contextlib.contextmanager
     def warnings_told(self) -> Iterator[None]:
-        """Within, warnings of this package are told by `warn`, without the place in the code that gives them."""
+        """Inside, `warn` shows this package's warnings, without the line of code that raised them."""
         with warnings.catch_warnings():
             show = warnings.showwarning
 

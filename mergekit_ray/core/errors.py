@@ -105,7 +105,7 @@ class ConfigError(MergekitRayError):
 
 
 class PlanError(MergekitRayError):
-    """A well-formed request that cannot be carried out as it stands: shapes, layer ranges, memory, output place."""
+    """A well-formed request that cannot be carried out: shapes, layer ranges, memory, output place."""
 
     exit_code = 2
 

@@ -113,7 +113,7 @@ def _hider() -> Callable[[str], str]:
             password = user.partition(":")[2] or user
             found |= {password, unquote(password)}
     found = {value for value in found if len(value) >= _MIN_CHARACTERS}
-    found |= {json.dumps(value)[1:-1] for value in found}  # as it stands in JSON
+    found |= {json.dumps(value)[1:-1] for value in found}  # as written in JSON
     if not found:
         return _hide_by_form
     values = re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))

@@ -17,5 +17,5 @@ def table(title: str, rows: Mapping[str, object]) -> str:
 
 
 def preformatted(text: str) -> str:
-    """Text as HTML, as it stands."""
+    """Text as HTML, unchanged."""
     return f"<pre>{escape(text)}</pre>"

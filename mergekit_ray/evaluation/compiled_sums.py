@@ -119,7 +119,7 @@ class _Runs:
     Attributes:
         addresses: of the first element that each tensor has, or would have, in memory: int64.
         widths: of their elements, bytes: int64.
-        data: the memory itself, which is there as long as this is.
+        data: the memory itself, which lives as long as this.
     """
 
     addresses: _Integers

@@ -156,7 +156,7 @@ def shortage(request: Mapping[str, float], rooms: Sequence[Room]) -> tuple[str, 
 
     Args:
         request: what a worker asks for.
-        rooms: of the nodes that are there.
+        rooms: of the present nodes.
     """
     if not any(room.total.get(CPU, 0) >= 1 for room in rooms):
         return "there is no node to compute on yet", False

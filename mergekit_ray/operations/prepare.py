@@ -65,7 +65,7 @@ class Prepared:
     def routed(self, options: MergeOptions, kept: KeptRouters | None = None, tell: Reporter | None = None) -> Plan:
         """The plan with its routers: those that are kept, or new ones made where the options say.
 
-        Its digest is that of `plan`, where they are made from prompts. ``tell`` is told that routers are made.
+        Its digest is that of `plan`, where they are made from prompts. ``tell`` is called when routers are made.
 
         Raises:
             MergekitRayError: see `routing.routers.routers`.
@@ -124,7 +124,7 @@ def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeReci
 def make_routers(
     recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions
 ) -> RouterVectors:
-    """The routers of a recipe: new ones, or rows for those that are there; on Ray or here, on the device asked for.
+    """The routers of a recipe: new ones, or rows for existing ones; on Ray or here, on the device asked for.
 
     Raises:
         MergekitRayError: see `routing.routers.routers`.

@@ -89,7 +89,7 @@ def reproduce(
     were. Each file must have the size and, where the manifest says it, the header that it had.
 
     Args:
-        manifest: its content, its file, or the model it lies in (see `read_manifest`).
+        manifest: its content, its file, or its model (see `read_manifest`).
         output: folder or URI.
         options: how to run it; on the CPU if None, whose results do not depend on the machine.
         progress: without a reporter, show a live bar in a notebook or on a terminal.

@@ -193,7 +193,7 @@ class _Merge:
 
 
 def _replace(merge: _Merge, destination: Destination) -> None:
-    """Make the model beside the one that is there, then swap the two."""
+    """Make the model beside the present one, then swap the two."""
     sink = destination.sink
     if not is_swapping(destination):
         inner = staged(merge.plan, destination, merge.lease.fence)

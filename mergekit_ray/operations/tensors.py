@@ -1,4 +1,4 @@
-"""The tensors of a model that is there, each read when it is asked for."""
+"""The tensors of a published model, each read when asked for."""
 
 from __future__ import annotations
 

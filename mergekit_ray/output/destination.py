@@ -57,7 +57,7 @@ class Destination:
     Attributes:
         sink: the store.
         record_folder: where records of this plan go.
-        done: shards of this plan that are there and whole, by file name.
+        done: shards of this plan that are complete, by file name.
         published: the model is complete; there is nothing to do.
         is_complete: the model is complete, but what it was made with is still beside it.
         staging: folder in the store where the model is made first, if another is in its place.
@@ -164,7 +164,7 @@ def check_twins(destination: Destination, plan: Plan) -> None:
 
 
 def _check_spellings(sink: Sink, present: Collection[str], written: Collection[str]) -> None:
-    """See that nothing which is there is replaced because its name is, but for its case, that of a file of the plan.
+    """See that no existing file is replaced because its name differs only in case from one of the plan's.
 
     Raises:
         PlanError: something would be.

@@ -42,7 +42,7 @@ def occupant(found: Mapping[str, Any], *, is_finished: bool, plan: Plan | None =
 
 
 def files_told(names: Sequence[str]) -> str:
-    """Files that are there, where nothing says whose they are."""
+    """Present files, where nothing says whose they are."""
     more = f" and {len(names) - _MAX_FILES} more" if len(names) > _MAX_FILES else ""
     return f"other files are there already: {', '.join(names[:_MAX_FILES])}{more}"
 

@@ -12,7 +12,7 @@ precision and rounded once:
 
 Where head and embedding are tied they are one tensor, so what is added to either is added to both, and both if both are
 adapted, although in training only one side saw it. A head or an embedding that is stored whole (``modules_to_save``)
-unties them, unless PEFT was told to keep the tie (``ensure_weight_tying``).
+unties them, unless PEFT was asked to keep the tie (``ensure_weight_tying``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows for routers that are there already: as long as those beside them, and told apart from them."""
+"""New rows for existing routers: as long as the rows beside them, and distinct from them."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _fill_outer(checkpoint: Checkpoint, skeleton: Skeleton, batches: Sequence[Ba
 def _begin(checkpoint: Checkpoint, skeleton: Skeleton, batch: Batch, device: str) -> _Passage:
     """Run all of a model but its layers on a batch."""
     longest = max(batch.lengths)
-    # Padded on the right, where no token of a causal model looks, with a token that is there anyway.
+    # Padded on the right, where no token of a causal model looks, with a token of the prompt.
     ids = torch.tensor([[*prompt, *[prompt[0]] * (longest - len(prompt))] for prompt in batch.tokens], device=device)
     mask = (torch.arange(longest) < torch.tensor(batch.lengths)[:, None]).to(device, torch.int64)
     # Layers return a tensor, or a tuple that begins with it in older versions of transformers.

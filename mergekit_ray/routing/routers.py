@@ -41,7 +41,7 @@ class Routers:
     Attributes:
         vectors: by layer, float32 [num_experts, hidden]; each row of length 1, or zero where ``warnings`` says so.
         shared: by layer, float32 [1, hidden] for the shared expert; empty if there is none or it has no prompts.
-        lengths: by layer, the length that new rows are to have beside rows that are there already; empty if none are.
+        lengths: by layer, the length that new rows are to have beside existing rows; empty if none are.
         warnings: what the user should know, in words.
     """
 

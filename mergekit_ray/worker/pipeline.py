@@ -2,7 +2,7 @@
 
     reader thread     batches of byte ranges -> input buffers; from stores, several batches at once
     stager thread     input buffers -> device, where there is one
-    calling thread    windows in order: which are merged, and which are there already
+    calling thread    windows in order: which are merged, and which exist already
     merge threads     expression over input buffers -> parts of the output (arithmetic on the compute pool)
     writer thread     output -> shard file, hashed on the way
 

@@ -117,7 +117,7 @@ class Custom(MoeFamily):
         return self._odd_blocks(base, wanted)
 
     def _odd_blocks(self, base: DenseModel, wanted: Wanted) -> list[str]:
-        """What is wrong with feed-forward modules that are there."""
+        """What is wrong with the feed-forward modules found."""
         names, counts, found = self.names(base), base.layer_names(), []
         if any(part.isdigit() or part == "experts" for rest in names.experts for part in rest.split(".")):
             return ["takes dense models, found experts in the feed-forward modules"]

@@ -29,7 +29,7 @@ class ExpertLowRank(Expression):
         scale: of the product.
         num_experts: of the layer.
         first_expert: the first that ``x`` holds.
-        transposed: matrices lie in the file as inputs by outputs.
+        transposed: matrices are stored as inputs by outputs.
         dtype: of the result, to which it is rounded once.
     """
 

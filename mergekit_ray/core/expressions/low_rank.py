@@ -29,7 +29,7 @@ class LowRank(Expression):
             the first ones count.
         b: ``[rows, rank]``; if ``transposed``, ``[columns, rank]``.
         scale: of the product.
-        transposed: the matrix lies in the file as inputs by outputs: GPT-2's ``Conv1D``, embeddings.
+        transposed: the matrix is stored as inputs by outputs: GPT-2's ``Conv1D``, embeddings.
         dtype: of the result, to which it is rounded once.
         magnitude: norm of each output of the layer, 1-D; None for a plain LoRA.
     """

@@ -32,7 +32,7 @@ def classes_told(models: Iterable[Model]) -> str:
 class Groups:
     """Tensors of which the same is to be said, by what is to be said.
 
-    A group is told by its tensor's name if it has one only, else by what their names share, and their number.
+    A group of one is shown by its tensor's name, others by what their names share and their number.
     """
 
     def __init__(self) -> None:

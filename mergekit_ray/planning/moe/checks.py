@@ -50,7 +50,7 @@ def check_additions(
         family: of the base model.
         base: the Mixture of Experts.
         sources: models that the new experts are made of.
-        shapes: of each feed-forward tensor as a dense model names it, as the experts that are there have it.
+        shapes: of each feed-forward tensor as a dense model names it, as the existing experts have it.
 
     Raises:
         ModelError: listing each mismatch with both values.

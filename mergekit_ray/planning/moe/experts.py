@@ -21,12 +21,12 @@ COMPUTE_DTYPES: Final = {ComputeDType.FLOAT32: DType.F32, ComputeDType.FLOAT64: 
 
 
 class RouterVectors(Protocol):
-    """Routers made from prompts, and what is known of routers that are there already.
+    """Routers made from prompts, and what is known of existing routers.
 
     Attributes:
         vectors: for each layer ``[num_experts, hidden]``. Empty if the routers are random.
         shared: for each layer ``[1, hidden]``: what opens the shared expert. Empty if it has no prompts.
-        lengths: for each layer the length that new rows are to have, of the mean of those that are there. Empty if the
+        lengths: for each layer the length that new rows are to have, of the mean of existing ones. Empty if the
             routers are new.
         warnings: what the user should know of them.
     """

@@ -234,7 +234,7 @@ class _Growth:
         return grown
 
     def _expert(self, layer: int, rest: str, number: int, like: Expression) -> Expression:
-        """A tensor of a new expert, in the dtype of those that are there."""
+        """A tensor of a new expert, in the dtype of the existing ones."""
         names, expert = self._mixture.names, self._recipe.experts[number - self._mixture.num_experts]
         model, name = self._models[expert.source_model], self._mixture.name(layer, rest)
         self._used.add((model.key, name))

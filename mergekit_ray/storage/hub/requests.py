@@ -33,7 +33,7 @@ _LIBRARY: Final = "mergekit-ray"
 class Gate:
     """Holds back all threads' requests to one host while it wants to be left alone.
 
-    A pause is waited for once, however many threads were told of it.
+    A pause is waited for once, however many threads met it.
 
     Args:
         clock: seconds that only grow.

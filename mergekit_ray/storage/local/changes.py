@@ -89,7 +89,7 @@ def _unlink(path: Path) -> None:
 
 
 def delete_files(paths: Collection[Path], root: Path, guard: Callable[[], None]) -> None:
-    """Remove files, those that are there: after ``guard`` they are moved to a folder that others may remove before.
+    """Remove the files that exist: after ``guard`` they are moved to a folder that others may remove before.
 
     Raises:
         StorageError: the file system failed, or that folder is gone.

@@ -177,7 +177,7 @@ FAULTS = {
     "'u': 4 bytes before its data belong to no tensor": file_of(
         {"t": entry("F32", [1], 0, 4), "u": entry("F32", [1], 8, 12)}, 12
     ),
-    "'t': its data ends at byte 8 of 4 that are there": file_of({"t": entry("F32", [2], 0, 8)}, 4),
+    "'t': its data ends at byte 8 of 4 in the file": file_of({"t": entry("F32", [2], 0, 8)}, 4),
     "2 bytes after the last tensor belong to none": file_of({"t": entry("F32", [1], 0, 4)}, 6),
     "'a.nb': its name is longer than 1000 characters, or": file_of({"a\nb": entry("F32", [1], 0, 4)}, 4),
     r"'a.u202eb': its name": file_of({"a\u202eb": entry("F32", [1], 0, 4)}, 4),
