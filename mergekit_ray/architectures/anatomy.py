@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from mergekit_ray.architectures.ties import unstored_copies
 from mergekit_ray.core.errors import CheckpointError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.tensors import TensorSpec
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks", "layers")
@@ -237,7 +238,8 @@ def anatomy(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: s
         missing = _gaps(by_layer, num_layers)
         if missing and stack == main and expected is not None:
             raise CheckpointError(
-                f"layers {_listed(missing)} of {stack!r} have no tensors; config.json says {expected} layers",
+                f"layers {_listed(missing)} of {stack!r} have no tensors; config.json says "
+                + counted(expected, "layer"),
                 where=where,
                 remedy="download the checkpoint again, or correct num_hidden_layers in its config.json",
             )

@@ -24,6 +24,7 @@ from mergekit_ray.config.normal import NormalModule, NormalSlice, normalise
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.planning.layer_order import kinds_of
 from mergekit_ray.planning.lowering import Model
 
@@ -284,11 +285,12 @@ def _at(kinds: Sequence[Mapping[str, Any]], layer: int) -> Mapping[str, Any]:
 def _shortened(reference: ModelReference, problems: Mapping[str, Sequence[str]]) -> list[str]:
     """The first layer of the first few tensors, and how many there are."""
     shown = [
-        lines[0] + (f" (and so in {len(lines) - 1} more layers)" if len(lines) > 1 else "")
+        lines[0] + (f" (and so in {counted(len(lines) - 1, 'more layer')})" if len(lines) > 1 else "")
         for lines in list(problems.values())[:_MAX_TENSORS]
     ]
     rest = len(problems) - len(shown)
-    return [*shown, f"{rest} more tensors of the layers of {reference} differ so"] if rest else shown
+    more = f"{counted(rest, 'more tensor')} of the layers of {reference} {'differs' if rest == 1 else 'differ'}"
+    return [*shown, more] if rest else shown
 
 
 def _shapes(model: Model, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -9,6 +9,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.planning.lowering import Cut, Model
 
 
@@ -73,8 +74,9 @@ def _check_range(model: Model, layer_range: tuple[int, int], donor: Model, stack
     first, last = layer_range
     count = model.anatomy.stacks.get(stack or "", 0)
     if last > count:
+        layers = counted(count, "layer")
         is_main = stack is not None and stack == donor.anatomy.main
-        whose = f"the model's {count} layers" if is_main else f"the {count} layers of {stack or 'its module'}"
+        whose = f"the model's {layers}" if is_main else f"the {layers} of {stack or 'its module'}"
         raise PlanError(
             f"layer_range [{first}, {last}] goes beyond {whose}",
             where=f"model {model.reference}",

@@ -18,6 +18,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.routing.batches import Batch, Tokens, depends_on_batch_length, make_batches
 from mergekit_ray.routing.embeddings import as_numbers, embedding_rows
 from mergekit_ray.routing.prompts import tokenize
@@ -276,7 +277,7 @@ def _close_pairs(stacked: np.ndarray, experts: np.ndarray) -> tuple[tuple[int, i
 
 def _overlap_warning(pairs: Sequence[tuple[int, int]], conditions: Mapping[int, float]) -> str:
     named = ", ".join(f"experts[{a}] and experts[{b}]" for a, b in pairs[:_MAX_NAMED])
-    more = f" and {len(pairs) - _MAX_NAMED} more pairs" if len(pairs) > _MAX_NAMED else ""
+    more = f" and {counted(len(pairs) - _MAX_NAMED, 'more pair')}" if len(pairs) > _MAX_NAMED else ""
     return (
         f"the routers of {in_words(list(conditions))} can hardly tell {named}{more} apart (condition number "
         f"{max(conditions.values()):.3g}, and above {LARGEST_CONDITION:g} is too close): give them prompts that differ "

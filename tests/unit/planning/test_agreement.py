@@ -233,21 +233,21 @@ def test_layers_with_tensors_that_the_donor_does_not_know() -> None:
     biased = llama_shapes(2) | {f"model.layers.{i}.self_attn.q_proj.bias": (4,) for i in range(2)}
     a, b = of("/a", llama_shapes(2)), of("/b", biased)
     assert refusal(CUT, a, b) == [
-        "model.layers.0.self_attn.q_proj.bias of /b: no layer of /a has such a tensor (and so in 1 more layers)"
+        "model.layers.0.self_attn.q_proj.bias of /b: no layer of /a has such a tensor (and so in 1 more layer)"
     ]
     turned = CUT.replace("/a", "/x").replace("/b", "/a").replace("/x", "/b")
     assert refusal(turned, a, b) == [
-        "model.layers.0.self_attn.q_proj.bias: absent in /a, there in each layer of /b (and so in 1 more layers)"
+        "model.layers.0.self_attn.q_proj.bias: absent in /a, there in each layer of /b (and so in 1 more layer)"
     ]
 
 
 def test_layers_of_other_sizes() -> None:
     a, b = of("/a", llama_shapes(2)), of("/b", llama_shapes(2, inner=7))
     assert refusal(CUT, a, b) == [
-        "model.layers.0.mlp.up_proj.weight: [7, 4] in /b, [6, 4] in /a (and so in 1 more layers)"
+        "model.layers.0.mlp.up_proj.weight: [7, 4] in /b, [6, 4] in /a (and so in 1 more layer)"
     ]
     wide = of("/b", llama_shapes(2, hidden=5) | {f"model.layers.{i}.z.weight": (5,) for i in range(2)})
-    assert refusal(CUT, a, wide)[-1] == "1 more tensors of the layers of /b differ so"
+    assert refusal(CUT, a, wide)[-1] == "1 more tensor of the layers of /b differs"
 
 
 def test_only_the_layers_that_are_taken_count() -> None:
