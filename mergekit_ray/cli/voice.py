@@ -12,6 +12,7 @@ import typer
 
 from mergekit_ray.cli.options import LogFormat
 from mergekit_ray.core.errors import ConfigError, MergekitRayError
+from mergekit_ray.reporting.signals import RESUME
 from mergekit_ray.reporting.text import shown
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Voice:
         elif exit_code is None:
             self._json.event("stopping", line)
         else:
-            self._json.event("error", line, exit_code=exit_code)
+            self._json.event("error", line, exit_code=exit_code, remedy=RESUME)
 
     def warn(self, message: object) -> None:
         """Something that does not end the command."""

@@ -1,0 +1,72 @@
+"""How a command speaks: in text or in JSON, aloud or quietly."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from mergekit_ray.cli.options import LogFormat
+from mergekit_ray.cli.voice import Voice
+from mergekit_ray.core.errors import ConfigError, Problem
+from mergekit_ray.core.registry import PluginWarning
+
+ERROR = ConfigError("two problems", where="r.yml", problems=[Problem("r.yml:1", "a", "x", "y"), Problem("", "", "z")])
+
+
+def test_text_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    voice = Voice()
+    voice.warn("it is so")
+    voice.fail(ERROR)
+    voice.say("SIGINT: stopping")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        "warning: it is so\nerror: r.yml: two problems\n  r.yml:1: a: x\n    y\n  z\nSIGINT: stopping\n"
+    )
+
+
+def test_json_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    voice = Voice(log_format=LogFormat.json)
+    voice.warn("it is so")
+    voice.fail(ERROR)
+    voice.say("SIGINT: stopping")
+    voice.say("SIGINT: stopped at once", exit_code=130)
+    told = capsys.readouterr()
+    assert told.err == ""
+    events = [json.loads(line) for line in told.out.splitlines()]
+    assert [(event["event"], event["level"]) for event in events] == [
+        ("warning", "warning"),
+        ("error", "error"),
+        ("stopping", "info"),
+        ("error", "error"),
+    ]
+    assert events[1]["message"] == "two problems"
+    assert (events[1]["error"], events[1]["where"], events[1]["exit_code"]) == ("ConfigError", "r.yml", 2)
+    assert events[1]["problems"] == [
+        {"where": "r.yml:1", "path": "a", "what": "x", "remedy": "y"},
+        {"where": "", "path": "", "what": "z", "remedy": None},
+    ]
+    assert (events[3]["exit_code"], events[3]["remedy"]) == (130, "run the same command to resume")
+
+
+@pytest.mark.parametrize("log_format", LogFormat)
+def test_quietly_only_errors_are_told(log_format: LogFormat, capsys: pytest.CaptureFixture[str]) -> None:
+    voice = Voice(quiet=True, log_format=log_format)
+    voice.warn("it is so")
+    assert capsys.readouterr() == ("", "")
+    voice.fail(ERROR)
+    assert "two problems" in "".join(capsys.readouterr())
+
+
+def test_warnings_of_this_package_are_told_without_their_place(capsys: pytest.CaptureFixture[str]) -> None:
+    others = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *more, **_: others.append(str(message))
+        with Voice().warnings_told():
+            warnings.warn("skipped", PluginWarning, stacklevel=1)
+            warnings.warn("of another", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: skipped\n"
+    assert others == ["of another"]
