@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
+from mergekit_ray.architectures.loaded_names import loaded_name
 from mergekit_ray.checkpoint.adapter import KEY_PREFIX
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
@@ -107,7 +108,7 @@ class Extraction:
         """What PEFT calls a tensor of the base, or a module."""
         prefix = _UNPREFIXED.get(str(self.base.checkpoint.config.get("model_type")), "")
         is_bare = self.base.anatomy.main == "h" and not f"{name}.".startswith("lm_head.")
-        return KEY_PREFIX + (prefix if is_bare else "") + name
+        return KEY_PREFIX + (prefix if is_bare else "") + loaded_name(self.base.checkpoint.config, name)
 
 
 def extraction(tuned: Model, base: Model, coverage: Coverage) -> Extraction:
@@ -221,16 +222,22 @@ def _peft_name(found: Extraction, module: str) -> str:
     return found.key(module).removeprefix(KEY_PREFIX)
 
 
-def _target_modules(found: Extraction, kept: Sequence[Target]) -> list[str]:
-    """Last components (``q_proj``) where all such layers are targets, full names where only some are."""
-    all_of: dict[str, set[str]] = {}
-    for name, spec in found.base.weights.specs.items():
-        if name.endswith(_WEIGHT) and len(spec.shape) > 1:
-            module = name.removesuffix(_WEIGHT)
-            all_of.setdefault(module.rpartition(".")[2], set()).add(module)
-    targets = {target.module for target in kept}
-    named = set()
-    for target in kept:
-        leaf = target.module.rpartition(".")[2]
-        named.add(leaf if all_of[leaf] <= targets else _peft_name(found, target.module))
-    return sorted(named)
+def _target_modules(found: Extraction, targets: Sequence[Target]) -> list[str]:
+    """Last components (``q_proj``) where all such modules are targets, full names where only some are.
+
+    PEFT adapts every module whose name ends as it is told, also those that hold others (the ``0`` of ``layers.0``).
+    """
+    wanted = {_peft_name(found, target.module) for target in targets}
+    others: set[str] = set()
+    for name in found.base.weights.specs:
+        parts = _peft_name(found, name).split(".")[:-1]
+        others.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    taken = {ending for module in others - wanted for ending in _endings(module)}
+    return sorted({next(e for e in _endings(module) if e not in taken or e == module) for module in wanted})
+
+
+def _endings(module: str) -> list[str]:
+    """What a module can be called by, the shortest first: its last component, its place among experts, its name."""
+    leaf, (_, experts, expert) = module.rpartition(".")[2], module.rpartition(".experts.")
+    # A number is what every list of modules has.
+    return [*([] if leaf.isdecimal() else [leaf]), *([f"experts.{expert}"] if experts else []), module]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 
 import mergekit_ray
@@ -25,6 +26,8 @@ from support.adapters import EMBEDDING, HEAD, fresh, llama, passthrough, quiet, 
 from support.merging import run_command
 from support.models import contents, tensors_of
 from support.servers.s3_server import S3Server
+from support.sweep.building import families
+from support.sweep.small_configs import small_config
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +146,37 @@ def test_energy_decides_on_ranks(tuned_llama: Tuned, tmp_path: Path) -> None:
         assert float(left) == pytest.approx(each.error, rel=1e-3)
     whole = extract_lora(*models, str(tmp_path / "whole"), ExtractOptions(energy=1.0))
     assert all(each.error < 1e-6 for each in whole.factorised)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "mllama", "paligemma", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("part", ["language", "tower"])
+def test_peft_finds_the_modules_of_multimodal_models(family: str, part: str, tmp_path: Path) -> None:
+    kind = getattr(transformers, families()[family])
+    torch.manual_seed(0)
+    kind(small_config(family)).float().save_pretrained(tmp_path / "base")
+    model = kind.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_language = "language_model" in name or name.startswith("lm_head")
+            if parameter.dim() == 2 and is_language == (part == "language"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    found = extract_lora(
+        str(tmp_path / "tuned"),
+        str(tmp_path / "base"),
+        str(tmp_path / "adapter"),
+        ExtractOptions(rank=1 << 10, coverage=Coverage(saved=("norm",))),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys.*")
+        merged = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        merged = merged.merge_and_unload()
+    merged.save_pretrained(tmp_path / "by-peft")
+    mergekit_ray.merge(passthrough(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"), tmp_path / "by-us")
+    by_peft, by_us, expected = (tensors_of(tmp_path / name) for name in ("by-peft", "by-us", "tuned"))
+    for name in {each.name for each in found.factorised} | set(found.saved):
+        assert close(by_peft[name], expected[name]), name
+        assert close(by_us[name], expected[name]), name
 
 
 def test_layers_that_did_not_change_are_left_out(tmp_path: Path, bases: dict[str, Path]) -> None:

@@ -179,3 +179,47 @@ def test_gpt2_is_transposed_and_called_what_transformers_calls_it(prefix: str) -
 )
 def test_the_least_rank_that_holds_the_energy(values: list[float], energy: float, rank: int) -> None:
     assert rank_for(np.array(values), energy) == rank
+
+
+def test_no_ending_means_another_module() -> None:
+    shapes = {
+        "visual.blocks.0.attn.proj.weight": (4, 4),
+        "visual.merger.mlp.0.weight": (4, 4),
+        "visual.merger.mlp.2.weight": (4, 4),
+        "model.embed_tokens.weight": (10, 4),
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.mlp.up_proj.weight": (6, 4),
+        "model.layers.0.proj.norm.weight": (4,),
+        "model.layers.0.mlp.experts.0.down_proj.weight": (4, 6),
+        "model.layers.0.mlp.down_proj.weight": (4, 6),
+    }
+    config = {"model_type": "qwen2_vl", "architectures": ["QwenForConditionalGeneration"], "num_hidden_layers": 1}
+    found = extracted(shapes, shapes, config=config, excluded=("layers.0.mlp.down_proj",))
+    assert adapter_config(found, dict.fromkeys((t.name for t in found.targets), 1))["target_modules"] == [
+        "experts.0.down_proj",  # as another down_proj is no target
+        "model.visual.blocks.0.attn.proj",  # for layers.0.proj holds a norm
+        "model.visual.merger.mlp.0",  # for blocks.0 is a block
+        "model.visual.merger.mlp.2",
+        "q_proj",
+        "up_proj",
+    ]
+
+
+def test_names_are_those_of_the_loaded_model() -> None:
+    shapes = {
+        "language_model.model.embed_tokens.weight": (10, 4),
+        "language_model.model.layers.0.q_proj.weight": (4, 4),
+        "language_model.model.layers.1.q_proj.weight": (4, 4),
+        "vision_tower.layers.0.fc.weight": (4, 4),
+        "language_model.lm_head.weight": (10, 4),
+    }
+    inner = {"num_hidden_layers": 2}
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": inner}
+    found = extracted(shapes, shapes, config=config, saved=("lm_head",), excluded=("fc",))
+    ranks = {"language_model.model.layers.0.q_proj.weight": 1}
+    changed = adapter_config(found, ranks)
+    assert changed["target_modules"] == ["model.language_model.layers.0.q_proj"]
+    assert changed["modules_to_save"] == ["lm_head"]
+    pattern = adapter_config(found, ranks | {"language_model.model.layers.1.q_proj.weight": 2})["rank_pattern"]
+    assert pattern == {"model.language_model.layers.1.q_proj": 2}
+    assert found.key("vision_tower.layers.0.fc") == "base_model.model.model.vision_tower.layers.0.fc"
