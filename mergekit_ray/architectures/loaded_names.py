@@ -43,6 +43,27 @@ _RULES: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 """By the model's type: the beginning of a name in a file, and of the loaded model's; the first that fits counts."""
 
+_PACKING = frozenset(
+    {
+        *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
+        *("longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "solar_open"),
+        *("qwen3_omni_moe_text", "qwen3_omni_moe_thinker"),
+    }
+)
+"""Types of models whose experts transformers 5 packs into one parameter each for all that ends in `_PACKED`."""
+
+_PACKED = ("gate_proj", "up_proj", "down_proj")
+
+
+def is_taken_for_expert(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT takes a module for a routed expert's by its last component, though it is none.
+
+    As of PEFT 0.21 (``_convert_peft_config_moe``), such names in ``target_modules`` become parameters of the experts.
+    """
+    is_packed = module.rpartition(".")[2] in _PACKED and str(config.get("model_type")) in _PACKING
+    return is_packed and ".experts." not in module
+
 
 def loaded_name(config: Mapping[str, Any], name: str) -> str:
     """The loaded model's name of a tensor or module; the same, where transformers does not rename it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
-from mergekit_ray.architectures.loaded_names import loaded_name
+from mergekit_ray.architectures.loaded_names import is_taken_for_expert, loaded_name
 from mergekit_ray.checkpoint.adapter import KEY_PREFIX
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
@@ -195,6 +195,10 @@ def adapter_config(found: Extraction, ranks: Mapping[str, int]) -> dict[str, Any
     # By full names: a pattern, or the end of a name, could mean another module as well.
     pattern = {_peft_name(found, t.module): ranks[t.name] for t in kept if ranks[t.name] != rank}
     saved = sorted({_peft_name(found, name.rpartition(".")[0]) for name in found.saved})
+    is_parameter = {t.name: is_taken_for_expert(found.base.checkpoint.config, t.module) for t in kept}
+    parameters = sorted(_peft_name(found, t.name) for t in kept if is_parameter[t.name])
+    # PEFT looks a parameter's rank up by the name of the parameter.
+    pattern |= {name: pattern[module] for name in parameters if (module := name.removesuffix(_WEIGHT)) in pattern}
     architecture = next(iter(found.base.checkpoint.config.get("architectures") or ()), "")
     reference = found.base.reference
     return {
@@ -206,7 +210,8 @@ def adapter_config(found: Extraction, ranks: Mapping[str, int]) -> dict[str, Any
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": _target_modules(found, kept),
+        "target_modules": _target_modules(found, [target for target in kept if not is_parameter[target.name]]),
+        "target_parameters": parameters or None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": any(target.transposed and not target.is_embedding for target in kept),
         "lora_dropout": 0.0,

@@ -179,6 +179,32 @@ def test_peft_finds_the_modules_of_multimodal_models(family: str, part: str, tmp
         assert close(by_us[name], expected[name]), name
 
 
+@pytest.mark.parametrize("tuned_part", ["mlp", "shared_experts"])
+def test_peft_adapts_shared_experts_and_dense_layers_beside_routed_experts(tuned_part: str, tmp_path: Path) -> None:
+    kind = transformers.DeepseekV3ForCausalLM
+    torch.manual_seed(0)
+    kind(small_config("deepseek_v3")).float().save_pretrained(tmp_path / "base")
+    model = kind.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (tuned_part in name and parameter.dim() > 1 and "gate.weight" not in name) or "kv_b_proj" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    folders = [str(tmp_path / name) for name in ("tuned", "base", "adapter")]
+    found = extract_lora(*folders, ExtractOptions(rank=1 << 10))
+    assert (found.uncovered, found.error < 1e-6) == ([], True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys.*")
+        merged = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        merged = merged.merge_and_unload()
+    mergekit_ray.merge(passthrough(f"{folders[1]}+{folders[2]}"), tmp_path / "by-us")
+    merged.save_pretrained(tmp_path / "by-peft")
+    by_peft, by_us, expected = (tensors_of(tmp_path / name) for name in ("by-peft", "by-us", "tuned"))
+    for name in expected:
+        assert close(by_peft[name], expected[name]), name
+        assert close(by_us[name], expected[name]), name
+
+
 def test_layers_that_did_not_change_are_left_out(tmp_path: Path, bases: dict[str, Path]) -> None:
     model = llama()
     with torch.no_grad():

@@ -223,3 +223,16 @@ def test_names_are_those_of_the_loaded_model() -> None:
     pattern = adapter_config(found, ranks | {"language_model.model.layers.1.q_proj.weight": 2})["rank_pattern"]
     assert pattern == {"model.language_model.layers.1.q_proj": 2}
     assert found.key("vision_tower.layers.0.fc") == "base_model.model.model.vision_tower.layers.0.fc"
+
+
+def test_what_peft_would_take_for_a_routed_expert_is_named_as_a_parameter() -> None:
+    layer = "model.layers.0.mlp"
+    modules = (f"{layer}.experts.0.up_proj", f"{layer}.shared_experts.up_proj", f"{layer}.shared_experts.c_proj")
+    shapes = {"model.embed_tokens.weight": (10, 4), **{f"{module}.weight": (4, 4) for module in modules}}
+    config = {**CONFIG, "model_type": "deepseek_v3"}
+    found = extracted(shapes, shapes, config=config)
+    changed = adapter_config(found, {f"{modules[0]}.weight": 1, f"{modules[1]}.weight": 2, f"{modules[2]}.weight": 1})
+    assert changed["target_modules"] == ["c_proj", "experts.0.up_proj"]
+    assert changed["target_parameters"] == [f"{modules[1]}.weight"]
+    assert changed["rank_pattern"] == changed["alpha_pattern"] == {modules[1]: 2, f"{modules[1]}.weight": 2}
+    assert changed["r"] == 1
