@@ -15,7 +15,7 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Arithmetic, Cut, Lowering, Model, Operand, Rules
 from mergekit_ray.planning.matching.mismatches import Mismatches
 from mergekit_ray.planning.matching.partial import PartialTensors
-from mergekit_ray.planning.vocabulary import Vocabulary, is_of_vocabulary
+from mergekit_ray.planning.vocabulary import Vocabulary, vocabulary_axis
 
 
 class TensorLowering:
@@ -220,7 +220,9 @@ class TensorLowering:
         """Shape of a copied tensor of the vocabulary: with as many rows as the merged ones have, if one is merged."""
         vocabulary = self._donor.anatomy.vocabulary
         if name not in vocabulary:
-            return None
+            having = [operand for operand in having if vocabulary_axis(operand) is not None]
+            if source not in having:
+                return None
         everyone = having if any(self._rules.merges(other) for other in vocabulary) else [source]
         return self._common_shape(name, everyone, [o.model.weights.specs[o.name] for o in everyone])
 
@@ -242,7 +244,7 @@ class TensorLowering:
     def _is_as_described(self, name: str, shape: tuple[int, ...], everyone: list[Operand], donors: Operand) -> bool:
         """Whether a tensor has the shape that the donor's config describes. `Vocabulary` sees to its own."""
         spec = donors.model.weights.specs[donors.name]
-        if spec.shape == shape or donors.name in donors.model.anatomy.vocabulary or is_of_vocabulary(donors):
+        if spec.shape == shape or donors.name in donors.model.anatomy.vocabulary or vocabulary_axis(donors) is not None:
             return True
         models = ", ".join(dict.fromkeys(str(operand.model.reference) for operand in everyone))
         described = f"{donors.model.reference}, whose config.json the output gets: {list(spec.shape)}"
@@ -252,10 +254,13 @@ class TensorLowering:
     def _common_shape(self, name: str, everyone: list[Operand], specs: list[TensorSpec]) -> tuple[int, ...] | None:
         """The shape all share; for the vocabulary's tensors, the leading rows that all models have."""
         shapes = {spec.shape for spec in specs}
-        if len({shape[1:] for shape in shapes}) == 1 and all(map(is_of_vocabulary, everyone)):
-            rows = {shape[0] for shape in shapes}
+        axes = {vocabulary_axis(operand) for operand in everyone}
+        axis = axes.pop() if len(axes) == 1 else None
+        if axis == 1 or (axis == 0 and len({shape[1:] for shape in shapes}) == 1):
+            rows = {shape[axis] for shape in shapes}
             self.vocabulary[name] = rows
-            return (min(rows) if self._common is None else self._common.common, *specs[0].shape[1:])
+            common = min(rows) if self._common is None else self._common.common
+            return (1, common) if axis else (common, *specs[0].shape[1:])
         if len(shapes) == 1:
             return specs[0].shape
         found = ", ".join(f"{o.model.reference}: {list(s.shape)}" for o, s in zip(everyone, specs, strict=True))

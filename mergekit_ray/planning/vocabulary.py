@@ -48,11 +48,12 @@ class Vocabulary:
             stored.location.start + spec.num_elements * stored.spec.dtype.itemsize,
             stored.location.end,
         )
-        below = TensorSpec(stored.spec.name, stored.spec.dtype, (self.rows - self.common, *spec.shape[1:]))
+        rows = self.rows - self.common
+        below = TensorSpec(stored.spec.name, stored.spec.dtype, self._with_rows(spec, rows))
         rest: Expression = Load(stored.model, below, first)
         if below.dtype is not spec.dtype:
             rest = Cast(rest, spec.dtype)
-        whole = TensorSpec(spec.name, spec.dtype, (self.rows, *spec.shape[1:]))
+        whole = TensorSpec(spec.name, spec.dtype, self._with_rows(spec, self.rows))
         return whole, Concat((merged, rest), whole)
 
     def name_in(self, name: str) -> str:
@@ -78,10 +79,13 @@ class Vocabulary:
             f"{name} has {counts} in the models: the first {self.common} are merged, {rest}" for name in sorted(found)
         ]
 
+    def _with_rows(self, spec: TensorSpec, rows: int) -> tuple[int, ...]:
+        return (1, rows) if spec.shape == (1, self.common) else (rows, *spec.shape[1:])
+
     def _stored(self, spec: TensorSpec) -> Load:
         weights, name = self.donor.weights, self.name_in(spec.name)
         found = weights.expression(name) if name in weights.specs else None
-        if isinstance(found, Load) and found.spec.shape == (self.rows, *spec.shape[1:]):
+        if isinstance(found, Load) and found.spec.shape == self._with_rows(spec, self.rows):
             return found
         match found:
             case None:
@@ -99,12 +103,18 @@ class Vocabulary:
         )
 
 
-def is_of_vocabulary(operand: Operand) -> bool:
-    """Whether a tensor has a row for each row of its model's embedding, and is named or placed like one of them."""
-    anatomy, specs = operand.model.anatomy, operand.model.weights.specs
-    if anatomy.embedding is None or specs[operand.name].shape[:1] != specs[anatomy.embedding].shape[:1]:
-        return False
-    return operand.name in anatomy.vocabulary or operand.name in anatomy.after
+def vocabulary_axis(operand: Operand) -> int | None:
+    """The dimension of a tensor that has a place for each row of its model's embedding.
+
+    Returns:
+        0; or 1 for a bias ``[1, rows]``, as ``final_logits_bias``; None if it has no such dimension, or is neither
+        named nor placed like a tensor of the vocabulary.
+    """
+    anatomy, shape = operand.model.anatomy, operand.model.weights.specs[operand.name].shape
+    if anatomy.embedding is None or operand.name not in (*anatomy.vocabulary, *anatomy.after):
+        return None
+    rows = operand.model.weights.specs[anatomy.embedding].shape[0]
+    return 0 if shape[:1] == (rows,) else 1 if shape == (1, rows) else None
 
 
 def common_vocabulary(found: Mapping[str, set[int]], donor: Model) -> Vocabulary | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import mergekit_ray
 from mergekit_ray.operations.verify import verify
@@ -88,3 +89,22 @@ def test_a_head_of_fewer_rows_gets_those_of_the_donors(models: ModelLibrary, tmp
     assert torch.equal(ours[EMBEDDING], a[EMBEDDING])
     assert torch.equal(ours[HEAD], torch.cat([b[HEAD], a[HEAD][120:]]))
     assert load(tmp_path / "out").lm_head.out_features == 128
+
+
+@pytest.mark.parametrize("rules", [{}, {"exclude": ["final_logits_bias"]}])
+def test_a_bias_in_one_row_is_cut_with_the_embedding(rules: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 1, "eos_token_id": 2}
+    made = {}
+    for name, rows in (("a", 48), ("b", 40)):
+        config = transformers.MarianConfig(**sizes, **heads, vocab_size=rows, decoder_start_token_id=1)
+        model = transformers.MarianMTModel(config)
+        model.final_logits_bias.normal_()
+        model.save_pretrained(tmp_path / name)
+        made[name] = tensors_of(tmp_path / name)["final_logits_bias"]
+    listed = [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in made]
+    mergekit_ray.merge({"merge_method": "linear", "models": listed, **rules}, tmp_path / "out")
+    loaded, report = transformers.MarianMTModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    cut = made["a"][:, :40]
+    torch.testing.assert_close(loaded.final_logits_bias, cut if rules else (cut + made["b"]) / 2)

@@ -12,7 +12,7 @@ from mergekit_ray.checkpoint.adapter import adapted, open_adapter
 from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.checkpoint.token_ids import token_ids
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.expressions import Cast, Concat, Load
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.storage.protocols import FileStat
@@ -76,6 +76,42 @@ class TestSlices:
 
         found = expressions_of(plan_of(SLICES, biased("/a", 7), biased("/b", 10)))
         assert (found["lm_head.bias"].spec.shape, found["cls.predictions.bias"].spec.shape) == ((7,), (7,))
+
+
+class TestBiasInOneRow:
+    """``final_logits_bias`` ``[1, rows]`` of Marian, BART and MBart."""
+
+    NAME = "final_logits_bias"
+
+    def biased(self, path: str, rows: int, **config: Any) -> Any:
+        shapes = {**llama_shapes(2, vocabulary=rows), self.NAME: (1, rows)}
+        return checkpoint(path, shapes, {"num_hidden_layers": 2, "tie_word_embeddings": False, **config})
+
+    @pytest.mark.parametrize(("of_a", "of_b"), [(7, 10), (10, 7)])
+    @pytest.mark.parametrize("rules", ["", "exclude: [final_logits_bias]\n", "exclude: [lm_head.weight]\n"])
+    def test_it_is_cut_with_the_rest(self, of_a: int, of_b: int, rules: str) -> None:
+        plan = plan_of(rules + LINEAR, self.biased("/a", of_a), self.biased("/b", of_b))
+        assert shapes_of(plan) == {EMBEDDING: (7, 4), HEAD: (7, 4)}
+        assert expressions_of(plan)[self.NAME].spec.shape == (1, 7)
+        assert plan.config["vocab_size"] == 7
+
+    @pytest.mark.parametrize("source", ["/a", "/b"])
+    def test_it_keeps_what_the_donor_needs(self, source: str) -> None:
+        a, b = self.biased("/a", 10, eos_token_id=8), self.biased("/b", 7)
+        found = expressions_of(plan_of(f"exclude: [{self.NAME}]\nfrom: {source}\n" + LINEAR, a, b))[self.NAME]
+        assert found.spec.shape == (1, 10)
+        copied, own = found.parts
+        models = {"/a": "m0", "/b": "m1"}
+        assert (copied.model, copied.spec.shape) == (models[source], (1, 7))
+        assert (own.model, own.spec.shape) == ("m0", (1, 3))
+        whole = a.tensors[self.NAME][1]
+        assert (own.location.start, own.location.end) == (whole.start + 7 * 2, whole.end)
+
+    def test_a_bias_of_another_width_is_none(self) -> None:
+        shapes = {**llama_shapes(2, vocabulary=10), self.NAME: (1, 9)}
+        b = checkpoint("/b", shapes, {"num_hidden_layers": 2, "tie_word_embeddings": False})
+        with pytest.raises(ModelError, match=r"final_logits_bias: different shapes \(/a: \[1, 7\], /b: \[1, 9\]\)"):
+            plan_of(LINEAR, self.biased("/a", 7), b)
 
 
 class TestDonorsRows:
