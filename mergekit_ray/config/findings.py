@@ -148,7 +148,15 @@ def findings_of(
                 findings.append(Finding(path, f"{key!r} is missing", _MISSING_HINTS.get(key, "")))
         else:
             findings.append(Finding(path, *_wording(detail)))
-    return findings
+    return [_with_module_hint(finding) for finding in findings]
+
+
+def _with_module_hint(finding: Finding) -> Finding:
+    """Whoever finds no range to write for a module should know that one without layers needs none."""
+    if finding.path[:1] != ("modules",) or finding.path[-1] != "layer_range":
+        return finding
+    hint = "a module without layers (a projector) takes `models` in place of `slices`"
+    return replace(finding, hint=f"{finding.hint}; {hint}" if finding.hint else hint)
 
 
 def _wording(detail: ErrorDetails) -> tuple[str, str]:

@@ -80,7 +80,9 @@ def _check_range(model: Model, layer_range: tuple[int, int], donor: Model, stack
         raise PlanError(
             f"layer_range [{first}, {last}] goes beyond {whose}",
             where=f"model {model.reference}",
-            remedy=f"layer ranges are end exclusive: at most [0, {count}]" if count else "remove layer_range",
+            remedy=f"layer ranges are end exclusive: at most [0, {count}]"
+            if count
+            else "a module without layers takes `models` in place of `slices`",
         )
 
 

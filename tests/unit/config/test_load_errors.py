@@ -197,6 +197,20 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "list more",
         ),
         (
+            "merge_method: passthrough\nmodules:\n  projector:\n    slices: [{sources: [{model: a}]}]\n",
+            4,
+            "modules.projector.slices[0].sources[0].layer_range",
+            "'layer_range' is missing",
+            "; a module without layers (a projector) takes `models` in place of `slices`",
+        ),
+        (
+            "merge_method: passthrough\nmodules: {x: {slices: [{sources: [{model: a, layer_range: [0, 0]}]}]}}\n",
+            2,
+            "modules.x.slices[0].sources[0].layer_range",
+            "[0, 0] is empty",
+            "a module without layers",
+        ),
+        (
             "merge_method: passthrough\nslices:\n  - sources:\n      - model: a\n        layer_range: [4, 4]\n",
             5,
             "slices[0].sources[0].layer_range",

@@ -166,7 +166,7 @@ def test_a_module_without_layers_has_none_to_cut() -> None:
     text = cut("[0, 2]", "[0, 2]").replace(
         "shared: {models: [{model: /a}]}", "shared: {slices: [{sources: [{model: /a, layer_range: [0, 1]}]}]}"
     )
-    with pytest.raises(PlanError, match=r"goes beyond the 0 layers of its module\n.*remove layer_range"):
+    with pytest.raises(PlanError, match=r"goes beyond the 0 layers of its module\n.*takes `models` in place of"):
         stack(text, pair_of_stacks("/a", 2, 2))
 
 
