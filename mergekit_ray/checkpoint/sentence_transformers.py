@@ -14,6 +14,7 @@ from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.storage.protocols import FileStat, Source
 
 MODULES_NAME = "modules.json"
+_SETTINGS_NAME = "config_sentence_transformers.json"
 _WEIGHTS_NAME = "model.safetensors"
 _PICKLED_NAME = "pytorch_model.bin"
 _MAX_MODULES_BYTES = 1 << 20
@@ -48,7 +49,9 @@ def is_module_file(name: str, folders: Sequence[str]) -> bool:
 
 
 def module_settings(source: Source, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """What the configs of modules say (how token embeddings are pooled), by file; what is no JSON object says nothing.
+    """What files say of modules: which there are, how token embeddings are pooled, what is put before texts.
+
+    By file; one that holds no such thing says nothing.
 
     Args:
         source: the model's store.
@@ -59,15 +62,34 @@ def module_settings(source: Source, names: Sequence[str]) -> dict[str, Mapping[s
     """
     found = {}
     for name in names:
-        if not name.endswith(f"/{CONFIG_NAME}"):
+        if not name.endswith(f"/{CONFIG_NAME}") and name not in (MODULES_NAME, _SETTINGS_NAME):
             continue
         try:
             content = json.loads(source.read(name, max_bytes=_MAX_MODULES_BYTES))
         except (ValueError, RecursionError):
             continue
+        if name == MODULES_NAME:
+            content = {"the list of modules": _named(content)}
         if isinstance(content, Mapping):
-            found[name] = content
+            found[name] = _with_defaults(content) if name == _SETTINGS_NAME else content
     return found
+
+
+def _named(modules: object) -> list[str]:
+    """Kinds of modules and their folders: what they are, wherever a version keeps its classes."""
+    known = [module for module in modules if isinstance(module, Mapping)] if isinstance(modules, list) else []
+    kinds = [(str(module.get("type")).rpartition(".")[2], module.get("path")) for module in known]
+    return [f"{kind} ({path})" if path else kind for kind, path in kinds]
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's settings changes its embeddings or how they are compared, said or not."""
+    prompts = settings.get("prompts")
+    return {
+        "prompts": {k: text for k, text in prompts.items() if text} if isinstance(prompts, Mapping) else {},
+        "default_prompt_name": settings.get("default_prompt_name"),
+        "similarity_fn_name": settings.get("similarity_fn_name") or "cosine",
+    }
 
 
 def weights_of_modules(names: Sequence[str]) -> list[str]:

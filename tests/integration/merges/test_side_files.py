@@ -79,3 +79,31 @@ def test_modules_that_are_set_otherwise_are_named(models: ModelLibrary, tmp_path
         f"file of {both[0]}"
     ]
     assert not any("1_Pooling" in warning for warning in mergekit_ray.plan(recipe(both[0], both[0])).warnings)
+
+
+def test_other_modules_and_prompts_are_named(models: ModelLibrary, tmp_path: Path) -> None:
+    both = [sentence_transformer(models.get("llama", variant), tmp_path / f"{variant}") for variant in (1, 2)]
+    (both[1] / "modules.json").write_text(json.dumps(MODULES[:2]))
+    settings = [{"prompts": {"query": "q: ", "document": ""}}, {"prompts": {}, "similarity_fn_name": "dot"}]
+    for folder, content in zip(both, settings, strict=True):
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(content))
+    told = [w for w in mergekit_ray.plan(recipe(*both)).warnings if w.startswith(("modules.json", "config_sentence"))]
+    end = f"the result has the file of {both[0]}"
+    three, two = "['Transformer', 'Pooling (1_Pooling)', 'Dense (2_Dense)']", "['Transformer', 'Pooling (1_Pooling)']"
+    assert sorted(told) == [
+        f"config_sentence_transformers.json: prompts is {{'query': 'q: '}} in {both[0]}, {{}} in {both[1]}; {end}",
+        f"config_sentence_transformers.json: similarity_fn_name is 'cosine' in {both[0]}, 'dot' in {both[1]}; {end}",
+        f"modules.json: the list of modules is {three} in {both[0]}, {two} in {both[1]}; {end}",
+    ]
+
+
+def test_versions_of_sentence_transformers_that_say_the_same_in_other_words_are_alike(
+    models: ModelLibrary, tmp_path: Path
+) -> None:
+    both = [sentence_transformer(models.get("llama", variant), tmp_path / f"{variant}") for variant in (1, 2)]
+    newer = [{**module, "type": module["type"].replace(".models.", ".base.modules.")} for module in MODULES]
+    (both[1] / "modules.json").write_text(json.dumps(newer))
+    defaults = {"__version__": {"x": 1}, "prompts": {"query": ""}, "similarity_fn_name": "cosine"}
+    (both[1] / "config_sentence_transformers.json").write_text(json.dumps({**defaults, "default_prompt_name": None}))
+    told = mergekit_ray.plan(recipe(*both)).warnings
+    assert not any(warning.startswith(("modules.json", "config_sentence")) for warning in told)
