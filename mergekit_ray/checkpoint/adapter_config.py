@@ -23,6 +23,14 @@ _MAX_SHOWN = 100
 _DEFAULT_ALPHA = 8
 
 _MERGE_WITH_PEFT = "merge the adapter into its base with PEFT (merge_and_unload) and name the result"
+_NEVER_MERGED = frozenset(
+    {
+        *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"),
+        *("CARTRIDGE", "XLORA", "POLY"),
+    }
+)
+"""Kinds that put something before the text or into attention, or that route between adapters."""
+
 _REFUSED = {
     "layer_replication": ("it repeats layers of its base (layer_replication)", _MERGE_WITH_PEFT),
     "alora_invocation_tokens": (
@@ -161,7 +169,11 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
         raise ModelError(
-            f"this is an adapter of the kind {kind!r}; only LoRA can be applied", where=where, remedy=_MERGE_WITH_PEFT
+            f"this is an adapter of the kind {kind!r}; only LoRA can be applied",
+            where=where,
+            remedy="use it as an adapter: no weights of the base can express it"
+            if str(kind) in _NEVER_MERGED
+            else _MERGE_WITH_PEFT,
         )
     for key, (what, remedy) in _REFUSED.items():
         if content.get(key):

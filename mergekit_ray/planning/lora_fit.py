@@ -375,6 +375,12 @@ class AdapterFit:
             )
 
     def _change_bias(self, module: str, stored: str) -> None:
+        if self._find(f"{module}.bias") is None:
+            raise self._fault(
+                f"tensor {stored!r} is the bias of a factor (lora_bias), and {module!r} of the base has no bias to add "
+                "it to",
+                "use it as an adapter (PEFT cannot merge it either), or train it without lora_bias",
+            )
         target = self._require(f"{module}.bias", stored)
         if self._adapter.spec(stored).shape != self.specs[target].shape:
             raise self._fault(

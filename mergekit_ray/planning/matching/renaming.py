@@ -22,6 +22,8 @@ from mergekit_ray.planning.matching.names import bare
 from mergekit_ray.planning.weights import Weights
 
 _MAX_LISTED = 3
+_ONE_FORM = "merge models of one architecture, or bring one into the other's form with transformers"
+_ONE_CLASS = "merge models of one class: some store experts packed, others singly, and transformers keeps their forms"
 
 
 class RenamedWeights:
@@ -148,12 +150,13 @@ def _check_layers(model: Model, parts: Anatomy, donor: Model, rules: Rules) -> N
     odd = sorted(name for name in ours ^ theirs if rules.merges(name) and not is_buffer(name))
     if odd and rules.missing is None:
         shown = ", ".join(odd[:_MAX_LISTED]) + (", ..." if len(odd) > _MAX_LISTED else "")
-        raise _fault(model, donor, f"and only one of them has {shown}")
+        is_packed = any(".experts." in name for name in odd)
+        raise _fault(model, donor, f"and only one of them has {shown}", _ONE_CLASS if is_packed else _ONE_FORM)
 
 
-def _fault(model: Model, donor: Model, what: str) -> ModelError:
+def _fault(model: Model, donor: Model, what: str, remedy: str = _ONE_FORM) -> ModelError:
     return ModelError(
         f"the models do not fit together{classes_told([donor, model])}: {model.reference} keeps its language model "
         f"under {model.anatomy.main}, {donor.reference} under {donor.anatomy.main}, {what}",
-        remedy="merge models of one architecture, or bring one into the other's form with transformers",
+        remedy=remedy,
     )

@@ -116,11 +116,19 @@ def test_rank_and_alpha_have_patterns_of_their_own() -> None:
     assert found.scale_of(MODULE) == 8 / math.sqrt(16)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "LOHA", "LOKR", "ADALORA", "VERA", "OFT", "XLORA", "PROMPT_TUNING", 7])
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "LOKR", "ADALORA", "VERA", "OFT", "LN_TUNING", 7])
 def test_other_methods_are_refused_by_name(kind: object) -> None:
     with pytest.raises(ModelError, match=f"kind {kind!r}; only LoRA") as caught:
         config(peft_type=kind)
     assert "merge_and_unload" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_methods_that_change_no_weights_have_a_remedy_of_their_own(kind: str) -> None:
+    with pytest.raises(ModelError, match=f"kind {kind!r}; only LoRA") as caught:
+        config(peft_type=kind)
+    assert "use it as an adapter" in str(caught.value.remedy)
+    assert "merge_and_unload" not in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,13 @@ def test_a_bias_of_a_factor_is_scaled_and_added() -> None:
     assert read(expression) == ["m0: l.0.a.bias", "a0: l.0.a.lora_B.bias"]
 
 
+def test_a_bias_of_a_factor_needs_one_to_be_added_to() -> None:
+    adapter = adapter_of({**pair("l.0.a", 6, 4), "l.0.a.lora_B.bias": (6,)}, lora_bias=True)
+    with pytest.raises(ModelError, match=r"'l\.0\.a' of the base has no bias to add it to") as caught:
+        view(checkpoint("/base", {"l.0.a.weight": (6, 4)}, {}), adapter)
+    assert "PEFT cannot merge it either" in str(caught.value.remedy)
+
+
 def test_what_is_stored_beside_the_factors_of_a_layer_replaces_its_matrix() -> None:
     shapes = {**embedding_pair("model.embed_tokens", 10, 4), "model.embed_tokens.base_layer.weight": (10, 4)}
     expression = view(llama("/base"), adapter_of(shapes)).expression(EMBEDDING)
@@ -272,7 +279,7 @@ def test_a_vocabulary_resized_in_part_is_refused(tied: bool, saved: list[str], n
         (pair("model.norm", 4, 4), r"which is no matrix of weights: BF16 \[4\]"),
         ({"model.norm.weight": (5,)}, r"has shape \[5\], the base's 'model.norm.weight' \[4\]"),
         ({EMBEDDING: (12, 5)}, r"has shape \[12, 5\]"),
-        ({**pair(Q, 4, 4), f"{Q}.lora_B.bias": (4,)}, "lora_B.bias' belongs to 'model.layers.0.self_attn.q_proj.bias'"),
+        ({**pair(Q, 4, 4), f"{Q}.lora_B.bias": (4,)}, "lora_B.bias' is the bias of a factor"),
         (
             {**pair(Q, 4, 4), f"{Q}.lora_magnitude_vector": (4,)},
             "lora_magnitude_vector' is there, and use_dora is false",

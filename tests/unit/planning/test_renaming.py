@@ -157,6 +157,17 @@ def test_layers_that_are_not_alike_are_refused_in_one_sentence() -> None:
     assert {name.partition(": ")[2] for name in kept.dropped} == set(biased)
 
 
+@pytest.mark.parametrize(
+    ("own", "remedy"), [("mlp.experts.0.up.weight", "one class"), ("mlp.up.bias", "bring one into")]
+)
+def test_the_remedy_for_packed_and_single_experts_is_one_that_helps(own: str, remedy: str) -> None:
+    shapes = llama_shapes(2) | {f"model.layers.{i}.{own}": (4,) for i in range(2)}
+    txt = checkpoint("/txt", shapes, {"num_hidden_layers": 2, "tie_word_embeddings": False})
+    with pytest.raises(ModelError) as caught:
+        plan_of(TASK.format(base="/vlm", other="/txt"), wrapped("/vlm", "older"), txt)
+    assert remedy in str(caught.value.remedy)
+
+
 def test_constants_that_only_one_of_them_stores_do_not_matter() -> None:
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (2,) for i in range(2)}
     txt = checkpoint("/txt", llama_shapes(2) | buffers, {"num_hidden_layers": 2, "tie_word_embeddings": False})
