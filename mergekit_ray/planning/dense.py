@@ -105,6 +105,7 @@ class _DenseLowering:
             None if module.name is None else module_prefix(module.name, self._donor) for module in modules
         ]
         for module, prefix in zip(modules, self._prefixes, strict=True):
+            self._tensors.module = module.name
             stack = main_stack(self._donor, prefix)
             is_only = len(module.slices) == 1
             cuts = [

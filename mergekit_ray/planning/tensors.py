@@ -22,6 +22,7 @@ class TensorLowering:
     """Adds output tensors to a `Lowering`, one by one.
 
     Attributes:
+        module: the name of the recipe's module whose tensors are added; None if it has none.
         mismatches: tensors that do not fit together; collected so that all can be told at once.
         partial: decides on tensors that only some models have.
         used: (model key, tensor name) of every input tensor that was asked for.
@@ -52,6 +53,8 @@ class TensorLowering:
         self.used: set[tuple[str, str]] = set()
         self.vocabulary: dict[str, set[int]] = {}
         self._common = common
+        self.module: str | None = None
+        self._makers: dict[str, str | None] = {}
 
     def add(
         self,
@@ -79,7 +82,11 @@ class TensorLowering:
             PlanError: it is made already, or the recipe contradicts itself.
         """
         if name in self._result.expressions:
-            raise PlanError(f"two modules make {name!r}", remedy="name each part of the model in one module only")
+            both = f"{self._makers.get(name)!r} and {self.module!r}"
+            raise PlanError(
+                f"two modules make {name!r}: {both}", remedy="name each part of the model in one module only"
+            )
+        self._makers[name] = self.module
         everyone = [*operands, *([base] if base is not None else [])]
         for operand in everyone:
             self.used.add((operand.model.key, operand.name))

@@ -73,7 +73,7 @@ def test_default_is_the_whole_model() -> None:
         ("modules: {visual: {models: [{model: /a}]}}", "no module covers 9 tensors, the first is 'model.embed_tokens"),
         (
             "modules: {default: {models: [{model: /a}]}, visual: {models: [{model: /a}]}}",
-            "two modules make 'visual.*'",
+            "two modules make 'visual.*': 'default' and 'visual'",
         ),
     ],
 )
