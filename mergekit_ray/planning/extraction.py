@@ -230,7 +230,7 @@ def _peft_name(found: Extraction, module: str) -> str:
 def _target_modules(found: Extraction, targets: Sequence[Target]) -> list[str]:
     """Last components (``q_proj``) where all such modules are targets, full names where only some are.
 
-    PEFT adapts every module whose name ends as it is told, also those that hold others (the ``0`` of ``layers.0``).
+    PEFT adapts every module whose name ends with a target, also those that hold others (the ``0`` of ``layers.0``).
     """
     wanted = {_peft_name(found, target.module) for target in targets}
     others: set[str] = set()
