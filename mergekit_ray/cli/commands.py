@@ -185,7 +185,9 @@ def validate(
 
         if not models:
             needs("--models", {"--allow-config-conflicts": allow_config_conflicts})
-        loaded = load(recipe, voice, lenient=lenient)
+        from mergekit_ray.planning.make import check_plannable
+
+        loaded = check_plannable(load(recipe, voice, lenient=lenient))
         kind = "a Mixture-of-Experts recipe" if isinstance(loaded, MoeRecipe) else "a dense recipe"
         if models:
             from mergekit_ray.operations.prepare import prepare

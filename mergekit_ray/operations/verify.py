@@ -110,15 +110,16 @@ class Verification:
 
 def verify(
     model: str | Path | Source,
-    on_bytes: Callable[[int], None] = lambda _: None,
     options: VerifyOptions | None = None,
+    *,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Verification:
     """Compare every file of a model made by mergekit-ray with its manifest, and look for files that are not part of it.
 
     Args:
         model: its folder or URI, or the store that holds it.
-        on_bytes: told how many more bytes were read.
         options: how thorough to be; None for every digest.
+        on_bytes: called with the number of bytes just read.
 
     Raises:
         CheckpointError: there is no manifest, so there is nothing to compare with, or it is not one.

@@ -48,12 +48,17 @@ def check_plannable(recipe: Recipe) -> Recipe:
         PlanError: naming the part of the recipe.
     """
     dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
-    for key in ("tokenizer", "tokenizer_source", "chat_template"):
-        if dense is not None and getattr(dense, key) is not None:
-            raise PlanError(
-                f"{key}: building a tokenizer or chat template is not supported yet",
-                remedy=f"remove {key}: the tokenizer of base_model, or of the first model, is copied as it is",
-            )
+    keys = [
+        key
+        for key in ("tokenizer", "tokenizer_source", "chat_template")
+        if dense is not None and getattr(dense, key) is not None
+    ]
+    if keys:
+        listed = " and ".join(keys)
+        raise PlanError(
+            f"{listed}: building a tokenizer or chat template is not supported yet",
+            remedy=f"remove {listed}: the tokenizer of base_model, or of the first model, is copied as it is",
+        )
     if isinstance(recipe, MoeRecipe) and recipe.base_model.lora is not None and recipe.gate_mode.needs_prompts:
         raise PlanError(
             "routers are computed with base_model's own layers, without its adapter",

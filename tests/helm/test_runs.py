@@ -60,6 +60,7 @@ def test_every_option() -> None:
         "quiet": False,
         "log_format": options["log_format"],
         "debug": True,
+        "version": None,
     }
     assert options["log_format"].value == "json"
 

@@ -60,7 +60,7 @@ def names_of(plan: Plan) -> list[str]:
 class TestSample:
     def test_so_many_tensors_are_read(self, out: Path, plan: Plan) -> None:
         read: list[int] = []
-        found = verify(LocalSource(out), read.append, VerifyOptions(sample=3))
+        found = verify(LocalSource(out), VerifyOptions(sample=3), on_bytes=read.append)
         assert (found.problems, found.num_tensors, found.num_shards) == ([], 3, len(plan.shards))
         headers = sum(len(shard.header) for shard in plan.shards)
         assert found.num_bytes == headers + sum(read) < plan.num_bytes

@@ -192,7 +192,7 @@ def test_shards_are_checked_before_publishing(published: Published, harm: str) -
 
 def test_verify_reads_everything(published: Published) -> None:
     read: list[int] = []
-    found = verify(LocalSource(published.root), read.append)
+    found = verify(LocalSource(published.root), on_bytes=read.append)
     assert found.problems == []
     assert found.num_shards == len(published.plan.shards)
     assert found.num_tensors == sum(len(shard.tensors) for shard in published.plan.shards)
