@@ -125,19 +125,21 @@ def extraction(tuned: Model, base: Model, coverage: Coverage) -> Extraction:
         if name not in tuned.weights.specs and not is_buffer(name) and name not in base.anatomy.redundant:
             found.unmatched[name] = "only in the base"
     where = f"model {tuned.reference}"
-    for ending in coverage.saved:
-        if not any(_ends_with(name.rpartition(".")[0], (ending,)) for name in found.saved):
+    named = [("--modules-to-save", ending, found.saved) for ending in coverage.saved]
+    named += [("--exclude", ending, [*tuned.weights.specs]) for ending in coverage.excluded]
+    for option, ending, names in named:
+        if not any(_ends_with(name.rpartition(".")[0], (ending,)) for name in names):
             known = {name.split(".")[-2] for name in tuned.weights.specs if "." in name}
             raise ModelError(
                 f"no module's name ends with {ending!r}{nearest(ending, known)}",
                 where=where,
-                remedy="give --modules-to-save the name of a module, or the last components of one",
+                remedy=f"give {option} the name of a module, or the last components of one",
             )
     if not found.targets:
         raise ModelError(
             "no matrix is in both models, so there is nothing to factorise",
             where=where,
-            remedy="give the model it was fine-tuned from as base",
+            remedy="give the model it was fine-tuned from as base" + (", or exclude less" if coverage.excluded else ""),
         )
     return found
 

@@ -69,6 +69,22 @@ def test_rayjob_is_told_of_its_dashboard_and_of_a_missing_kuberay(copied: Path) 
     assert "rayjob" not in plain
 
 
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"workerGroups": {"cpu": {"gpus": 1}}}, "Set workerGroups.cpu.imageTag to "),
+        ({"mode": "job", "local": {"gpus": 1}}, "Set image.tag to "),
+        ({"workerGroups": {"cpu": {"gpus": 1, "imageTag": "mine"}}}, ""),
+        ({"workerGroups": {"cpu": {"gpus": 1}}, "image": {"tag": "mine"}}, ""),
+        ({"mode": "job", "workerGroups": {"cpu": {"gpus": 1}}}, ""),
+    ],
+)
+def test_gpus_with_the_image_for_cpus(copied: Path, values: Manifest, wanted: str) -> None:
+    said, _ = notes(copied, {**GIVEN, **values})
+    assert ("WARNING: pods ask for GPUs" in said) == bool(wanted)
+    assert wanted in said
+
+
 def test_a_suspended_job_is_said_to_wait(copied: Path) -> None:
     said, _ = notes(copied, values_of("kueue"))
     assert "It is suspended. Kueue starts it once queue merges has room." in said

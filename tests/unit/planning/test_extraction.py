@@ -118,6 +118,7 @@ def test_a_difference_is_what_was_learnt() -> None:
         ({"saved": ("head",)}, "no module's name ends with 'head'; did you mean 'lm_head'"),
         ({"base": {"other.weight": (4, 4)}, "config": {}}, "no matrix is in both models"),
         ({"excluded": ("q_proj", "up_proj")}, "so there is nothing to factorise"),
+        ({"excluded": ("k_prj",)}, "no module's name ends with 'k_prj'"),
     ],
 )
 def test_what_cannot_be_extracted(arguments: dict[str, Any], message: str) -> None:
