@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Expression, loads
 from mergekit_ray.core.plan import DIFFUSERS_STEM, STEM, InputFile, InputModel, Plan, SideFile
 from mergekit_ray.core.registry import METHODS
+from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.agreement import check_agreement
 from mergekit_ray.planning.beside import check_sizes, module_warnings, side_warnings
@@ -143,6 +144,7 @@ def make_plan(
     ]
     warnings += module_warnings(donor.checkpoint, [m.checkpoint for m in models.values() if m is not donor])
     warnings += side_warnings(donor.checkpoint, config, lowering.files)
+    warnings += _useless_filters(recipe, [*lowering.expressions, *lowering.aliased])
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(recipe, MoeRecipe) and recipe.gate_mode.needs_prompts:
         # What its routers are made of, whether or not a tensor is made of it too.
@@ -186,6 +188,26 @@ def _config_of(
     for stack, layers in lowering.towers.items():
         set_tower(config, donor, stack, layers)
     return config if lowering.keeps_beyond else without_beyond(config)
+
+
+def _useless_filters(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
+    """Warnings of filters that are part of no output tensor's name, so that their values are used nowhere."""
+    parts = {part for name in names for part in name.split(".")}
+    for wanted in dict.fromkeys(_filters(recipe.to_data())):
+        if wanted != "*" and not any(wanted in name for name in names):
+            yield f"filter {wanted!r} is part of no tensor's name: its value is not used{nearest(wanted, parts)}"
+
+
+def _filters(data: Any) -> Iterator[str]:
+    """The filters of all values in a recipe."""
+    if isinstance(data, list):
+        for item in data:
+            yield from _filters(item)
+    elif isinstance(data, dict):
+        if isinstance(data.get("filter"), str):
+            yield data["filter"]
+        for value in data.values():
+            yield from _filters(value)
 
 
 def recipe_as_data(recipe: Recipe) -> dict[str, Any]:

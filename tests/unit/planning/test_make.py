@@ -34,12 +34,30 @@ LINEAR = (
     [
         ("tokenizer_source: union\n" + LINEAR, "tokenizer_source: building a tokenizer"),
         ("chat_template: chatml\n" + LINEAR, "chat_template: building a tokenizer"),
+        (
+            "chat_template: chatml\ntokenizer_source: union\n" + LINEAR,
+            "tokenizer_source and chat_template: building a tokenizer",
+        ),
     ],
 )
 def test_what_cannot_be_planned_yet_is_said_before_models_are_opened(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
         check_plannable(load_recipe(text))
     assert caught.value.remedy
+
+
+def test_a_filter_that_matches_nothing_is_reported() -> None:
+    text = """
+merge_method: linear
+models:
+- model: /a
+  parameters: {weight: [{filter: slef_attn, value: 1}, {filter: "*", value: 2}]}
+- model: /b
+  parameters: {weight: [{filter: mlp, value: 1}, {filter: layers.1., value: 3}, {value: 2}]}
+"""
+    assert plan_of(text, llama("/a"), llama("/b")).warnings == (
+        "filter 'slef_attn' is part of no tensor's name: its value is not used; did you mean 'self_attn'?",
+    )
 
 
 def test_models_that_are_needed_the_donor_first() -> None:
