@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -137,7 +138,7 @@ def extract_lora(
     chosen = options or MergeOptions()
     chosen.check()
     with visible(reporter, progress=progress) as tell:
-        return _Extraction(str(output), wanted, chosen, tell, stop).run(tuned, base)
+        return _Extraction(os.fspath(output), wanted, chosen, tell, stop).run(tuned, base)
 
 
 class _Extraction:

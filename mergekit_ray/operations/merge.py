@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -79,7 +80,7 @@ def _target_of(recipe: DenseRecipe | MoeRecipe, output: str | Path | None) -> st
         PlanError: neither names a place, or the recipe is of a kind that cannot be merged.
     """
     if output is not None:
-        return str(output)
+        return os.fspath(output)
     path = check_plannable(recipe).output.path
     if path is None:
         raise PlanError(

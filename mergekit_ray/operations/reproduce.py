@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -114,7 +115,7 @@ def reproduce(
             f"the manifest was changed: {error}", where=MANIFEST_FILE, remedy="fetch it again"
         ) from error
     with visible(reporter, progress=progress) as tell:
-        result = run_plan(plan, str(output), options, reporter=tell, stop=stop)
+        result = run_plan(plan, os.fspath(output), options, reporter=tell, stop=stop)
     if result.was_there:
         raise PlanError(
             "the result is already there, so nothing was computed and there is nothing to compare",

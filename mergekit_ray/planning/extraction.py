@@ -41,11 +41,19 @@ class Coverage:
         embeddings: also factorise the embeddings and the head.
         saved: modules to store whole, by the end of their names (``lm_head``, ``norm``).
         excluded: modules to leave alone, in the same way.
+
+    Raises:
+        TypeError: a name stands for itself, where a tuple of names is meant.
     """
 
     embeddings: bool = False
     saved: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("saved", "excluded"):
+            if isinstance(getattr(self, key), str):
+                raise TypeError(f"Coverage.{key} is a tuple of names: write ({getattr(self, key)!r},)")
 
 
 @dataclass(frozen=True, slots=True)

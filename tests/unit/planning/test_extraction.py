@@ -237,3 +237,9 @@ def test_what_peft_would_take_for_a_routed_expert_is_named_as_a_parameter() -> N
     assert changed["target_parameters"] == [f"{modules[1]}.weight"]
     assert changed["rank_pattern"] == changed["alpha_pattern"] == {modules[1]: 2, f"{modules[1]}.weight": 2}
     assert changed["r"] == 1
+
+
+@pytest.mark.parametrize("key", ["saved", "excluded"])
+def test_one_name_is_no_tuple_of_letters(key: str) -> None:
+    with pytest.raises(TypeError, match=rf"Coverage\.{key} is a tuple of names: write \('lm_head',\)"):
+        Coverage(**{key: "lm_head"})  # type: ignore[arg-type]
