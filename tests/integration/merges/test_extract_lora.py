@@ -289,7 +289,7 @@ def test_the_place_is_respected(tuned_llama: Tuned, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [({}, "either a rank or an energy"), ({"rank": 1, "energy": 0.5}, "either"), ({"rank": 0}, "at least 1")]
-    + [({"energy": value}, "above 0 and is at most 1") for value in (0.0, 1.5)],
+    + [({"energy": value}, "above 0 and at most 1") for value in (0.0, 1.5)],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MergekitRayError, match=message):
