@@ -25,7 +25,7 @@ def classes_told(models: Iterable[Model]) -> str:
     for model in models:
         for name in classes_of(model.checkpoint.config)[:1]:
             found.setdefault(name, []).append(str(model.reference))
-    told = " against ".join(f"{name} ({', '.join(references)})" for name, references in found.items())
+    told = " against ".join(f"{name} ({', '.join(dict.fromkeys(references))})" for name, references in found.items())
     return f": {told}" if len(found) > 1 else ""
 
 
