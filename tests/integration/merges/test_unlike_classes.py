@@ -111,7 +111,7 @@ def test_missing_error_names_what_either_lacks_and_the_remedy(tmp_path: Path) ->
         mergekit_ray.merge(slices((language, 0, 2), (classifier, 2, 4), missing="error"), tmp_path / "out")
     assert f"classifier.* (4 tensors): in {classifier}, not in {language}" in caught.value.what
     assert f"lm_head.* (5 tensors): in {language}, not in {classifier}" in caught.value.what
-    assert "`missing: base`" in str(caught.value.remedy)
+    assert "`base` copies" in str(caught.value.remedy)
 
 
 def test_patterns_speak_of_the_outputs_tensors(tmp_path: Path) -> None:
