@@ -327,23 +327,23 @@ OUTER: Final = (
 )
 """Of the whole model rather than its parts: what the rows of a head mean, and where other modalities go."""
 
-_OF_TRAINING: Final = re.compile(
-    r"dropout|_drop\b|_pdrop$|drop_(rate|path)|droprate|layerdrop|initial|(^|_)init_|_std$|_std_|loss|_coef|jitter|noise"
+_IRRELEVANT: Final = re.compile(
+    # Training.
+    r"dropout|_drop\b|_pdrop$|drop_(rate|path)|droprate|layerdrop|initializ|(^|_)init_|_std$|_std_|loss|_coef|jitter|noise"
     r"|^mask_|mask_(time|feature)|^aux_|seq_aux|gradient|checkpointing|^ctc_|time_step_(min|max|floor)|rescale_prenorm"
-)
-_OF_RUNNING: Final = re.compile(
-    r"^_|use_cache|cache_implementation|flash|kernel|fused|_impl$|attn_implementation|torchscript|^output_|return_dict"
+    # Running.
+    r"|^_|use_cache|cache_implementation|flash|kernel|fused|_impl$|attn_implementation|torchscript|^output_|return_dict"
     r"|chunk_size_feed_forward|pretraining_tp|_size_per_|^ep_size$|batch|^(torch_)?dtype$|_dtype$|residual_in_fp32"
-)
-_OF_GENERATION: Final = re.compile(
-    r"^(max|min)_(length|new_tokens)$|^do_sample$|beam|^temperature$|^(top|typical)_p$|^top_k$|_penalty$|no_repeat_ngram"
+    # Generation.
+    r"|^(max|min)_(length|new_tokens)$|^do_sample$|beam|^temperature$|^(top|typical)_p$|^top_k$|_penalty$|no_repeat_ngram"
     r"|num_return_sequences|early_stopping|suppress|^forced_|remove_invalid|bad_words|exponential_decay|^prefix$"
+    # Names, tokens, and counts of layers, which tensors show.
+    r"|^(architectures|auto_map|model_type|problem_type|finetuning_task|language|name_or_path|pruned_\w+|task\w*|id2label"
+    r"|label2id|num_labels|summary_\w+|is_composition|tie_\w+|vocab_size\w*|\w*vocab_size|\w*token_ids?|\w*token_index"
+    r"|\w*version|\w*layers?|depth|n_layer\w*|num_(hidden_)?layers\w*)$"
 )
-_OF_NAMES: Final = re.compile(
-    r"^(architectures|auto_map|model_type|problem_type|finetuning_task|language|name_or_path|transformers_version|pruned_\w+"
-    r"|task\w*|id2label|label2id|num_labels|summary_\w+|is_composition|tie_\w+|vocab_size\w*|\w*vocab_size|\w*token_ids?"
-    r"|\w*token_index|\w*version|\w*layers?|depth|n_layer\w*|num_(hidden_)?layers\w*)$"
-)
+"""Keys that speak only of training, running, generation and names."""
+
 _COMPARED_OTHERWISE: Final = frozenset(
     key for setting in (MODEL_TYPE, *STRUCTURE, *NUANCES, *OUTER) for key in setting.spellings
 ) | {*_THETAS, "original_max_position_embeddings", "use_sliding_window"}
@@ -359,5 +359,5 @@ def others(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if isinstance(value, bool | int | float | str)
         and key not in _COMPARED_OTHERWISE
-        and not any(p.search(key) for p in (_OF_TRAINING, _OF_RUNNING, _OF_GENERATION, _OF_NAMES))
+        and not _IRRELEVANT.search(key)
     }

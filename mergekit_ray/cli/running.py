@@ -27,7 +27,8 @@ from mergekit_ray.reporting.text import has_colour
 class _OurErrors:
     """Of a command: wrong arguments are reported like all errors, and its help is coloured.
 
-    To be mixed into click's classes, which have the methods that are called here.
+    To be mixed into click's classes, which have the methods that are called here. mypy takes `object` for the next
+    class, hence the three ignored lines; a command's class as the base would clash with that of a group.
     """
 
     _voice = Voice()
@@ -35,14 +36,14 @@ class _OurErrors:
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **options: Any) -> Any:
         self._voice = Voice(log_format=_log_format(args))  # before anything is parsed
         with self._told():
-            return super().make_context(info_name, args, *more, **options)  # type: ignore[misc]  # of click's class
+            return super().make_context(info_name, args, *more, **options)  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
         with self._told():
-            return super().invoke(ctx)  # type: ignore[misc]  # of click's class
+            return super().invoke(ctx)  # type: ignore[misc]
 
     def get_help(self, ctx: Any) -> str:
-        text: str = super().get_help(ctx)  # type: ignore[misc]  # of click's class
+        text: str = super().get_help(ctx)  # type: ignore[misc]
         return _HEADING.sub("\x1b[1m\\g<0>\x1b[0m", text) if has_colour(sys.stdout) else text
 
     @contextlib.contextmanager

@@ -241,5 +241,6 @@ def test_what_peft_would_take_for_a_routed_expert_is_named_as_a_parameter() -> N
 
 @pytest.mark.parametrize("key", ["saved", "excluded"])
 def test_one_name_is_no_tuple_of_letters(key: str) -> None:
+    given: dict[str, Any] = {key: "lm_head"}
     with pytest.raises(TypeError, match=rf"Coverage\.{key} is a tuple of names: write \('lm_head',\)"):
-        Coverage(**{key: "lm_head"})  # type: ignore[arg-type]
+        Coverage(**given)
