@@ -53,9 +53,9 @@ def unstored_copies(specs: Mapping[str, TensorSpec], embedding: str | None) -> d
 
 def ties_more(config: Mapping[str, Any]) -> bool:
     """Whether a model's class ties what `unstored_copies` does not find, so that it cannot be untied."""
-    return config.get("model_type") in _TIED_OTHERWISE
+    return str(config.get("model_type")) in _TIED_OTHERWISE
 
 
 def shares_layers(config: Mapping[str, Any]) -> bool:
     """Whether layers of a model use each other's weights."""
-    return config.get("model_type") in _SHARED_LAYERS
+    return str(config.get("model_type")) in _SHARED_LAYERS
