@@ -175,7 +175,7 @@ _CHAPTERS: Final = {
     "Start": ["tutorials/first-merge", "tutorials/70b-on-a-cluster", "from-mergekit"],
     "How to": [
         *("recipes", "moe", "lora", "python", "verify"),
-        *("storage", "cluster", "kubernetes", "container", "gpu", "operations"),
+        *("storage", "cluster", "kubernetes", "container", "gpu", "operations", "new-store"),
     ],
     "Help": ["troubleshooting", "glossary"],
     "Reference": ["reference/commands", "reference/recipe", "reference/methods", "reference/python", "families"],

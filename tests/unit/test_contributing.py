@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's worked examples, written into a copy of the tree where it says: nothing else has to be edited.
+"""The worked examples of CONTRIBUTING.md and docs/new-store.md, in a copy of the tree, where nothing else is edited.
 
 An example is a fenced block of Python, and the paragraph before it is the path of its file.
 """
@@ -17,7 +17,7 @@ import pytest
 from support.affected import KNOWN
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TEXT = "".join((ROOT / page).read_text() for page in ("CONTRIBUTING.md", "docs/new-store.md"))
 EXAMPLES = dict(re.findall(r"^`([\w/]+\.py)`\n\n```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
 COLLECTED = ["tests/unit", "tests/integration", f"--ignore=tests/unit/{Path(__file__).name}"]
 

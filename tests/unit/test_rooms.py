@@ -47,7 +47,7 @@ def test_what_methods_share_knows_no_method() -> None:
 ROOMS = sorted(init.parent.name for init in (ROOT / "mergekit_ray").glob("*/__init__.py"))
 QUOTED = re.compile(rf"(?<!`)`(?:mergekit_ray[./])?((?:{'|'.join(ROOMS)})(?:[./]\w+)+)(?<!\.json)`(?!`)")
 EXAMPLE = re.compile(r"^`[\w/]+\.py`\n\n```python\n.*?^```$", re.MULTILINE | re.DOTALL)
-"""A file that CONTRIBUTING.md has in full: it is not there."""
+"""A file that a page has in full: it is not there."""
 
 PROSE = [
     "ARCHITECTURE.md",
