@@ -47,7 +47,7 @@ _UNTIED = frozenset({"bigbird_pegasus"})
 
 _BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|project_in|rotary_emb)(\.|$)")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,8}")
-"""The number of a layer, as everyone writes it; what is longer is a name."""
+"""A layer's number, in its usual spelling. Longer numbers are taken for names."""
 
 _MAX_GAP = 128
 """Layers without tensors between two that have some, or before the first: some files hold a part of a model."""

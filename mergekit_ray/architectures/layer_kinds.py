@@ -354,7 +354,7 @@ RULES = (
     list_rule("activation_sparsity_pattern", "gemma3n_text", _sparsity),
     # GPT-2 may divide its attention by the number of the layer.
     Rule("scale_attn_by_inverse_layer_idx", _places, triggers=("scale_attn_by_inverse_layer_idx",)),
-    # Periods that cannot be told in another way, or whose family is not known here.
+    # Periods that nothing else in the config reveals, or whose family is not known here.
     period_rule("n_layers_per_attn_res_block", families={"inkling2_text": 6}),
     period_rule("sliding_window_pattern", "layer_types"),
     period_rule("global_attn_every_n_layers", "layer_types"),

@@ -161,14 +161,14 @@ def indices_rule(key: str, *told_by: str) -> Rule:
 
 
 def period_rule(key: str, *told_by: str, families: Defaults | None = None) -> Rule:
-    """A period of whatever family: the order is right where every layer has the place in it that it had."""
+    """A period of any family: an order is right if every layer keeps its place in the period."""
     defaults = families or {}
     kinds = each(lambda config, index, _: index % max(number(config, key, _default(config, defaults)), 1))
     return Rule(key, kinds, families=frozenset(defaults), triggers=(key,), told_by=told_by)
 
 
 def jamba_rule(name: str, period: int, offset: int) -> Rule:
-    """Jamba's period and offset: whatever pair gives the kinds."""
+    """Jamba's period and offset: any pair that gives the kinds."""
     keys = f"{name}_period", f"{name}_offset"
 
     def kind(config: Config, index: int, _: int) -> bool:

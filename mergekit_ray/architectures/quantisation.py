@@ -91,7 +91,7 @@ class Quantisation:
     Attributes:
         weights: by the name that the weight has when it is dequantised.
         dropped: tensors that mean nothing without the codes, with the reason.
-        leftover: the methods that the config speaks of where no weight is a code; else empty.
+        leftover: the methods that the config names although no weight is a code; else empty.
     """
 
     weights: dict[str, ScaledFp8 | PackedFp4] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def quantisation(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], whe
 
 
 def _is_number(spec: TensorSpec) -> bool:
-    """Whether a tensor cannot be codes: a list of whole numbers is none, nor a mask."""
+    """Whether a tensor cannot be codes. Lists of integers and masks are not codes either."""
     if is_buffer(spec.name) or len(spec.shape) < 2:
         return spec.dtype not in _FP8
     return spec.dtype.is_floating and spec.dtype not in _FP8
@@ -170,7 +170,7 @@ class _Reading:
             self.problems.append(f"{spec.name}: {_described(spec)} with scales")
 
     def check_rest(self) -> None:
-        """Explain what stands beside the codes of a quantised model."""
+        """Explain the other tensors of a quantised model."""
         for name, spec in self._specs.items():
             if name in self._read:
                 continue

@@ -13,7 +13,7 @@ CONFIG_KEYS: Final = ("quantization_config", "compression_config")
 SIDE_FILES: Final = frozenset(
     {"hf_quant_config.json", "quant_config.json", "quantization_config.json", "quantize_config.json"}
 )
-"""Files that say the same. Beside weights that are no codes they would be wrong."""
+"""Files with the same settings. They would be wrong beside dequantised weights."""
 
 REMEDY: Final = (
     "read are fp8 with a scale per block, row or tensor and gpt-oss's mxfp4; "
@@ -21,7 +21,7 @@ REMEDY: Final = (
 )
 
 DEFAULT_BLOCK: Final = (128, 128)
-"""That of DeepSeek-V3, where a config says nothing."""
+"""DeepSeek-V3's, for configs that name none."""
 
 
 def settings_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -48,7 +48,7 @@ def blocks_of(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:
     """The blocks a config names, in rows and columns.
 
     Raises:
-        ModelError: it speaks of a method that is not known.
+        ModelError: it names an unknown method.
     """
     method = method_of(settings)
     read = _METHODS.get(method)
@@ -65,7 +65,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
 
 
 def check_numbers(settings: Mapping[str, Any], where: str) -> None:
-    """See that numbers mean what they say: no weights before a rotation, sparse ones, or those of a 1.58-bit model.
+    """Reject numbers that are not the weights themselves: rotated, sparse, or of a 1.58-bit model.
 
     Raises:
         ModelError: they do not.
@@ -83,7 +83,7 @@ def check_numbers(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _fine_grained(settings: Mapping[str, Any], where: str) -> list[tuple[int, int]]:
-    """DeepSeek-V3's blocks; a size of null says that there are none."""
+    """DeepSeek-V3's blocks; none if the size is null."""
     if settings.get("expert_dtype") == "fp4":
         raise refusal("fp8 with experts in fp4", where)
     return _pair(settings.get("weight_block_size", DEFAULT_BLOCK), where)

@@ -105,8 +105,8 @@ def open_adapter(source: Source, reference: str) -> Adapter:
         reference: the adapter as the user named it, for messages.
 
     Raises:
-        ModelError: nothing is there, it is no adapter, or of a kind that cannot be applied: it says which, and what to
-            do.
+        ModelError: there is nothing, no adapter, or an adapter of a kind that cannot be applied; names the kind and the
+            remedy.
         CheckpointError: the weights are not safetensors, or malformed, incomplete or contradictory.
         StorageError: the store failed.
     """

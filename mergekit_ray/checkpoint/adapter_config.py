@@ -139,11 +139,11 @@ def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
 def _matcher(pattern: str) -> SchemaValidator:
     """Of names that a pattern matches, as PEFT looks it up: by whole components at the end of the name.
 
-    It is matched by Rust's regular expressions, in time that grows with the length of the name. With Python's, one
-    that somebody else has written may take for ever.
+    Rust's regular expressions take time linear in the name's length. A stranger's pattern could keep Python's busy for
+    ever.
 
     Raises:
-        ValueError: it is no regular expression, or of a kind that cannot be matched in such time.
+        ValueError: it is not a regular expression, or cannot be matched in linear time.
     """
     if _READ_OTHERWISE.search(pattern):
         raise ValueError("with operations on sets, possessive repeats or \\< and \\>")

@@ -1,4 +1,4 @@
-"""What surrounds a command: its recipe read, its errors told, its progress shown, its signals heard."""
+"""What every command shares: reading recipes, reporting errors, showing progress, handling signals."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ _HEADING: Final = re.compile(r"^\w+:|^  +--?[\w-]+(, --[\w-]+)?", re.MULTILINE)
 
 
 def _log_format(arguments: Sequence[str]) -> LogFormat:
-    """The format that a command line asks for, as far as that can be told before it is parsed."""
+    """The format that a command line asks for, before it is parsed."""
     asked = "\n".join(arguments).replace("--log-format\n", "--log-format=").splitlines()
     return LogFormat.json if f"--log-format={LogFormat.json.value}" in asked else LogFormat.text
 
@@ -99,11 +99,11 @@ def _wrong_arguments(error: Any) -> ConfigError:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """End the process with the exit code that comes by, without taking apart what ends with it anyway.
+    """Exit at once with the code raised inside, without the interpreter's clean-up.
 
-    Credentials are hidden in all that is printed until then, by libraries too.
+    That clean-up takes 0.4 to 1 s with torch. If ray was imported, the process exits in the usual way.
 
-    torch takes 0.4 to 1 s for that. Where ray is there it is left to end in its own way.
+    Until then, credentials are hidden in everything printed, by libraries too.
     """
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     try:
@@ -167,7 +167,7 @@ def needs(option: str, given: Mapping[str, object]) -> None:
 
 
 def excludes(option: str, given: Mapping[str, object]) -> None:
-    """Refuse options that have no effect beside another, which is given.
+    """Reject options that have no effect together with another one.
 
     Raises:
         ConfigError: see `needs`.

@@ -1,9 +1,8 @@
 """Validation that goes on after the first error.
 
-pydantic stops where a value is wrong; checks across values, and those of the merge method, would then never run, and
-one would correct a recipe one error at a time. So what is wrong is noted, taken out (or replaced by a stand-in where
-it is required), and the rest is validated again. A recipe got that way is never returned: it only serves to find
-more.
+If a value is wrong, pydantic skips the checks across values and the merge method's own, and users would correct a
+recipe one error at a time. So we note each wrong value, remove it (or replace it by a stand-in if it is required), and
+validate the rest again. The recipe that results is never returned: it only serves to find more errors.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Finding:
         hint: the nearest accepted spelling or another remedy.
         is_unknown_key: mergekit would have ignored it; a warning where a recipe is read leniently.
         is_warning: never an error.
-        depends: parts of the recipe it is drawn from. If one of them is itself wrong, the finding may only be an echo
-            of that and is not told. Empty means ``path``.
+        depends: parts of the recipe it follows from. If one of them is wrong itself, the finding may only repeat that
+            and is dropped. Empty means ``path``.
     """
 
     path: YamlPath
@@ -152,7 +152,7 @@ def findings_of(
 
 
 def _with_module_hint(finding: Finding) -> Finding:
-    """Whoever finds no range to write for a module should know that one without layers needs none."""
+    """Add that a module without layers needs no range."""
     if finding.path[:1] != ("modules",) or finding.path[-1] != "layer_range":
         return finding
     hint = "a module without layers (a projector) takes `models` in place of `slices`"

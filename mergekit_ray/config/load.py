@@ -135,7 +135,7 @@ def _parameter_names(merge_method: object, methods: Methods) -> set[str]:
 
 
 def _kind(data: object) -> type[DenseRecipe | MoeRecipe] | Finding:
-    """Which kind of recipe ``data`` is, or why that cannot be told."""
+    """Which kind of recipe ``data`` is, or why that is unclear."""
     if not isinstance(data, dict):
         return Finding((), f"a recipe is a mapping, found {found(data)}", _WHAT_TO_WRITE)
     bodies = [key for key in BODIES if data.get(key) is not None]

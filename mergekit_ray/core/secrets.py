@@ -105,7 +105,7 @@ def _hide_by_form(text: str) -> str:
 
 
 def _hider() -> Callable[[str], str]:
-    """What hides credentials, those of the environment as it is now among them."""
+    """A function that hides credentials, including those in the present environment."""
     found = {value for name in _TOKENS if (value := os.environ.get(name, "").strip())}
     for name in _ADDRESSES:
         user, at, _ = os.environ.get(name, "").partition("://")[2].rpartition("@")

@@ -1,8 +1,7 @@
 """Expressions that are computed without torch, whose import takes longer than a small merge.
 
-Sums run in compiled loops from the bytes that were read to those that are written; what routers are made of is small.
-Results are those of `evaluation.evaluate`, bit for bit; what is not of the right kind, and whatever turns out not to be
-finite, is left to it.
+Compiled loops compute sums from the bytes read to the bytes written; the values of routers are small. Results are those
+of `evaluation.evaluate`, bit for bit. It computes all other expressions, and whatever turns out not to be finite.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Compiled(Protocol):
 
 
 def compiled(expression: Expression) -> Compiled | None:
-    """What computes an expression without torch; None if it is not of a kind that this is there for."""
+    """What computes an expression without torch; None for other kinds."""
     return CompiledSum.of(expression) or RouterValues.of(expression)
 
 

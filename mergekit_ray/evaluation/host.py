@@ -1,4 +1,4 @@
-"""One window on the CPU: by compiled loops where there are some, and whatever they leave by torch."""
+"""One window on the CPU: compiled loops compute what they can, torch the rest."""
 
 from __future__ import annotations
 

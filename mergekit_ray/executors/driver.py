@@ -43,7 +43,7 @@ _LACKS_MEMORY: Final = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker must know beside its shards: plain data, sent to every worker once.
+    """What a worker must know besides its shards: plain data, sent to every worker once.
 
     Attributes:
         inputs: the plan's input models by key.

@@ -156,7 +156,7 @@ class LocalExecutor:
         return Progress.total([seat.worker.progress for seat in self._seats])
 
     def standings(self) -> Sequence[Standing]:
-        """How the workers do. A thread cannot be given up: it is only told of."""
+        """How the workers are doing. A thread cannot be given up, only reported."""
         now = time.monotonic()
         return [Standing("", seat.name, tuple(seat.files), 0.0, now - seat.moved) for seat in self._seats if seat.files]
 

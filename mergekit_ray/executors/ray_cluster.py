@@ -277,7 +277,7 @@ def _raylet() -> str:
 
 
 def is_listening(address: str) -> bool:
-    """Whether somebody listens at a ``host:port``; True for other addresses, of which this cannot be told."""
+    """Whether somebody listens at a ``host:port``; True for other addresses, which cannot be checked."""
     try:
         _reach(address)
     except (OSError, OverflowError):

@@ -101,7 +101,7 @@ class RayMetrics:
                 if more > 0:
                     self._counters[metric.name].inc(more)
                     setattr(self._told, metric.counter, getattr(progress, metric.counter))
-        # Ray forgets a gauge once it has told of it, so all are set again and again.
+        # Ray forgets a gauge once it has reported it, so we set all of them again and again.
         self._gauges["merge_shards_left"].set(self._num_left)
         self._gauges["merge_worker_budget_bytes"].set(self._budget_bytes)
         self._gauges["merge_held_bytes"].set(progress.held_bytes)

@@ -60,7 +60,7 @@ class GeometricMedian(ReduceMethod):
     lies amid them) is found beforehand and returned bit for bit, as are models all equal. Where the median is not
     unique (two models of one weight; an even number on a line) it is the point that the iteration reaches from the
     mean: for two models of one weight, the mean. Convergence is linear; after ``max_iterations`` the point reached is
-    taken. Models of weight 0 have no part in it.
+    taken. Models of weight 0 do not count.
     """
 
     name = "geometric_median"

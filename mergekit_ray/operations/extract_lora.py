@@ -192,7 +192,7 @@ class _Extraction:
         work, plan = self._work("factors", [*shards, *self._norms(found)], models, told)
         return self._finish(found, work, plan, digest)
 
-    # -- what is there already ------------------------------------------------------------------------------------
+    # -- an existing output ---------------------------------------------------------------------------------------
 
     def _digest(self, request: Plan) -> str:
         """Of all that decides the adapter's bytes."""
@@ -201,10 +201,10 @@ class _Extraction:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _look(self, digest: str, models: Mapping[ModelReference, Model]) -> ExtractResult | None:
-        """The result, if it is there; else the output is free, or made so.
+        """The result, if it exists already; else the output is free, or is cleared.
 
         Raises:
-            PlanError: something else is there.
+            PlanError: the output holds something else.
         """
         read = [checkpoint for model in models.values() for checkpoint in model.weights.inputs.values()]
         check_apart({checkpoint.source.uri: checkpoint.files for checkpoint in read}, self._sink.uri, _OWN_FILES)

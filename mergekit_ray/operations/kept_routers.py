@@ -1,8 +1,8 @@
-"""Routers made from prompts are kept beside an unfinished mixture: however often it is resumed, they are the same.
+"""Routers made from prompts are kept beside an unfinished mixture, so that they are the same however often it resumes.
 
 Their last bits depend on the processor that computes them. ``.mergekit-ray/<plan digest>/routers.json`` is written
-before any shard; a rerun, on another kind of machine too, reads it instead of computing them again. It goes with the
-records.
+before any shard. A rerun reads it instead of computing them again, even on another kind of machine. It is deleted with
+the records.
 """
 
 from __future__ import annotations

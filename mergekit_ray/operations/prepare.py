@@ -52,7 +52,7 @@ class Prepared:
         return isinstance(self.recipe, MoeRecipe) and (self.recipe.add_to_base or self.recipe.gate_mode.needs_prompts)
 
     def check_routable(self) -> None:
-        """See that the routers can be made, as far as that can be told without the base model's weights.
+        """Check that the routers can be made, as far as possible without the base model's weights.
 
         Raises:
             MergekitRayError: see `routing.routers.check_routable`.

@@ -241,7 +241,7 @@ def _differences(record: ShardRecord, again: Mapping[str, Any] | None) -> list[s
 
 
 def _file_differences(files: Mapping[str, FileDigest] | None, again: Mapping[str, FileDigest] | None) -> list[str]:
-    """What came out another beside the shards, where both manifests list it."""
+    """Which other files differ, if both manifests list them."""
     if files is None or again is None:
         return []
     names = sorted((files.keys() | again.keys()) - {CARD_FILE})

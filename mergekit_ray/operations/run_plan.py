@@ -107,10 +107,10 @@ def run_plan(
     stop: threading.Event | AbstractContextManager[threading.Event] | None = None,
     route: Callable[[Reporter, KeptRouters], Plan] | None = None,
 ) -> MergeResult:
-    """Carry a plan out, unless its result is there already. See `operations.merge.merge` for the errors.
+    """Run a plan, unless its result exists already. See `operations.merge.merge` for the errors.
 
     Args:
-        plan: to be carried out.
+        plan: to run.
         output: folder or URI.
         options: how.
         reporter: told what happens.
@@ -245,7 +245,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
 
 
 def _tidy(sink: Sink, tell: Reporter) -> None:
-    """Delete what a complete model was made with. It is no less complete where that is not allowed."""
+    """Delete the notes beside a complete model. If that is not allowed, the model is complete all the same."""
     try:
         clear_notes(sink)
     except StorageError as error:

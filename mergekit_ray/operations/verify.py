@@ -33,7 +33,7 @@ _FLOATING: Final = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64, DType
 
 _STRAYS: Final = (
     (
-        # Not GGUF or ONNX, which come with many models and are read only by name, nor the state of a training.
+        # Except GGUF and ONNX, which come with many models and are read only by name, and the state of a training.
         r"(?!(training_args|optimizer|scheduler|scaler|rng_state[^/]*)\.)[^/]+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack)"
         r"|[^/]+\.index(\.[^/]+)?\.json|adapter_config\.json",
         "not part of this model, and readers may load it instead",

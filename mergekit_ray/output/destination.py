@@ -1,10 +1,10 @@
 """The place a merge writes to: what is already there, and whether it may be touched.
 
 Beside the model lies ``.mergekit-ray/<plan digest>/<shard>.json``, a record of each finished shard, until the model is
-published. They tell a rerun of the same plan what is done, and another plan that the place is taken. A model that is to
-replace another is made in ``.mergekit-ray/<plan digest>/staged/`` first (`output.staging`).
+published. They show a rerun of the same plan what is done, and another plan that the place is taken. A model that
+replaces another is made in ``.mergekit-ray/<plan digest>/staged/`` first (`output.staging`).
 
-Nothing is changed here: what `Destination` says is to go is deleted by whoever holds the output's lease.
+This module changes nothing: the holder of the output's lease deletes what `Destination` lists.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     Raises:
         PlanError: the place is taken, or it is not apart from the inputs (see `check_apart`).
     """
-    # A recipe may merge a commit of a repository into that repository: what it reads stays, and so does the plan.
+    # A recipe may merge a commit of a repository into the same repository: the commit stays, and so do the inputs.
     is_hub = sink.uri.startswith("hf://")
     inputs = {m.uri: m.files for m in plan.inputs.values() if not (is_hub and _names_its_commit(m))}
     check_apart(inputs, sink.uri, _written(plan))
@@ -128,7 +128,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
 
 
 def _occupant(sink: Sink, plan: Plan, foreign: Sequence[str], manifest: Mapping[str, Any] | None) -> str | None:
-    """Whose output is there: a manifest says it, or else what plans that were begun have left."""
+    """Whose output the place holds, by its manifest or else by the notes of unfinished plans."""
     if manifest is not None and (told := occupant(manifest, is_finished=True, plan=plan)):
         return told
     begun = (_read_json(sink, name) for name in foreign if name.endswith(f"/{PLAN_FILE}"))
@@ -138,7 +138,7 @@ def _occupant(sink: Sink, plan: Plan, foreign: Sequence[str], manifest: Mapping[
 def may_go(name: str, plan: Plan) -> bool:
     """Whether a model that the plan replaces may have a file of this name, or another plan's notes.
 
-    Lists of files in a place that others may write to are held to this before any of them is deleted.
+    Others may write to the place, so a list of files found there is checked with this before any of them is deleted.
     """
     if not is_confined(name):
         return False
@@ -200,7 +200,7 @@ def discard_attempts(destination: Destination, files: Sequence[str]) -> None:
 
 
 def clear_notes(sink: Sink) -> None:
-    """Delete what a complete model was made with, but for the lease."""
+    """Delete the notes beside a complete model, except the lease."""
     names = [stat.name for stat in sink.list()]
     sink.delete([name for name in names if name.startswith(f"{RECORD_ROOT}/") and name != LEASE_FILE])
 
@@ -270,7 +270,7 @@ def _foreign(
 
 
 def _has_files(manifest: Mapping[str, Any], present: Mapping[str, FileStat]) -> bool:
-    """Whether all that a manifest lists beside the shards is there, at its size; a card may be edited."""
+    """Whether every other file that a manifest lists exists at its size; a card may be edited."""
     files = manifest.get("files", {})
     sizes = {name: stat.num_bytes for name, stat in present.items()}
     return isinstance(files, dict) and all(

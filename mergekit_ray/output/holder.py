@@ -68,7 +68,7 @@ class Holder:
 
     @classmethod
     def of_this_process(cls, term: Term, now: float) -> Holder:
-        """That of a lease which is taken now, in seconds since 1970."""
+        """The holder of a lease taken at ``now``, in seconds since 1970."""
         token, host, pid = secrets.token_hex(16), socket.gethostname(), os.getpid()
         return cls(token, host, pid, _user(), _processes(), started_at(pid), now, now, term)
 
@@ -93,7 +93,7 @@ class Holder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is known that its process is no more; only of this machine can that be known."""
+        """Whether its process is known to have ended, which only the same machine can know."""
         if self.processes is None or self.processes != _processes():
             return False
         if self.pid == os.getpid() and self.started == started_at(self.pid):

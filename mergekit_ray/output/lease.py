@@ -1,22 +1,22 @@
 """One driver per output: a lease beside the model, ``.mergekit-ray/lease.json``, that its holder renews while it works.
 
-A second driver is refused and told who holds it. The lease goes at the end, whether that is good or bad. That of a
-driver that died is taken over:
+A second driver is refused; the message says who holds the lease. A driver gives its lease up when it succeeds or fails.
+The lease of a driver that died is taken over:
 
 - at once, if it ran on this machine (same boot, same process namespace) and its process is gone;
 - else when it has not been renewed for its whole term by the clock, *and* does not change while it is watched for one
   and a half renewals. Clocks only decide how soon it is watched, so a wrong one cannot take a lease from a living
-  driver; it can only make one wait, by as much as it is wrong, for that of a dead one.
+  driver. It can only delay the takeover of a dead driver's lease, by as much as it is wrong.
 
-What a lease promises is what its store can do: `Sink.put_if_absent` has one winner among those who find nothing, and
-`ConditionalSink.replace` one among those who take over or renew. Where a store has not the latter, two drivers that
-take over the same dead lease in the same moment may both begin; each looks before every renewal and before publishing,
-and the one whose lease was overwritten stops there.
+A lease can promise what its store can do: `Sink.put_if_absent` has one winner among drivers that find no lease,
+`ConditionalSink.replace` one among drivers that take over or renew. If a store lacks the latter, two drivers that take
+over the same dead lease at the same moment may both begin. Each looks before every renewal and before publishing, and
+the one whose lease was overwritten stops there.
 
-A driver that is stopped may go on at any time after it has lost its lease. What it then changes is refused, see
-`storage.fence`: all that a merge writes goes through `Lease.sink`.
+A driver that was stopped may go on at any time after it has lost its lease. Its changes are then refused (see
+`storage.fence`): everything a merge writes goes through `Lease.sink`.
 
-Whoever may read the output sees host, process and user of its driver in this file, while there is one.
+While the lease exists, everybody who may read the output sees the driver's host, process and user in it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Lease:
         self._thread.join()
 
     def release(self) -> None:
-        """Let go of it, if it is still ours. Failures are let pass: it expires by itself."""
+        """Release it, if it is still ours. Failures are ignored: it expires by itself."""
         self.rest()
         with contextlib.suppress(MergekitRayError):
             if self._lost is None and _is_of(self._mine, _look(self._sink)):

@@ -1,6 +1,6 @@
-"""Whose output is in a place that another merge, or an extraction, is to write to: told by its manifest or its plan.
+"""Whose output occupies the place that another merge or an extraction wants to write to, by its manifest or its plan.
 
-What is read may have been written by anybody: whatever is not as expected is left out.
+Anybody may have written these files, so everything unexpected in them is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MODEL_KEYS: Final = ("model", "source_model")
 
 
 def occupant(found: Mapping[str, Any], *, is_finished: bool, plan: Plan | None = None) -> str | None:
-    """What a manifest, or the note of a plan that was begun, says is there; None if it does not say.
+    """What the place holds, by a manifest or by the note of an unfinished plan; None if it does not say.
 
     Args:
         found: has the recipe and the seed of a merge, or the models of an extraction.

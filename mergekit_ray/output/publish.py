@@ -22,7 +22,7 @@ from mergekit_ray.storage.protocols import PublishingSink, Source
 
 
 def check_records(plan: Plan, destination: Destination, records: Mapping[str, ShardRecord]) -> None:
-    """See that every shard is there as the plan and its record say.
+    """Check every shard against the plan and its record.
 
     Raises:
         StorageError: a shard is missing, or changed after it was written.

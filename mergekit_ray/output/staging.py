@@ -1,4 +1,4 @@
-"""Replacing a model by another without a moment at which neither is there.
+"""Replacing a model by another without losing both at any moment.
 
 The new model is made beside the old one, in ``.mergekit-ray/<plan digest>/staged/``: an output like any other, with its
 own records, published there when it is whole. Until then nothing of the old one is touched; a merge that fails or is
@@ -45,7 +45,7 @@ def staged(plan: Plan, destination: Destination, fence: Fence) -> Destination:
     """The place where the model is made first, as a destination of its own, behind the output's fence."""
     sink = open_fenced(f"{destination.sink.uri}/{destination.staging}", fence)
     found = inspect(sink, plan, overwrite=True)
-    # Complete is complete: what was left beside it goes with the swap.
+    # A complete model counts as published: the swap removes the notes beside it.
     return replace(found, published=found.is_complete)
 
 

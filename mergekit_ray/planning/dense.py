@@ -222,7 +222,7 @@ class _DenseLowering:
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def _layer(self, cut: Cut, stack: str, i: int, num_layers: int, out_layer: int, *, is_donors: bool) -> None:
-        """Add one layer; ``is_donors`` where it stands for the donor's, which then has to have the same tensors."""
+        """Add one layer. With ``is_donors`` it takes the place of a donor's layer, which must have the same tensors."""
         t = gradient_position(i, num_layers)
         places = [first + i for first in cut.first_layers]
         base_place = cut.base_first_layer + i

@@ -31,7 +31,7 @@ def weights_of(key: str, checkpoint: Checkpoint, where: str) -> Weights:
 
 
 def leftover_warnings(found: Quantisation, where: str) -> list[str]:
-    """What is to be said where the config of a checkpoint speaks of codes, and its weights are numbers."""
+    """Warnings for a checkpoint whose config names a quantisation although its weights are numbers."""
     return [
         f"{where}: config.json says that its weights are quantised ({method}), but they are not: they are read as "
         "plain numbers, and the result's config.json does not mention quantisation"
@@ -40,7 +40,7 @@ def leftover_warnings(found: Quantisation, where: str) -> list[str]:
 
 
 def quantisation_of(checkpoint: Checkpoint, where: str) -> Quantisation | None:
-    """Which tensors of a checkpoint are codes, and which mean nothing once these are weights; None if there are none.
+    """Which tensors are codes, and which are meaningless once the codes are weights; None if none are codes.
 
     Raises:
         ModelError: see `weights_of`.

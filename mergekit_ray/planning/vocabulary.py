@@ -104,7 +104,7 @@ class Vocabulary:
 
 
 def vocabulary_axis(operand: Operand) -> int | None:
-    """The dimension of a tensor that has a place for each row of its model's embedding.
+    """The dimension of a tensor that is as long as its model's embedding has rows.
 
     Returns:
         0; or 1 for a bias ``[1, rows]``, as ``final_logits_bias``; None if it has no such dimension, or is neither

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 class Progress:
     """What a worker has done so far, in counters that only grow, and what it holds now.
 
-    ``read_bytes`` are those of windows' inputs, so that they add up to the plan's: what is held from an earlier window
-    counts again, though it is read once. ``fetched_bytes`` are those that were asked of stores, without what is
-    mapped from a disk. ``num_on_cpu`` are tensors that needed more memory than the device has. ``held_bytes`` are those
-    of the budget that are in use: no counter.
+    ``read_bytes`` counts the inputs of all windows, so that the total is the plan's: bytes held from an earlier window
+    count again, though they are read once. ``fetched_bytes`` counts what stores were asked for, without files mapped
+    from a disk. ``num_on_cpu`` counts tensors that needed more memory than the device has. ``held_bytes`` is not a
+    counter: it is the part of the budget in use.
     """
 
     read_bytes: int = 0

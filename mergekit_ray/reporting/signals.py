@@ -2,8 +2,8 @@
 
 Before anything is open, as while a merge is planned, the first raises KeyboardInterrupt. Within `Signals.graceful` it
 sets an event instead: no further shard is begun, those in work are abandoned with their temporary files and uploads,
-the output is let go of, and the process exits with 130. If that is not done within the grace period (a store that does
-not answer), the process ends there. What was open then is seen by no reader, and removed by the next run.
+the output is released, and the process exits with 130. If that takes longer than the grace period (a store does not
+answer), the process ends at once. No reader sees the files that were open then, and the next run removes them.
 """
 
 from __future__ import annotations

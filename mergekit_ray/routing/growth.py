@@ -27,8 +27,8 @@ def grown_routers(
 ) -> Routers:
     """What the rows of new experts are made of.
 
-    A row that is longer than the others is chosen more often, whatever the token, so new rows get the mean length of
-    the layer's. Those of random modes are drawn where the weights are written.
+    A router chooses a longer row more often for every token, so new rows get the mean length of the layer's rows. Rows
+    of random modes are drawn when the weights are written.
 
     Args:
         recipe: with ``add_to_base``.

@@ -134,7 +134,7 @@ def _vectors(
     if mode is GateMode.CHEAP_EMBED:
         return _embedded(checkpoint, tokens, wanted)
     batches = make_batches(tokens, equal_lengths=depends_on_batch_length(checkpoint.config))
-    # Dealt out like cards: batches are sorted by length, and parts are to be equally long.
+    # Batches are sorted by length; dealing them out like cards makes parts of about equal length.
     num_parts = min(spread.num_parts, len(batches))
     parts = [batches[number::num_parts] for number in range(num_parts)]
     states = spread.states(checkpoint, parts, average=mode is GateMode.HIDDEN_AVG)

@@ -1,8 +1,8 @@
-"""The tokenizer beside a model: its own file where that says everything, transformers' reading of it otherwise.
+"""The tokenizer beside a model: read from ``tokenizer.json`` if that says everything, by transformers otherwise.
 
-Many model families have a class in transformers that changes what ``tokenizer.json`` says. Where the class is the one
-that takes the file as it is, the tokenizers library alone gives the same tokens without transformers, whose import
-takes longer than to make the routers.
+Many model families have a class in transformers that changes what ``tokenizer.json`` says. If the class uses the file
+unchanged, the tokenizers library gives the same tokens without transformers, whose import takes longer than making the
+routers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _AS_IT_IS: Final = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Classes of transformers that read ``tokenizer.json`` and change nothing: before version 5, and since."""
 
 _CHANGES: Final = ("add_prefix_space", "split_special_tokens", "added_tokens_decoder", "extra_special_tokens")
-"""Settings of ``tokenizer_config.json`` that change what becomes of a prompt, or may."""
+"""Settings of ``tokenizer_config.json`` that change, or may change, a prompt's tokens."""
 
 _MAX_FILE_BYTES: Final = 256 << 20
 
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     def bos(self) -> int | None: ...  # noqa: D102 - see the class
 
     def ids(self, prompt: str) -> Sequence[int]:
-        """Of a prompt, without special tokens beside those it spells out."""
+        """Of a prompt, with only the special tokens that it spells out."""
         ...
 
 
@@ -62,7 +62,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 @contextlib.contextmanager
 def blamed_on_files(checkpoint: Checkpoint, what: str) -> Iterator[None]:
-    """Have whatever a library makes of a tokenizer's files be told as their fault, which it is: they are a stranger's.
+    """Report any error of a library that reads a tokenizer's files as a fault of these files, which are a stranger's.
 
     Raises:
         ModelError: saying ``what`` cannot be done, and the file if one of them is damaged.

@@ -11,7 +11,7 @@ TRANSIENT_STATUS: Final = {408, 429, 500, 502, 503, 504}
 
 
 FULL_STATUS: Final = 507
-"""Of HTTP answers: there is no room for what is to be written, and another try makes none."""
+"""Of HTTP answers: the store is full, and retrying makes no room."""
 
 
 class ShortBodyError(OSError):
@@ -36,7 +36,7 @@ def full(what: str, where: str, remedy: str = "free some space or choose another
 
 
 def discarded(where: str) -> StorageError:
-    """What was prepared for a file is gone before it was committed: whoever takes a lease over discards it."""
+    """A prepared file is gone before its commit: a driver that takes the lease over discards such files."""
     return StorageError(
         "somebody removed it while it was being written",
         where=where,

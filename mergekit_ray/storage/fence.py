@@ -1,16 +1,16 @@
-"""The fence around an output: who has lost its lease, or was given up as a worker, changes nothing there any more.
+"""The fence around an output: a driver that lost its lease, or a worker that was given up, cannot change it.
 
-A process may be stopped at any instruction, for longer than its lease lasts, and go on. So to ask first and act then is
-not enough. Each change is made in three steps instead:
+A process may be stopped at any instruction for longer than its lease lasts, and then go on. Checking first and acting
+afterwards is therefore not enough. Each change takes three steps instead:
 
 1. it is *prepared* where no reader sees it: a temporary file, a multipart upload;
 2. the lease is read: it must still be ours;
 3. it is *committed* by one request that fails if what was prepared is gone: a rename, the upload's completion.
 
-Whoever takes over writes the lease, then discards all that others have prepared, and only then looks at what is there.
-A change whose second step came before that fails in its third, or has been made before anybody looked.
+A driver that takes over writes the lease, then discards everything others have prepared, and only then looks at the
+output. A change whose second step came earlier was either committed before that look, or fails in its third step.
 
-How far a store can promise this is said where it implements `GuardedSink`, and in docs/reliability.md.
+Each store's `GuardedSink` and docs/reliability.md say how far the store can promise this.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ def is_confined(name: str) -> bool:
 
 
 def check_text(place: str) -> None:
-    """Refuse a path or URI that can be neither looked for nor told in a manifest.
+    """Refuse a path or URI that can neither be opened nor written into a manifest.
 
     Raises:
         ModelError: it is not valid Unicode, or holds a null character.

@@ -41,8 +41,8 @@ def open_source(reference: str, revision: str | None = None) -> Source:
         return _opener(scheme)(reference, revision)
     from mergekit_ray.storage.local.links import dangling_link  # noqa: PLC0415 - stores import this module
 
-    path = Path(os.path.expanduser(reference))  # noqa: PTH111 - that of Path fails where there is no such user
-    # So do its questions where a name is longer than the file system takes. A link that leads nowhere is no repository.
+    path = Path(os.path.expanduser(reference))  # noqa: PTH111 - Path.expanduser fails if there is no such user
+    # Path also fails if a name is too long for the file system. A link that leads nowhere is not a repository's name.
     if os.path.isdir(path) or dangling_link(path) is not None:  # noqa: PTH112
         return _opener("file")(reference, revision)
     if os.path.exists(path):  # noqa: PTH110

@@ -98,12 +98,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MappedRange:
-    """Bytes of a file where they lie. They are those of the file, also if it changes later.
+    """Bytes of a file, mapped rather than copied: if the file changes later, so may they.
 
     Attributes:
-        data: not to be written to.
-        check: to be called once the bytes have been used; what was made of them is worth nothing if it raises. It
-            raises CheckpointError if the file has changed, StorageError if a part of it could not be read.
+        data: read only.
+        check: call it after you have used the bytes. If it raises, discard what you made of them: CheckpointError if
+            the file has changed, StorageError if a part of it could not be read.
     """
 
     data: memoryview
@@ -112,7 +112,7 @@ class MappedRange:
 
 @runtime_checkable
 class MappableSource(Source, Protocol):
-    """A source whose files can be used where they lie, without copying them into buffers."""
+    """A source whose files can be mapped instead of copied into buffers."""
 
     def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> MappedRange:
         """Bytes ``[start, end)`` of a file, read in but not copied.

@@ -13,7 +13,7 @@ class BufferPool:
     """Byte buffers for inputs and outputs, reused by size class.
 
     Sizes are rounded up to eighths of a power of two, so that a buffer is at most an eighth larger than asked for.
-    Idle buffers of other sizes are let go, the oldest first, when a new one would take the pool over its limit.
+    If a new buffer would exceed the limit, idle buffers of other sizes are freed, the oldest first.
 
     Args:
         limit_bytes: what buffers in use, idle ones and what is set aside may take together.

@@ -17,8 +17,8 @@ _BATCHES_IN_WORK = 3
 class HeldInputs:
     """What a later window of the same shard reads again, kept while there is room. For one thread: the reader.
 
-    Which runs come again is known from the plan. Of memory it takes what is left beside the batches in work, so with
-    a budget that is just enough nothing is held and all is read again.
+    The plan says which runs come again. They may use the memory that batches in work leave, so with a budget that is
+    just enough, nothing is held and everything is read again.
 
     Args:
         batches: all of the shard's, in order.

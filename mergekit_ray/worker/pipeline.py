@@ -1,4 +1,4 @@
-"""One shard is run: read, compute and write overlap under a byte budget.
+"""Runs one shard: reading, computing and writing overlap under a byte budget.
 
     reader thread     batches of byte ranges -> input buffers; from stores, several batches at once
     stager thread     input buffers -> device, where there is one
@@ -6,11 +6,11 @@
     merge threads     expression over input buffers -> parts of the output (arithmetic on the compute pool)
     writer thread     output -> shard file, hashed on the way
 
-On a device the calling thread only hands work over, and what the writer waits for is its way back.
+On a device, the calling thread only queues work, and the writer waits for the download.
 
-Memory is taken from the budget before a batch is read and given back as its parts are done with, so a worker never
-holds more than its budget whatever the size of the model. The budget is the worker's: once all of a shard has been
-asked for, the next shard's reader may begin (`Worker.run`), and takes what this one's windows give back.
+A batch takes memory from the budget before it is read and returns it as its parts are done, so a worker never holds
+more than its budget, however large the model. The budget is the worker's: once a whole shard has been requested, the
+next shard's reader may begin (`Worker.run`), and takes what this one's windows give back.
 """
 
 from __future__ import annotations

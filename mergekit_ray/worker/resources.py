@@ -80,7 +80,7 @@ class Resources:
         self._session: DeviceSession | None = None
 
     def session(self) -> DeviceSession:
-        """What is done on the device, which is opened now if it was not yet. Not to be asked for on the CPU."""
+        """The device's session, opened at the first call. Only for workers with a device."""
         if self._session is None:
             from mergekit_ray.evaluation.device.evaluate import DeviceSession  # noqa: PLC0415 - imports torch
 

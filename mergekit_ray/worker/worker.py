@@ -1,7 +1,7 @@
-"""A worker: shards are run with its inputs, memory and threads, one after another.
+"""A worker: runs shards one after another with its inputs, memory and threads.
 
-Where one shard ends the next begins: while the last windows of one are computed, sent and made durable, the next is
-already being read, so that neither the cores nor the way from or to a store lie idle between shards.
+Shards overlap: while the last windows of one are computed, sent and made durable, the worker already reads the next, so
+that neither cores nor links idle between shards.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class LowRankFactors(Expression):
         x: a matrix; of any shape if the rank is 0, where only the norms are asked for.
         rank: at most the short side of ``x``.
         transposed: factorise ``xᵀ``.
-        dtype: the factors are rounded to it, and what is left is that of the rounded ones.
+        dtype: the factors are rounded to it; the residual is what the rounded factors leave.
     """
 
     x: Expression

@@ -228,8 +228,8 @@ class Concat(Expression):
 def without_values(x: Expression) -> Expression:
     """An expression without what is only known once an input was read, alone or as parts of a `Concat`.
 
-    That is the values of literals, and how large numbers are that are drawn around a constant: rows for a router that
-    is there already are to be as long as those beside them.
+    These are the values of literals, and the size of numbers drawn around a constant: new rows of an existing router
+    get the length of its other rows.
     """
     match x:
         case Literal():

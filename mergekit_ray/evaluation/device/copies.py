@@ -54,7 +54,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def send(self, source: torch.Tensor) -> tuple[torch.Tensor, Mark]:
-        """A copy on the device, and the mark from which on it is there.
+        """A copy on the device, and the mark after which it is complete.
 
         It may be used on the lane of arithmetic once that lane waits for the mark; `Device.lend` is done.
 
@@ -124,7 +124,7 @@ class Downloads:
         self._lock = threading.Lock()
 
     def fetch(self, source: torch.Tensor, target: torch.Tensor, download: Download) -> None:
-        """Copy what the arithmetic handed over so far gives. Waits only for a free buffer.
+        """Copy the result of the arithmetic queued so far. Waits only for a free buffer.
 
         Args:
             source: 1-D, on the device; not to be written to any more.

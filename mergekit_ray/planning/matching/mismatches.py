@@ -30,7 +30,7 @@ def classes_told(models: Iterable[Model]) -> str:
 
 
 class Groups:
-    """Tensors of which the same is to be said, by what is to be said.
+    """Tensors grouped by the problem they share.
 
     A group of one is shown by its tensor's name, others by what their names share and their number.
     """
@@ -43,14 +43,14 @@ class Groups:
 
         Args:
             name: of the output tensor.
-            what: is to be said.
+            what: the problem, in words.
             prefix: a leading part of the name that stands for everything below it.
         """
         below = name if prefix is None or prefix == name else f"{prefix}.*"
         self._found.setdefault((pattern_of(below), what), []).append((name, below))
 
     def told(self) -> list[tuple[str, str, int]]:
-        """For each group what its tensors are called, what is to be said, and how many they are."""
+        """Of each group: the name or pattern of its tensors, the problem, and how many they are."""
         lines = []
         for (pattern, what), tensors in self._found.items():
             shared = {below for _, below in tensors}

@@ -1,9 +1,9 @@
 """Mapped files that shrink, or whose disk fails, while their bytes are in use.
 
 The kernel answers an access to such a page with SIGBUS, which ends the process silently. Reading into buffers
-instead would be told an error, but costs every merge a copy of all its inputs: a fifth of its processor time, measured.
-So a signal handler puts zeros in the place of what cannot be read, notes it, and lets the access go on; whoever used
-the bytes asks afterwards and throws the result away. The handler is machine code of a few instructions that calls
+instead would give an error, but costs every merge a copy of all its inputs: a fifth of its processor time, measured. So
+a signal handler replaces what cannot be read by zeros, notes it, and lets the access go on. The caller asks afterwards
+and throws the result away. The handler is machine code of a few instructions that calls
 nothing but ``mmap`` and ``sigaction``: no thread can be interrupted where it may not, and the interpreter, whose lock
 another thread may hold, takes no part. A fault anywhere else goes to whoever was asked before (as Ray's and Python's
 crash reports), or ends the process as ever.

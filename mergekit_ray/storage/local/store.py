@@ -335,7 +335,7 @@ class LocalStore(LocalSource):
 
 
 def _is_absent(error: OSError) -> bool:
-    """Whether there is no such file; nor can there be one whose name is longer than the file system takes."""
+    """Whether there is no such file, perhaps because its name is too long for the file system."""
     return isinstance(error, NOT_THERE) or error.errno == errno.ENAMETOOLONG
 
 

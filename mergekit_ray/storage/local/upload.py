@@ -89,7 +89,7 @@ def _free_bytes(path: Path) -> int | None:
 class LocalUpload:
     """See `mergekit_ray.storage.protocols.Upload`.
 
-    The temporary file is locked as long as it is written. One that a killed process left is not, and is removed when
+    The temporary file is locked while it is written. A killed process leaves one that is not locked; it is removed when
     the same file is next opened for writing.
 
     Args:

@@ -42,10 +42,10 @@ class S3Store:
     signature of the body beside it. ``AWS_REQUEST_CHECKSUM_CALCULATION=when_required`` leaves it out for a server that
     cannot check it.
 
-    As a `GuardedSink` it writes all files as multipart uploads, which cannot be completed after they were aborted, and
-    so keeps the whole promise for whatever is written. Nothing can be prepared for a deletion: it is conditional on the
-    ETag that the file had before the guard was asked, so that a file which another has written since stays, unless that
-    has the same bytes. A server that ignores this condition deletes what it was asked to before the lease was lost.
+    As a `GuardedSink` it writes all files as multipart uploads, which cannot be completed once aborted, and so keeps
+    the whole promise for writes. A deletion cannot be prepared. It is conditional on the ETag that the file had before the
+    guard was called, so a file that another driver has written since stays, unless it has the same bytes. A server that
+    ignores the condition may carry out a deletion that was requested before the lease was lost.
 
     Args:
         client: a boto3 S3 client; by default one is made at the first use.
