@@ -2,8 +2,8 @@
 
 Folders are compared by what they are (device and inode), so that links and bind mounts do not hide that two paths are
 one place, and so are their files. Prefixes of buckets and repositories are compared by name, whatever the commit:
-within a process, all buckets are on one endpoint. We cannot see that a bucket has two names (an access
-point), that a repository was renamed, or that a file system is mounted twice with other inodes.
+within a process, all buckets are on one endpoint. We cannot see that a bucket has two names (an access point),
+that a repository was renamed, or that a file system is mounted twice with other inodes.
 
 An output in an input's folder is refused. The reverse is not: models lie below a bucket's root, or in a folder of
 models, whose root takes another. Of what is below it, a merge touches ``.mergekit-ray/`` and files that it writes

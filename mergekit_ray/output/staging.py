@@ -1,4 +1,4 @@
-"""Replacing a model by another without losing both at any moment.
+"""Replacing a model by another, of which one or the other always exists.
 
 The new model is made beside the old one, in ``.mergekit-ray/<plan digest>/staged/``: an output like any other, with its
 own records, published there when it is whole. Until then nothing of the old one is touched; a merge that fails or is

@@ -1,8 +1,8 @@
 """Magnitude sampling (see `mergekit_ray.methods.shared.rank_sampling`) of rows of magnitudes, without sorting them.
 
-An element is kept if its random word is below a limit that rises with its rank. A histogram of the row
-narrows every rank down to one bucket. That decides for nearly all elements: the word is below the limit of the bucket's
-lowest rank, or not below that of its highest. Only the remaining elements are ranked exactly.
+An element is kept if its random word is below a limit that rises with its rank. A histogram of the row narrows
+every rank down to one bucket, which decides for nearly all elements: the word is below the limit of the bucket's lowest
+rank, or not below that of its highest. Only the remaining elements are ranked exactly.
 
 Magnitudes come as bit patterns: non-negative integers, ordered as the numbers are.
 """

@@ -43,9 +43,9 @@ class S3Store:
     cannot check it.
 
     As a `GuardedSink` it writes all files as multipart uploads, which cannot be completed once aborted, and so keeps
-    the whole promise for writes. A deletion cannot be prepared. It is conditional on the ETag that the file had before the
-    guard was called, so a file that another driver has written since stays, unless it has the same bytes. A server that
-    ignores the condition may carry out a deletion that was requested before the lease was lost.
+    the whole promise for writes. A deletion cannot be prepared. It is conditional on the ETag that the file had before
+    the guard was called, so a file that another driver has written since stays, unless it has the same bytes. A server
+    that ignores the condition may carry out a deletion that was requested before the lease was lost.
 
     Args:
         client: a boto3 S3 client; by default one is made at the first use.
