@@ -15,7 +15,7 @@ from mergekit_ray.architectures.anatomy import TEXT_CONFIG_KEYS, language_config
 from mergekit_ray.architectures.quantisation_config import CONFIG_KEYS
 
 UNSTATED: Final = object()
-"""A setting of which a config does not speak: it has the family's default, which is not known here."""
+"""A setting that a config leaves out: it has the family's default, which is not known here."""
 
 
 @dataclass(frozen=True, slots=True)

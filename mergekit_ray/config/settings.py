@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Conditional:
-    """Cases of which the first that matches counts."""
+    """Cases; the first that matches counts."""
 
     cases: tuple[Case, ...]
 

@@ -38,7 +38,7 @@ class Parameters(BaseModel):
 
     @classmethod
     def check_together(cls, values: Mapping[str, Any]) -> None:
-        """Refuse values of which each is fine, but not all of them together.
+        """Refuse values that are fine one by one, but not together.
 
         Asked at planning for each tensor, since gradients and filters give each its own.
 

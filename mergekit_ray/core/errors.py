@@ -135,7 +135,7 @@ class StorageError(MergekitRayError):
         what: what failed, after which retries.
         where: the URI or the cluster.
         remedy: what the user can do about it.
-        retryable: whether it may pass by itself, so that the shard is tried again; not so for a refused password.
+        retryable: whether it may pass by itself, so that retrying the shard makes sense. A refused password does not.
     """
 
     exit_code = 4

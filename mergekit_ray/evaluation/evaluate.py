@@ -33,7 +33,7 @@ class NonFiniteReport:
         expression: that was computed.
         pieces: the bytes of each of its loads, in host memory.
         references: the models as the recipe names them, by key.
-        check_finite: False where NaN and infinities are let pass: then there is nothing to say.
+        check_finite: False if NaN and infinities are allowed, and nothing needs reporting.
     """
 
     def __init__(

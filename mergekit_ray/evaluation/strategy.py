@@ -43,7 +43,7 @@ def choose(expression: Expression, device: str, *, allow_non_finite: bool = Fals
     Args:
         expression: of one output tensor.
         device: ``cpu``, or another that there is (see `evaluation.device.names.resolve`).
-        allow_non_finite: NaN and infinities are let pass.
+        allow_non_finite: NaN and infinities are allowed.
     """
     if is_copy(expression):
         return Choice(Strategy.COPY, "the input's bytes are the result")

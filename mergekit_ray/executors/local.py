@@ -177,7 +177,7 @@ class LocalExecutor:
         self._stop.set()
 
     def close(self) -> None:
-        """End the threads. After `stop`, those that hang are left alone: whoever stopped has waited for them."""
+        """End the threads. After `stop`, those that hang are left alone: the caller has waited for them."""
         for seat in self._seats:
             for _ in seat.threads:
                 seat.shards.put(None)

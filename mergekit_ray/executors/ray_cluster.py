@@ -129,7 +129,7 @@ def own_signals() -> Iterator[None]:
 
 
 def _check_listening(address: str) -> None:
-    """See that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process silently.
+    """Check that somebody listens at a ``host:port``: Ray itself waits a minute, then ends the process silently.
 
     Raises:
         StorageError: nobody does.

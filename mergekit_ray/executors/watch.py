@@ -1,9 +1,9 @@
 """Workers that have stopped, and workers that are only slow.
 
-A worker that was stopped (a paused machine, SIGSTOP), or cannot be reached, answers nobody; one whose disk or store
-hangs answers, but gets nowhere. Both are reported and, after a while, given up: their shards go to others. A slow one
-keeps its shard; when there is nothing else to do, another worker starts the same shard, and the first to commit wins
-(Dean and Ghemawat, MapReduce, OSDI 2004, section 3.6).
+A worker that was stopped (a paused machine, SIGSTOP) or cannot be reached does not answer. A worker whose disk or store
+hangs answers, but makes no progress. Both are reported and, after a while, given up: their shards go to others. A slow
+worker keeps its shard; when there is nothing else to do, another worker starts the same shard, and the first to commit
+wins (Dean and Ghemawat, MapReduce, OSDI 2004, section 3.6).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Standing:
         worker: as it is known to the output's fence; empty for one that cannot be given up.
         name: for people.
         files: its shards.
-        silent_seconds: for which it has not answered; 0 if it does.
-        still_seconds: for which what it has done has not grown.
+        silent_seconds: how long it has not answered; 0 if it does.
+        still_seconds: how long its progress has not grown.
     """
 
     worker: str
@@ -60,7 +60,7 @@ class Watch:
         self._told: set[tuple[str, tuple[str, ...]]] = set()
 
     def look(self, standings: Sequence[Standing]) -> list[Standing]:
-        """Those that are to be given up now."""
+        """The workers to give up now."""
         ended = []
         for standing in standings:
             share = max(standing.silent_seconds, standing.still_seconds / _STILL_TIMES) / self._seconds

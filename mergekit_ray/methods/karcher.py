@@ -127,7 +127,7 @@ def _step(mean: Sequence[float], cosines: Matrix) -> list[float]:
 
 
 def _unit(coefficients: Sequence[float], cosines: Matrix) -> list[float]:
-    """Scaled to a vector of length 1; the first of the unit vectors if it has no length to speak of."""
+    """Scaled to a vector of length 1; the first of the unit vectors if its length is negligible."""
     size = length(coefficients, cosines)
     if size <= _NO_DIRECTION:
         return [1.0, *[0.0] * (len(coefficients) - 1)]

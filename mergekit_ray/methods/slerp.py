@@ -24,7 +24,7 @@ COLINEAR_COSINE = 0.9995
 """Above this ``|cos θ|`` the arc is as good as its chord, and ``1/sin θ`` loses digits."""
 
 ZERO_NORM = 1e-8
-"""A vector this short has no direction to speak of and is not divided by its norm."""
+"""A vector this short has no meaningful direction and is not divided by its norm."""
 
 
 class SlerpParameters(Parameters):

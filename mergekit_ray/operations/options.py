@@ -55,7 +55,7 @@ class MergeOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", where="MergeOptions", remedy=f"give {accepted}")
 
     def check(self) -> None:
-        """See that the options go together and that the device is there, before anything is read.
+        """Check that the options go together and that the device is there, before anything is read.
 
         Raises:
             ConfigError: an address that nobody would connect to, or a device that is not there or has no such name.

@@ -1,4 +1,4 @@
-"""`reproduce`: do a merge again from its manifest alone, and see that every byte comes out the same."""
+"""`reproduce`: repeat a merge from its manifest alone, and check that every byte is the same."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _pinned(reference: ModelReference, inputs: Mapping[str, Mapping[str, Any]]) 
 
 
 def _check_inputs(inputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """See that every file is the one that was read; gives what differs and need not matter."""
+    """Check that every file is the one the merge read. Returns differences that need not matter."""
     notes = []
     for model in inputs.values():
         source = open_source(str(model["uri"]))
@@ -193,7 +193,7 @@ def _has_header(source: Source, stat: FileStat, pin: Mapping[str, Any]) -> bool:
 
 
 def _check_read(plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
-    """See that no other file is read than was."""
+    """Check that the merge reads no other files than the first one did."""
     known = {(model["uri"], name) for model in inputs.values() for name in model["files"]}
     for model in plan.inputs.values():
         for name in model.files:

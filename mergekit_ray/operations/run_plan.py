@@ -181,7 +181,7 @@ class _Merge:
     kept: KeptRouters
 
     def confirm(self) -> None:
-        """See that the next step, which readers will see, is still ours to take.
+        """Check that the next step, which readers will see, is still ours to take.
 
         Raises:
             Interrupted: the user has asked to stop.

@@ -60,7 +60,7 @@ class VerifyOptions:
     Attributes:
         sample: digests of so many tensors, drawn at random, are compared; None for those of all tensors and files.
         seed: of the draw.
-        finite: also see that no value that was read is NaN or infinite.
+        finite: also check that no value read is NaN or infinite.
     """
 
     sample: int | None = None
@@ -285,9 +285,9 @@ class _Verifier:
             self._problem(record.file, f"tensor {spec.name!r} holds NaN or infinite values")
 
     def _check_config(self) -> None:
-        """See that a reader who builds the model by its config finds all layers, and an embedding that fits.
+        """Check that a reader who builds the model by its config finds all layers, and an embedding that fits.
 
-        Layers beyond those that the config counts are let pass: some families predict further tokens with them.
+        Layers beyond the number in the config are accepted: some families predict further tokens with them.
         """
         config = self._read_object(_CONFIG_FILE, "missing, so readers do not know what the weights are of")
         if config is None:

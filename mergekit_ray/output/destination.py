@@ -32,10 +32,10 @@ CARD_FILE: Final = "README.md"
 RECORD_ROOT: Final = WORK_FOLDER
 STAGED: Final = "staged"
 PLAN_FILE: Final = "plan.json"
-"""In the folder of a plan's records: that the plan has been begun, with its recipe."""
+"""In the folder of a plan's records: the note that the plan was begun, with its recipe."""
 
 SWAP_FILE: Final = "swap.json"
-"""In the folder of a plan's records: what its staged model replaces, from the moment on that it does."""
+"""In the folder of a plan's records: what its staged model replaces, once the swap has begun."""
 
 _MAX_RECORD_BYTES: Final = 64 << 20
 
@@ -148,7 +148,7 @@ def may_go(name: str, plan: Plan) -> bool:
 
 
 def check_twins(destination: Destination, plan: Plan) -> None:
-    """See that names of the plan's files which differ only in case are two names at the output, as they were.
+    """Check that names of the plan's files which differ only in case are two names at the output, as they were.
 
     Whether they are is asked of an existing file, `PLAN_FILE`.
 
@@ -164,7 +164,7 @@ def check_twins(destination: Destination, plan: Plan) -> None:
 
 
 def _check_spellings(sink: Sink, present: Collection[str], written: Collection[str]) -> None:
-    """See that no existing file is replaced because its name differs only in case from one of the plan's.
+    """Check that no existing file is replaced because its name differs only in case from one of the plan's.
 
     Raises:
         PlanError: something would be.

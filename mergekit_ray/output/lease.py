@@ -68,7 +68,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """See that it is still held, as far as is known; asks the store only after a term without a renewal.
+        """Check that it is still held, as far as is known; asks the store only after a term without a renewal.
 
         Raises:
             StorageError: it is another's by now.
@@ -163,7 +163,7 @@ def hold(
         sink: the output.
         tell: told when a lease that looks expired is watched.
         stop: set by the user's interrupt.
-        term: of the lease; None for what suits the store. It is also taken for that of a lease that cannot be read.
+        term: of the lease; None for what suits the store. A lease that cannot be read is assumed to have the same term.
         clock: seconds since 1970, as `time.time`.
 
     Raises:
@@ -182,7 +182,7 @@ def hold(
 def discard_dead(sink: Sink) -> None:
     """Remove what a driver that died after it had published all has left; that of one that may be alive stays.
 
-    Failures are let pass: it is in nobody's way.
+    Failures are ignored: it is in nobody's way.
     """
     with contextlib.suppress(MergekitRayError):
         found = _look(sink)

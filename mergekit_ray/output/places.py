@@ -25,7 +25,7 @@ _Identity: TypeAlias = tuple[int, int]
 
 
 def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Collection[str] = ()) -> None:
-    """See that what is done at an output does not touch an input.
+    """Check that what is done at an output does not touch an input.
 
     Args:
         inputs: names of the files that are read, by the URI of the model.
@@ -57,7 +57,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
 
 
 def _check_files(place: str, files: Collection[str], output: str) -> None:
-    """See that no file in the output's root is one of an input's, by a hard link or a mount."""
+    """Check that no file in the output's root is one of an input's, by a hard link or a mount."""
     if not (_is_folder(place) and _is_folder(output)):
         return
     ours = {_identity(Path(place, name)): name for name in files}

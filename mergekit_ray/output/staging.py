@@ -86,7 +86,7 @@ def _move(sink: MovingSink, staging: str, names: Sequence[str]) -> None:
 
 
 def _check(plan: Plan, sink: Sink) -> None:
-    """See that every shard has come, before the index says so."""
+    """Check that every shard has come, before the index says so."""
     for shard in plan.shards:
         stat = sink.stat(shard.file)
         if stat is None or stat.num_bytes != shard.num_bytes:

@@ -16,7 +16,7 @@ from mergekit_ray.core.sizes import counted, format_bytes
 
 
 def check_sizes(donor: Checkpoint) -> None:
-    """See that the files beside the weights can be copied.
+    """Check that the files beside the weights can be copied.
 
     Raises:
         PlanError: naming one that is too large.

@@ -29,11 +29,11 @@ _GOING_TOGETHER = ("cross_layer_interval", "num_layers_per_stack", GROUP_COUNT_K
 """Keys of families whose layers go with those of another stack (IDEFICS, HRM), or share weights (ALBERT, Zamba2)."""
 
 _VECTOR = re.compile(r"(norm\w*|ln_f)\.weight$|bias$")
-"""What has an element for each hidden unit, of which there may be as many as layers."""
+"""Names of tensors with an element for each hidden unit; there may be as many units as layers."""
 
 
 def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
-    """See that layers which the config does not tell apart keep their order where their tensors differ.
+    """Check that layers which the config does not tell apart keep their order where their tensors differ.
 
     T5's first block has a table of relative positions, Zamba's first attention the weights that later ones share: no
     key says so. Of such layers the first in the output has to be like the first in the donor, and so on.
@@ -72,7 +72,7 @@ def check_layer_order(donor: Model, layers: Sequence[tuple[Model, int]]) -> None
 
 
 def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
-    """See that the config says how many layers there are, and that one stack holds all of each layer.
+    """Check that the config says how many layers there are, and that one stack holds all of each layer.
 
     Args:
         donor: whose config the output gets.
@@ -123,7 +123,7 @@ def check_is_counted(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
 
 
 def check_nothing_by_layer(donor: Model, layers: Sequence[tuple[Model, int]]) -> None:
-    """See that no tensor outside the layers has a part for each layer, unless all layers are taken in their order.
+    """Check that no tensor outside the layers has a part for each layer, unless all layers are taken in their order.
 
     Args:
         donor: who gives what is outside the layers.

@@ -21,7 +21,7 @@ _INPUTS_FIRST = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 """Types of models that keep experts as inputs by outputs. A square matrix does not tell."""
 
 _SEPARATE = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-"""What files call the parts of a parameter, where they have each expert by itself."""
+"""Names of a parameter's parts in files that store each expert separately."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,7 @@ def _take_windows(level: dict[str, Any], layers: Layers) -> None:
 
 
 def _set_kinds(level: dict[str, Any], layers: Layers) -> None:
-    """Say of which kind each layer is, where the config or its family have kinds that follow from the index.
+    """Write the kind of each layer into the config, where kinds follow from the layer's index.
 
     Raises:
         PlanError: the config cannot say it.

@@ -1,6 +1,7 @@
-"""Stacks beside the main one (encoders, towers of other modalities) that modules cut anew: what config says of them.
+"""Stacks beside the main one (encoders, towers of other modalities) that modules cut anew: their place in the config.
 
-Where it cannot say it the recipe is refused: with a wrong config, transformers makes up layers, or loses some.
+If the config cannot express the result, the recipe is refused: with a wrong config, transformers invents layers, or
+loses some.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _COUNT_KEYS = (*LAYER_COUNT_KEYS, "depth", "encoder_layers", "num_encoder_layers
 """Names under which the config of a tower gives its number of layers."""
 
 _BY_INDEX = re.compile(r"layer|block|depth|index|indices")
-"""Names of lists that speak of single layers."""
+"""Names of lists with an entry for single layers."""
 
 _FEATURES = re.compile(r"(vision|image|audio)\w*feature_layers?$")
 """Names of the layers, outside the tower's own config, that a projector takes features from; -2 is the last but one."""
@@ -103,7 +104,7 @@ def _check_nothing_by_index(donor: Model, stack: str, found: Sequence[tuple[str,
 
 
 def _check_layers(donor: Model, stack: str, layers: Sequence[tuple[Model, int]]) -> None:
-    """See that each layer has the tensors, and their shapes, that the donor's has at its place, or would have there."""
+    """Check that each layer has the tensors and shapes that the donor's has, or would have, at its place."""
     own = [frozenset(_shapes(donor, stack, index).items()) for index in range(donor.anatomy.stacks[stack])]
     for place, (model, index) in enumerate(layers):
         found = frozenset(_shapes(model, stack, index).items())

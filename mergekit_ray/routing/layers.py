@@ -105,7 +105,7 @@ def embeddings(checkpoint: Checkpoint, name: str, tokens: Sequence[int]) -> torc
 
 
 def check_lengths(checkpoint: Checkpoint, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
-    """See that a model takes prompts as long as these.
+    """Check that a model takes prompts as long as these.
 
     Raises:
         ModelError: it does not.

@@ -88,7 +88,7 @@ def routers(
 
 
 def check_routable(recipe: MoeRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
-    """See that routers can be made, from headers, configs and the tokenizer alone.
+    """Check that routers can be made, from headers, configs and the tokenizer alone.
 
     Args:
         recipe: where its routers are random, there is nothing to see.

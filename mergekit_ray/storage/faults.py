@@ -31,7 +31,7 @@ def changed(where: str, remedy: str = "let nothing write to the inputs, and star
 
 
 def full(what: str, where: str, remedy: str = "free some space or choose another place") -> StorageError:
-    """There is no room, or a quota is used up: nothing that passes by itself, so the merge ends at once."""
+    """There is no room, or a quota is used up. Waiting does not help, so the merge ends at once."""
     return StorageError(what, where=where, remedy=f"{remedy}, and run again to resume", retryable=False)
 
 

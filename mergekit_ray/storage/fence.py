@@ -44,7 +44,7 @@ class Fence:
     worker: str = ""
 
     def check(self, source: Source) -> None:
-        """See that the lease is still held, and this worker has not been given up.
+        """Check that the lease is still held, and this worker has not been given up.
 
         Args:
             source: the output that the lease is for.

@@ -128,7 +128,7 @@ class LinkedSource(Source, Protocol):
     """A source whose files may be links. `read` and the other methods refuse one that leads out of the model."""
 
     def check_links(self, is_wanted: Callable[[str], bool]) -> None:
-        """See that every link of a wanted name leads to a file of the model: `list` leaves out those that lead nowhere.
+        """Check that every link of a wanted name leads to a file of the model: `list` leaves out links to nothing.
 
         Args:
             is_wanted: whether a file of this name is needed.

@@ -90,7 +90,7 @@ class InputReader:
         return inputs
 
     def check_unchanged(self) -> None:
-        """See that no file changed while it was used where it lies.
+        """Check that no file changed while it was mapped.
 
         Raises:
             CheckpointError: one did; names it.

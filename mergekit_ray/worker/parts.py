@@ -1,4 +1,4 @@
-"""What is merged goes to the writer part by part, through a few buffers that are used again and again."""
+"""Merged parts on their way to the writer, through a few buffers that are reused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mergekit_ray.planning.windows import MAX_PART_BYTES, PARTS_AT_ONCE
 from mergekit_ray.worker.buffers import BufferPool
 
 PART_BYTES: Final = 4 << 20
-"""Of a part, for each thread that computes it. Much less, and threads wait for each other too often; much more, and it
-has left the processor's cache by the time it is hashed and written."""
+"""Of a part, for each thread that computes it. With much less, threads wait for each other too often. With much more,
+the part has left the processor's cache by the time it is hashed and written."""
 
 _ALIGNMENT: Final = 1 << 16
 """Parts but the last have a multiple of so many elements."""
@@ -30,8 +30,8 @@ class Parts:
     """The result of a window on its way from the thread that merges it to the one that writes it.
 
     Args:
-        buffers: where parts lie.
-        failed: when set, whoever waits for room stops waiting.
+        buffers: for the parts.
+        failed: when set, threads that wait for room stop waiting.
     """
 
     def __init__(self, buffers: BufferPool, failed: threading.Event) -> None:

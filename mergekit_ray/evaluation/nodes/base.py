@@ -102,7 +102,7 @@ class Guard:
     all_finite: torch.Tensor | None = None
 
     def check(self, values: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-        """See that values are finite, and stay so when rounded to ``dtype`` if one is given.
+        """Check that values are finite, and stay so when rounded to ``dtype`` if one is given.
 
         Raises:
             NonFiniteError: they do not. On a device it is noted in ``all_finite`` instead.

@@ -154,7 +154,7 @@ def importance(x: Floats, base: Floats, start: int, length: int, factors: Floats
 def take_important(x: Floats, base: Floats, weighed: Floats, threshold: float) -> None:
     """Of ``x`` what is at least as important as ``threshold``, of ``base`` the rest, in place of ``x``.
 
-    Where importance is not a number, nor is the result.
+    If an importance is not a number, the result is not either.
 
     Args:
         x: 1-D.

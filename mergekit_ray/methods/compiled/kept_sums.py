@@ -1,4 +1,4 @@
-"""Sums of changes of which random masks keep a part, from the numbers in memory, without torch.
+"""Sums of changes that random masks keep in part, from the numbers in memory, without torch.
 
 Arguments are those of `mergekit_ray.methods.compiled.runs`. What is dropped, elected and added is what
 `masks`, `election` and `mergekit_ray.methods.shared.accumulate` drop, elect and add, bit for bit.

@@ -148,7 +148,7 @@ class SummedTensor(Protocol):
 
 
 class SumMethod(ElementwiseMethod):
-    """A method whose result is a sum of the models or of their changes, or as simple, for which there are loops."""
+    """A method with a compiled loop: its result is a sum of the models or of their changes, or something as simple."""
 
     @classmethod
     @abstractmethod

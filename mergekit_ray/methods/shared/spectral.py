@@ -110,7 +110,7 @@ class TaskMatrices:
         return math.sqrt(math.fsum(float(run.square().sum()) for run in self.map_one(index)))
 
     def is_finite(self) -> bool:
-        """Whether no element of any task vector is a NaN or an infinity (a sum of which shows)."""
+        """Whether all task vectors are finite: a NaN or an infinity in one shows in their sum."""
         import torch  # noqa: PLC0415
 
         return all(bool(torch.isfinite(summed).all()) for summed in self.map(total))

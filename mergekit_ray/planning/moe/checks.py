@@ -20,7 +20,7 @@ _MAX_LISTED = 12
 def check_sources(
     base: Model, sources: Sequence[Model], feed_forward: Collection[str], copied: Collection[str] = ()
 ) -> None:
-    """See that every expert's feed-forward layers fit into the base model.
+    """Check that every expert's feed-forward layers fit into the base model.
 
     Args:
         base: gives all else.
@@ -44,7 +44,7 @@ def check_sources(
 def check_additions(
     family: MoeFamily, base: Model, sources: Sequence[Model], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """See that dense models can give experts to a Mixture of Experts.
+    """Check that dense models can give experts to a Mixture of Experts.
 
     Args:
         family: of the base model.
@@ -116,7 +116,7 @@ def vocabulary_warnings(base: Model, sources: Sequence[Model]) -> list[str]:
 
 
 def check_backbone(base: Model, expected: Sequence[str], made: Mapping[str, TensorSpec]) -> None:
-    """See that a backbone recipe makes what stands outside the feed-forward layers, and nothing else.
+    """Check that a backbone recipe makes what stands outside the feed-forward layers, and nothing else.
 
     Args:
         base: the model whose place it takes.

@@ -49,7 +49,7 @@ class Gate:
         self._lock = threading.Lock()
 
     def enter(self) -> None:
-        """Wait until requests may be sent. Threads leave a little apart, so as not to be refused together again."""
+        """Wait until requests may be sent. Threads leave at slightly different times, lest all are refused again."""
         while (seconds := self._opens_at - self._clock()) > 0:
             self._sleep(seconds + random.uniform(0.0, _SPREAD * seconds))
 
@@ -112,7 +112,7 @@ def stream(url: str, start: int, end: int) -> Iterator[Any]:
 
     The user's token goes to the Hub only: neither to another host named by ``url``, nor along a redirect to one.
     """
-    # Not by `http_stream_backoff`: it logs the address, which may be a credential, and lets each thread wait by itself.
+    # We avoid `http_stream_backoff`: it logs the address, which may be a credential, and each thread waits on its own.
     from huggingface_hub.utils import get_session  # noqa: PLC0415
 
     gate = gate_of(url)

@@ -126,7 +126,7 @@ class HubSource:
 
 
 class MappedHubSource(HubSource):
-    """A commit of which large files are in the cache, where they are used without being copied."""
+    """A commit with large files in the cache, where they are used without being copied."""
 
     def map_range(self, name: str, start: int, end: int, *, version: str | None = None) -> MappedRange:
         """See `MappableSource.map_range`. What is not in the cache, as after a download that broke off, is fetched."""

@@ -29,7 +29,7 @@ from mergekit_ray.storage.transfers import RetryPolicy, read_whole
 
 
 class HubStore:
-    """A repository of the Hub, read and written. Its readers see nothing before `finish`, and then all at once.
+    """A repository of the Hub, read and written. Readers see nothing before `finish`, and then everything at once.
 
     What is written goes to a branch, ``mergekit-ray-unfinished``, one commit for each file; `finish` brings ``main`` to
     what that branch holds by one commit (without sending anything again) and removes it. What is read and listed here

@@ -81,7 +81,7 @@ class _Stages:
         import numpy as np  # noqa: PLC0415 - plans are made without it
 
         self._fd = fd
-        # numpy asks for huge pages, of which there are few to be found when a buffer is written.
+        # numpy asks for huge pages, so that writing a buffer touches few pages.
         memory = np.empty(2 * _STAGE_BYTES + _ALIGN_BYTES, np.uint8)
         first = -memory.__array_interface__["data"][0] % _ALIGN_BYTES
         self._filling, self._spare = memory[first : first + 2 * _STAGE_BYTES].reshape(2, _STAGE_BYTES)

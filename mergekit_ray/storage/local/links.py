@@ -1,7 +1,7 @@
 """Symbolic links in a folder that holds a model: which of them are followed.
 
-What a link leads to is published with the merged model, to the Hub too, and a model that came from somebody else may
-hold a ``tokenizer.json`` that is a link to ``/etc/shadow``. So only these are followed:
+A merge publishes what a link leads to, even on the Hub, and somebody else's model may hold a ``tokenizer.json`` that is
+a link to ``/etc/shadow``. So only these links are followed:
 
 - links that stay inside the model's folder (which may be a link itself, wherever it leads);
 - in a snapshot of huggingface_hub's cache, those to its blobs: ``<repository>/snapshots/<commit>/config.json`` leads to
@@ -9,9 +9,9 @@ hold a ``tokenizer.json`` that is a link to ``/etc/shadow``. So only these are f
   share, the file that it leads to must be named by a hash as well. Names that long are no accident, and no ``shadow``.
 - links into the folders that ``MERGEKIT_RAY_LINKS_INTO`` names.
 
-The last is for those who build folders of links on purpose, as DVC does. It is a variable of the environment, and
-neither an option nor part of a recipe, because it is the machine's owner who can say where links may lead: not whoever
-wrote the model or the recipe. Workers read their own.
+The last is for folders of links made on purpose, as DVC does. It is an environment variable rather than an option or
+part of a recipe, because the machine's owner decides where links may lead, not the author of the model or the recipe.
+Workers read their own.
 
 Nothing is written through a link below an output: a link in the place of a file is replaced, one in the place of a
 folder is refused.
@@ -34,7 +34,7 @@ _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, SHA-256
 
 
 def check_link(root: Path, path: Path) -> None:
-    """See that a file is one of the model's, wherever links lead.
+    """Check that a file is one of the model's, wherever links lead.
 
     Args:
         root: the model's folder.
@@ -59,7 +59,7 @@ def check_link(root: Path, path: Path) -> None:
 
 
 def check_written(root: Path, path: Path, *, itself: bool = False) -> None:
-    """See that a file which is to be written or removed is in the output itself.
+    """Check that a file which is to be written or removed is in the output itself.
 
     Args:
         root: the output's folder, which may be a link.
@@ -89,7 +89,7 @@ def dangling_link(path: Path) -> Path | None:
 
 
 def check_folder(path: Path) -> None:
-    """See that no link on the way to a folder leads nowhere, whether the folder is there yet or not.
+    """Check that no link on the way to a folder leads nowhere, whether the folder is there yet or not.
 
     Raises:
         StorageError: one does; names it and its target.
@@ -116,7 +116,7 @@ def file_status(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def check_links(root: Path, is_wanted: Callable[[str], bool]) -> None:
-    """See that all of wanted names below a folder are files, or links to files of the model.
+    """Check that all of wanted names below a folder are files, or links to files of the model.
 
     Raises:
         CheckpointError: as `check_link`; or a link leads nowhere, or to a folder with wanted files, which are not

@@ -163,7 +163,7 @@ class LocalSource:
             raise local_fault(OSError(errno.EIO, os.strerror(errno.EIO)), self._path(name))
 
     def _check_unchanged(self, name: str, file: _OpenFile, before: os.stat_result) -> None:
-        """See that an open file is what it was, and that it is still what its name stands for."""
+        """Check that an open file is what it was, and that it is still what its name stands for."""
         after, there = os.fstat(file.fd), self.stat(name)
         same = (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not same or there is None or there.version != self._version(name, before):

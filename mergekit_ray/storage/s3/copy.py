@@ -1,4 +1,4 @@
-"""What an S3 server does by itself when asked: copies within a bucket, the end of stale uploads."""
+"""Work that an S3 server does on request: copies within a bucket, and aborting stale uploads."""
 
 from __future__ import annotations
 
