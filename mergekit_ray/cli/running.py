@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -11,14 +12,14 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergekit_ray.cli.options import LogFormat
 from mergekit_ray.cli.voice import Voice
-from mergekit_ray.core.errors import ConfigError, InternalError, Interrupted, MergekitRayError
+from mergekit_ray.core.errors import ConfigError, InternalError, Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.secrets import RedactedStream
 from mergekit_ray.reporting.signals import RESUME, listening
 from mergekit_ray.reporting.text import has_colour
@@ -97,6 +98,42 @@ def _wrong_arguments(error: Any) -> ConfigError:
     return ConfigError(message[:1].lower() + message[1:], remedy=remedy)
 
 
+class _Output(RedactedStream):
+    """Standard output or error: credentials are hidden, and a failure to write is an error that names the stream.
+
+    Args:
+        stream: where it goes; None, for one that the shell has closed, is nowhere.
+        name: for messages.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str) -> None:
+        super().__init__(Path(os.devnull).open("w", encoding="utf-8") if stream is None else stream)  # noqa: SIM115 - to the end
+        self._name = name
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase.write`."""
+        with self._checked():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """See `io.IOBase.flush`."""
+        with self._checked():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # a reader that has seen enough
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{self._name} cannot be written: {os.strerror(error.errno or errno.EIO)}",
+                remedy="write it to another place",
+                retryable=False,
+            ) from None
+
+
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
     """Exit at once with the code raised inside, without the interpreter's clean-up.
@@ -105,16 +142,20 @@ def leaving() -> Iterator[None]:
 
     Until then, credentials are hidden in everything printed, by libraries too.
     """
-    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
+    sys.stdout, sys.stderr = _Output(sys.stdout, "standard output"), _Output(sys.stderr, "standard error")
     try:
         yield
         code: object = 0
     except SystemExit as leave:
         code = leave.code
+    except MergekitRayError as error:  # output that failed where no command tells errors: the help, or an error's text
+        code = error.exit_code
+        with contextlib.suppress(OSError, MergekitRayError):
+            Voice().fail(error)
     if "ray" in sys.modules or not (code is None or isinstance(code, int)):
         sys.exit(code if code is None or isinstance(code, int) else str(code))
     logging.shutdown()
-    with contextlib.suppress(OSError):  # a reader that is gone
+    with contextlib.suppress(OSError, MergekitRayError):  # a reader that is gone
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code or 0)

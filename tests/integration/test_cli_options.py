@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from mergekit_ray.cli import app, tables
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.version import __version__
-from support.merging import recipe_of, run_command
+from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import Family, ModelLibrary, config_of
 
 
@@ -110,6 +111,32 @@ def test_a_pipe_gets_each_row_in_one_line(arguments: tuple[str, ...], recipe: Pa
 def test_the_version(command: list[str]) -> None:
     done = run_command(*command, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mergekit-ray {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("methods",), ("methods", "--json"), ("--help",), ("validate", "nothere.yml", "--log-format=json")]
+)
+def test_output_that_cannot_be_written_is_no_fault_of_ours(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [COMMANDS / "mergekit-ray", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=command_environment(),
+            check=False,
+        )
+    expected = "error: standard output cannot be written: No space left on device\n  write it to another place\n"
+    assert (done.returncode, done.stderr) == (4, expected)
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), ("--nope 2>/dev/full", 4)])
+def test_streams_that_are_closed_or_full(closed: str, code: int, recipe: Path) -> None:
+    """A closed one is nowhere, and an error that nobody can be told of still has an exit code."""
+    command = f"{COMMANDS / 'mergekit-ray'} validate {recipe} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, env=command_environment(), check=False)
+    assert (done.returncode, done.stderr) == (code, b"")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
