@@ -140,8 +140,10 @@ def read_manifest(place: str) -> dict[str, Any]:
     path = Path(place).resolve()  # a file that the user names may be a link
     where = place if path.is_file() else f"{place}/{MANIFEST_FILE}"
     source = open_source(str(path.parent) if path.is_file() else place)
-    data = source.read(path.name if path.is_file() else MANIFEST_FILE, max_bytes=_MAX_JSON_BYTES)
-    found = parse_object(data, where, "manifest")
+    name = path.name if path.is_file() else MANIFEST_FILE
+    if source.stat(name) is None:
+        raise _not_published(source)
+    found = parse_object(source.read(name, max_bytes=_MAX_JSON_BYTES), where, "manifest")
     if found.get("format") != _FORMAT:
         raise CheckpointError(
             f"not a manifest of format {_FORMAT}", where=where, remedy=f"give the {MANIFEST_FILE} of a published model"
@@ -160,11 +162,7 @@ def published_contents(source: Source) -> Contents:
     """
     manifest = read_json(source, MANIFEST_FILE)
     if manifest is None:
-        raise CheckpointError(
-            f"no {MANIFEST_FILE}: this is not a published model of mergekit-ray",
-            where=source.uri,
-            remedy="check the path; an unfinished merge is completed by running it again",
-        )
+        raise _not_published(source)
     try:
         records = [ShardRecord.from_json(record) for record in manifest["shards"]]
         return Contents(
@@ -178,6 +176,14 @@ def published_contents(source: Source) -> Contents:
             where=f"{source.uri}/{MANIFEST_FILE}",
             remedy="verify and attest read what `merge` has published",
         ) from error
+
+
+def _not_published(source: Source) -> CheckpointError:
+    return CheckpointError(
+        f"no {MANIFEST_FILE}: this is not a published model of mergekit-ray",
+        where=source.uri,
+        remedy="check the path; an unfinished merge is completed by running it again",
+    )
 
 
 def listed_files(manifest: Mapping[str, Any]) -> dict[str, FileDigest] | None:

@@ -56,6 +56,8 @@ def open_source(reference: str, revision: str | None = None) -> Source:
             folder = _nearest_folder(path)
             if folder is not None:
                 error.remedy = f"{error.remedy}; or did you mean {folder}?"
+            elif "/" not in reference:
+                error.remedy = f"{error.remedy}; for a folder, write ./{reference}"
             raise
     folder = _nearest_folder(path)
     raise ModelError(

@@ -18,6 +18,7 @@ from mergekit_ray.cli import app
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.reproduce import Reproduction, reproduce
+from mergekit_ray.operations.verify import verify
 from mergekit_ray.output.destination import MANIFEST_FILE
 from mergekit_ray.output.manifest import read_manifest
 from support.manifests import edit_manifest, make_old
@@ -171,6 +172,14 @@ class TestReproduce:
         (tmp_path / MANIFEST_FILE).write_text(damage)
         with pytest.raises(CheckpointError, match=r"manifest|not JSON"):
             read_manifest(str(tmp_path / MANIFEST_FILE))
+
+    def test_a_folder_without_a_manifest_is_told_as_verify_tells_it(self, tmp_path: Path) -> None:
+        errors = []
+        for read in (read_manifest, verify):
+            with pytest.raises(CheckpointError, match=f"no {MANIFEST_FILE}: this is not a published model") as caught:
+                read(str(tmp_path))
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
 
     @pytest.mark.parametrize("key", ["shards", "inputs", "files"])
     def test_a_manifest_that_was_changed(self, out: Path, tmp_path: Path, key: str) -> None:

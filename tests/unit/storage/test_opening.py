@@ -67,7 +67,8 @@ def test_what_is_not_cached_is_told_with_the_command_that_fetches_it(
 ) -> None:
     with pytest.raises(ModelError) as caught:
         open_source(reference, revision)
-    assert caught.value.remedy == f"fetch it first: {command}"
+    or_folder = "" if "/" in reference else f"; for a folder, write ./{reference}"
+    assert caught.value.remedy == f"fetch it first: {command}{or_folder}"
 
 
 def test_a_folder_goes_before_the_hub(hub: Path, tmp_path: Path) -> None:
