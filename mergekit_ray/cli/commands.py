@@ -95,7 +95,10 @@ def merge(
     After a failure, run the same command again to resume. If the result is already there, nothing is done.
     """
     del version
-    with told_errors(debug, quiet=quiet, log_format=log_format) as voice, listening(voice.say) as signals:
+    with (
+        told_errors(debug, quiet=quiet, log_format=log_format, resumes=True) as voice,
+        listening(voice.say) as signals,
+    ):
         from mergekit_ray.operations.merge import merge as run
 
         loaded = load(recipe, voice, lenient=lenient)
@@ -286,7 +289,7 @@ def reproduce_command(
     Reads the inputs that MANIFEST pins and checks their sizes and headers, not their content. Compares the digest of
     every shard and tensor of the result. Exits with code 3 if anything differs.
     """
-    with told_errors(debug, quiet=quiet or as_json) as voice, stop_on_signals(voice) as stop:
+    with told_errors(debug, quiet=quiet or as_json, resumes=True) as voice, stop_on_signals(voice) as stop:
         from mergekit_ray.core.sizes import counted
         from mergekit_ray.operations.reproduce import reproduce
         from mergekit_ray.output.manifest import read_manifest
@@ -326,7 +329,7 @@ def extract_lora_command(
 
     PEFT loads the adapter. Prints how much of each change is lost, and every change that the adapter leaves out.
     """
-    with told_errors(debug, quiet=quiet or as_json) as voice, stop_on_signals(voice) as stop:
+    with told_errors(debug, quiet=quiet or as_json, resumes=True) as voice, stop_on_signals(voice) as stop:
         from mergekit_ray.core.dtypes import DType
         from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
         from mergekit_ray.operations.extraction_report import lines, to_data

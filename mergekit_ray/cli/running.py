@@ -162,8 +162,17 @@ def leaving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_errors(debug: bool, *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Voice]:
-    """Tell an error in a paragraph or as a line of JSON, and exit with its code. Gives the voice for all else."""
+def told_errors(
+    debug: bool, *, quiet: bool = False, log_format: LogFormat = LogFormat.text, resumes: bool = False
+) -> Iterator[Voice]:
+    """Tell an error in a paragraph or as a line of JSON, and exit with its code. Gives the voice for all else.
+
+    Args:
+        debug: show its traceback, too.
+        quiet: see `Voice`.
+        log_format: see `Voice`.
+        resumes: the command keeps finished work, which an interrupted user should know.
+    """
     voice = Voice(quiet=quiet, log_format=log_format)
     try:
         with voice.warnings_told():
@@ -176,7 +185,7 @@ def told_errors(debug: bool, *, quiet: bool = False, log_format: LogFormat = Log
         voice.fail(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        voice.fail(Interrupted("stopped", remedy=RESUME))
+        voice.fail(Interrupted("stopped", remedy=RESUME if resumes else None))
         raise typer.Exit(Interrupted.exit_code) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None

@@ -148,7 +148,7 @@ class StorageError(MergekitRayError):
 
 
 class Interrupted(MergekitRayError):  # noqa: N818 - the word a user reads; it is a request, not a fault
-    """The user stopped the merge. Running the same command again resumes."""
+    """The user stopped it. Running the same command again resumes."""
 
     exit_code = 130
 

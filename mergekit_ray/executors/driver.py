@@ -251,7 +251,7 @@ def run_shards(
         executor.start(job, len(shards))
         while run.is_unfinished:
             if stop.is_set():
-                raise Interrupted("the merge was stopped", remedy=RESUME)
+                raise Interrupted("stopped", remedy=RESUME)
             referee.check()
             run.hand_out()
             run.take(executor.wait(_WAIT_SECONDS))

@@ -188,7 +188,7 @@ class _Merge:
             StorageError: another driver has taken over.
         """
         if self.stop.is_set():
-            raise Interrupted("the merge was stopped", remedy=RESUME)
+            raise Interrupted("stopped", remedy=RESUME)
         self.lease.confirm()
 
 

@@ -281,7 +281,7 @@ def _wait_for_end(
     deadline = time.monotonic() + term.watch_seconds
     while (left := deadline - time.monotonic()) > 0:
         if stop.is_set():
-            raise Interrupted("the merge was stopped", remedy=RESUME)
+            raise Interrupted("stopped", remedy=RESUME)
         time.sleep(min(left, _MAX_POLL_SECONDS, term.watch_seconds / 10))
         stat = sink.stat(LEASE_FILE)
         if stat is None:

@@ -6,7 +6,9 @@ import json
 import warnings
 
 import pytest
+from typer.testing import CliRunner
 
+from mergekit_ray.cli import app
 from mergekit_ray.cli.options import LogFormat
 from mergekit_ray.cli.voice import Voice
 from mergekit_ray.core.errors import ConfigError, Problem
@@ -49,6 +51,23 @@ def test_json_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> Non
         {"where": "", "path": "", "what": "z", "remedy": None},
     ]
     assert (events[3]["exit_code"], events[3]["remedy"]) == (130, "run the same command to resume")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("plan", "error: stopped\n"),
+        ("validate", "error: stopped\n"),
+        ("merge", "error: stopped\n  run the same command to resume\n"),
+    ],
+)
+def test_only_what_keeps_its_work_is_resumed(command: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*recipe: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergekit_ray.operations.recipes.load_recipe", interrupted)
+    done = CliRunner().invoke(app, [command, "recipe.yml"])
+    assert (done.exit_code, done.stderr) == (130, told)
 
 
 @pytest.mark.parametrize("log_format", LogFormat)
