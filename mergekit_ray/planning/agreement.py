@@ -82,11 +82,18 @@ def check_agreement(
 
 
 def check_pair(base: Model, tuned: Model, *, allow_conflicts: bool = False) -> list[str]:
-    """Compare the configs of two models whose difference is to be an adapter; as `check_agreement`."""
+    """Compare the configs and layers of two models whose difference is to be an adapter; as `check_agreement`."""
     both = [base, tuned]
+    of_type = differences(both, (MODEL_TYPE,)) or _architectures(both)
+    unlike = _unlike_pair(base, tuned)
     found = Findings(
-        differences(both, STRUCTURE),
-        [*differences(both, (MODEL_TYPE, *NUANCES)), *outer_differences(both), *other_differences(both)],
+        [*(of_type if unlike else ()), *differences(both, STRUCTURE), *unlike],
+        [
+            *(() if unlike else of_type),
+            *differences(both, NUANCES),
+            *outer_differences(both),
+            *other_differences(both),
+        ],
     )
     return _settled(found, "an adapter changes no config.json", allow_conflicts=allow_conflicts)
 
@@ -97,7 +104,7 @@ def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
         listed = [*found.conflicts[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
         raise ModelError(
             "no config.json can describe these models together:\n  " + "\n  ".join(listed),
-            remedy="use models of one architecture and size, or pass --allow-config-conflicts to merge them anyway",
+            remedy="use models of one architecture and size, or pass --allow-config-conflicts to go on anyway",
         )
     return [f"the models' configs differ: {line}; {told}" for line in (*found.conflicts, *found.remarks)]
 
@@ -249,6 +256,24 @@ def _unlike_layers(module: NormalModule, models: Mapping[ModelReference, Model],
                 line = f"{at}.{rest}: absent in {model.reference}, there in each layer of {donor.reference}"
                 problems.setdefault(model.reference, {}).setdefault(rest, []).append(line)
     return [line for reference, of_model in problems.items() for line in _shortened(reference, of_model)]
+
+
+def _unlike_pair(base: Model, tuned: Model) -> list[str]:
+    """Tensors of the layers with the same number that only one of two models has, or that have another shape there."""
+    if base.anatomy.main != tuned.anatomy.main:  # other names: what has no counterpart is reported
+        return []
+    problems: dict[str, list[str]] = {}
+    for layer in range(min(base.anatomy.num_layers, tuned.anatomy.num_layers)):
+        ours, theirs = dict(_shapes(base, layer)), dict(_shapes(tuned, layer))
+        for rest in {**ours, **theirs}:
+            if ours.get(rest) == theirs.get(rest):
+                continue
+            said = ", ".join(
+                f"{list(found[rest])} in {model.reference}" if rest in found else f"absent in {model.reference}"
+                for model, found in ((base, ours), (tuned, theirs))
+            )
+            problems.setdefault(rest, []).append(f"{base.anatomy.main}.{layer}.{rest}: {said}")
+    return _shortened(tuned.reference, problems) if problems else []
 
 
 def _unlike_kinds(module: NormalModule, models: Mapping[ModelReference, Model]) -> list[str]:
