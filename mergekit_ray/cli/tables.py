@@ -28,11 +28,13 @@ from mergekit_ray.operations.plan import Explanation
 from mergekit_ray.planning.estimate import Cluster, Estimate
 from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, mapped_models, memory_needed
 from mergekit_ray.reporting.reporters import duration
-from mergekit_ray.reporting.text import INDENT, hanging
+from mergekit_ray.reporting.text import INDENT, hanging, terminal_width
 
 _PIPED_WIDTH = 10_000
+_LEAST_WIDTH = 80
 _MAX_ROWS = 40
 _MAX_DROPPED = 8
+_BOUNDS = {"link, reading": "reading over the links", "link, writing": "writing over the links", "store": "the store"}
 
 _PAGE_HEAD = """\
 # Merge methods
@@ -101,7 +103,7 @@ def print_plan(plan: Plan) -> None:
     _say(
         console,
         f"A worker needs at least {format_bytes(memory_needed(plan))} of memory, and gets "
-        f"{format_bytes(comfortable_memory(plan))} unless --memory says otherwise.",
+        f"{format_bytes(comfortable_memory(plan))} unless `merge --memory` says otherwise.",
     )
     for warning in plan.warnings:
         _say(console, f"warning: {warning}")
@@ -117,11 +119,18 @@ def print_estimate(cluster: Cluster, expected: Estimate) -> None:
     """How long it takes there, and what is the limit."""
     store = "" if cluster.store_bytes is None else f" and a store of {format_bytes(cluster.store_bytes)}/s"
     idle = cluster.num_nodes - expected.num_busy
+    least = f"at least {duration(expected.seconds)}" if expected.seconds >= 1 else "less than 1 s"
+    spread = ""
+    if idle:
+        spread = (
+            f"; too few shards: {idle:,} of {counted(cluster.num_nodes, 'node')} {'is' if idle == 1 else 'are'} idle"
+        )
+    elif expected.balance < 0.995:
+        spread = f"; the average node has {100 * expected.balance:.0f} % of the busiest node's work"
     _say(
         _console(),
-        f"On {counted(cluster.num_nodes, 'node')} with links of {format_bytes(cluster.link_bytes)}/s{store}: at least "
-        f"{duration(expected.seconds)}, without start-up and arithmetic (limited by the {expected.bound}; work is "
-        f"spread to {100 * expected.balance:.0f} %{f'; too few shards leave {idle:,} idle' if idle else ''}).",
+        f"On {counted(cluster.num_nodes, 'node')} with links of {format_bytes(cluster.link_bytes)}/s{store}: {least}, "
+        f"without start-up and arithmetic ({_BOUNDS[expected.bound]} is the limit{spread}).",
     )
 
 
@@ -252,8 +261,12 @@ def _default(parameter: dict[str, Any]) -> str:
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for every column where there is none."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(width=_PIPED_WIDTH, highlight=False)
+    """As wide as the terminal, which wraps a table that it is too narrow for; else wide enough for every column."""
+    if not sys.stdout.isatty():
+        return Console(width=_PIPED_WIDTH, highlight=False)
+    console = Console(highlight=False)
+    console.width = max(console.width, _LEAST_WIDTH)
+    return console
 
 
 def _table(*texts: str, numbers: Sequence[str] = ()) -> Table:
@@ -267,7 +280,7 @@ def _table(*texts: str, numbers: Sequence[str] = ()) -> Table:
 
 
 def _say(console: Console, text: str, by: int = INDENT) -> None:
-    line = Text(hanging(text, console.width, by))
+    line = Text(hanging(text, terminal_width(sys.stdout) or console.width, by))
     if text.startswith("warning: "):
         line.stylize("bold yellow", 0, len("warning:"))
     console.print(line, soft_wrap=True)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from mergekit_ray.cli import app, tables
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.version import __version__
+from support.commands.terminal import plain, run_on_terminal
 from support.merging import COMMANDS, command_environment, recipe_of, run_command
 from support.models import Family, ModelLibrary, config_of
 
@@ -90,6 +91,26 @@ def test_tables_lose_no_word_on_a_narrow_terminal(
     if arguments[0] == "plan":
         heading = next(line for line in shown.splitlines() if "tensors" in line)
         assert heading.split() == ["shard", "tensors", "parameters", "read", "write", "memory"]
+
+
+def test_a_terminal_too_narrow_for_a_plan_gets_all_of_it(recipe: Path) -> None:
+    code, shown = run_on_terminal("mergekit-ray", "plan", recipe, width=40)
+    assert code == 0
+    assert re.search(r"^model-00001-of-00001.safetensors +[\d,]+ +[\d,]+( +\d+ [kMG]?B){3}", plain(shown), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        ("nodes=1,link=1kbit", r"at least \d+ h .* \(reading over the links is the limit\)"),
+        ("nodes=4,link=1Gbit", r"less than 1 s, .* \(reading .* limit; too few shards: 3 of 4 nodes are idle\)"),
+        ("nodes=2,link=1Gbit,store=1kbit", r"\(the store is the limit; too few shards: 1 of 2 nodes is idle\)"),
+    ],
+)
+def test_what_limits_a_cluster(cluster: str, said: str, recipe: Path) -> None:
+    shown = invoke("plan", str(recipe), "--cluster", cluster).stdout
+    assert re.search(said, shown)
+    assert "unless `merge --memory` says otherwise" in shown
 
 
 @pytest.mark.parametrize("arguments", [("plan", "{}"), ("plan", "{}", "--explain", "*"), ("methods",)])
