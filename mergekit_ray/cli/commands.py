@@ -138,7 +138,7 @@ def plan_command(
     Reads the models' headers only. With --explain, shows instead what tensors are made of and how they are computed
     on --device.
     """
-    with told_errors(debug) as voice:
+    with told_errors(debug, as_json=as_json) as voice:
         if explain is None:
             needs("--explain", {"--device": device, "--allow-non-finite": allow_non_finite})
         else:
@@ -226,7 +226,7 @@ def verify(
     model. An edited model card is allowed. --sample reads some of the weights instead of all; everything else is always
     compared.
     """
-    with told_errors(debug):
+    with told_errors(debug, as_json=as_json):
         from mergekit_ray.core.sizes import counted, format_bytes
         from mergekit_ray.operations.verify import VerifyOptions
         from mergekit_ray.operations.verify import verify as run
@@ -289,7 +289,10 @@ def reproduce_command(
     Reads the inputs that MANIFEST pins and checks their sizes and headers, not their content. Compares the digest of
     every shard and tensor of the result. Exits with code 3 if anything differs.
     """
-    with told_errors(debug, quiet=quiet or as_json, resumes=True) as voice, stop_on_signals(voice) as stop:
+    with (
+        told_errors(debug, quiet=quiet or as_json, as_json=as_json, resumes=True) as voice,
+        stop_on_signals(voice) as stop,
+    ):
         from mergekit_ray.core.sizes import counted
         from mergekit_ray.operations.reproduce import reproduce
         from mergekit_ray.output.manifest import read_manifest
@@ -329,7 +332,10 @@ def extract_lora_command(
 
     PEFT loads the adapter. Prints how much of each change is lost, and every change that the adapter leaves out.
     """
-    with told_errors(debug, quiet=quiet or as_json, resumes=True) as voice, stop_on_signals(voice) as stop:
+    with (
+        told_errors(debug, quiet=quiet or as_json, as_json=as_json, resumes=True) as voice,
+        stop_on_signals(voice) as stop,
+    ):
         from mergekit_ray.core.dtypes import DType
         from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
         from mergekit_ray.operations.extraction_report import lines, to_data
@@ -355,7 +361,7 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """List the merge methods, or show the parameters of one."""
-    with told_errors(debug):
+    with told_errors(debug, as_json=as_json and not markdown):
         from mergekit_ray.cli.tables import describe_methods, methods_markdown, print_method, print_methods
 
         if markdown:

@@ -72,7 +72,7 @@ Seed = Annotated[
 Version = Annotated[
     bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors, too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Rank = Annotated[int | None, typer.Option("--rank", metavar="N", min=1, help="Rank of every matrix.")]
 Energy = Annotated[

@@ -35,7 +35,7 @@ class _OurErrors:
     _voice = Voice()
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **options: Any) -> Any:
-        self._voice = Voice(log_format=_log_format(args))  # before anything is parsed
+        self._voice = Voice(log_format=_log_format(args), as_json="--json" in args)  # before anything is parsed
         with self._told():
             return super().make_context(info_name, args, *more, **options)  # type: ignore[misc]
 
@@ -163,7 +163,12 @@ def leaving() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_errors(
-    debug: bool, *, quiet: bool = False, log_format: LogFormat = LogFormat.text, resumes: bool = False
+    debug: bool,
+    *,
+    quiet: bool = False,
+    log_format: LogFormat = LogFormat.text,
+    as_json: bool = False,
+    resumes: bool = False,
 ) -> Iterator[Voice]:
     """Tell an error in a paragraph or as a line of JSON, and exit with its code. Gives the voice for all else.
 
@@ -171,9 +176,10 @@ def told_errors(
         debug: show its traceback, too.
         quiet: see `Voice`.
         log_format: see `Voice`.
+        as_json: see `Voice`.
         resumes: the command keeps finished work, which an interrupted user should know.
     """
-    voice = Voice(quiet=quiet, log_format=log_format)
+    voice = Voice(quiet=quiet, log_format=log_format, as_json=as_json)
     try:
         with voice.warnings_told():
             yield voice

@@ -25,24 +25,34 @@ class Voice:
     Args:
         quiet: say errors only.
         log_format: text on standard error, or JSON lines on standard output.
+        as_json: the result is JSON, so what ends the command in its place is a line of JSON, too.
     """
 
-    def __init__(self, *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> None:
+    def __init__(self, *, quiet: bool = False, log_format: LogFormat = LogFormat.text, as_json: bool = False) -> None:
         self._quiet = quiet
+        self._as_json = as_json
         self._json: JsonReporter | None = None
         if log_format is LogFormat.json:
             from mergekit_ray.reporting.reporters import JsonReporter  # not for text: it imports the plan
 
             self._json = JsonReporter()
 
+    def _in_place_of_the_result(self) -> JsonReporter | None:
+        if self._json is not None or not self._as_json:
+            return self._json
+        from mergekit_ray.reporting.reporters import JsonReporter
+
+        return JsonReporter()
+
     def say(self, line: str, *, exit_code: int | None = None) -> None:
         """What a signal does: see `reporting.signals.Says`."""
-        if self._json is None:
+        told = self._json if exit_code is None else self._in_place_of_the_result()
+        if told is None:
             tell(line)
         elif exit_code is None:
-            self._json.event("stopping", line)
+            told.event("stopping", line)
         else:
-            self._json.event("error", line, exit_code=exit_code, remedy=RESUME)
+            told.event("error", line, exit_code=exit_code, remedy=RESUME)
 
     def warn(self, message: object) -> None:
         """Something that does not end the command."""
@@ -55,11 +65,12 @@ class Voice:
 
     def fail(self, error: MergekitRayError) -> None:
         """What ends the command, with its exit code."""
-        if self._json is None:
+        told = self._in_place_of_the_result()
+        if told is None:
             tell(f"error: {error}")
             return
         problems = error.problems if isinstance(error, ConfigError) else ()
-        self._json.event(
+        told.event(
             "error",
             error.what,
             exit_code=error.exit_code,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -158,6 +159,26 @@ def test_streams_that_are_closed_or_full(closed: str, code: int, recipe: Path) -
     command = f"{COMMANDS / 'mergekit-ray'} validate {recipe} {closed}"
     done = subprocess.run(command, shell=True, capture_output=True, env=command_environment(), check=False)
     assert (done.returncode, done.stderr) == (code, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("plan", "nothere.yml"), "ConfigError"),
+        (("plan", "nothere.yml", "--nope"), "ConfigError"),
+        (("methods", "tise"), "ConfigError"),
+        (("verify", "./nothere"), "ModelError"),
+        (("reproduce", "./nothere", "out"), "ModelError"),
+        (("extract-lora", "./nothere", "./nor-here", "out", "--rank", "2"), "ModelError"),
+    ],
+)
+def test_where_json_is_asked_for_errors_are_json(
+    arguments: tuple[str, ...], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments, "--json")
+    told = json.loads(done.stdout)
+    assert (told["event"], told["error"], told["exit_code"], done.stderr) == ("error", kind, done.exit_code, "")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
