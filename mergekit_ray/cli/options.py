@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any, Final
@@ -167,6 +168,30 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "allow_config_conflicts": (AllowConfigConflicts, False),
 }
 """Annotation and default of each option that becomes an attribute of `MergeOptions`."""
+
+_FLAGS: Final = {
+    **{name: f"--{name.replace('_', '-')}" for name in (*_MERGE_OPTIONS, "seed", "rank", "energy")},
+    "num_workers": "--workers",
+    "memory_bytes": "--memory",
+    "saved": "--modules-to-save",
+    "excluded": "--exclude",
+}
+"""What the command line calls Python's options."""
+
+_PYTHON_OPTION: Final = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
+
+
+def in_flags(text: str) -> str:
+    """A message whose options are the command line's: ``--rank 16`` for `rank=16`, ``--memory 9MB`` for its bytes."""
+
+    def flag(option: re.Match[str]) -> str:
+        name, value = option["name"], option["value"].strip("'")
+        if name not in _FLAGS:
+            return option[0]
+        value = "" if value == "True" else value.replace("_000_000", "MB")
+        return f"{_FLAGS[name]} {value}".rstrip()
+
+    return _PYTHON_OPTION.sub(flag, text)
 
 
 def takes_merge_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

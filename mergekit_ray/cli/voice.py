@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from mergekit_ray.cli.options import LogFormat
+from mergekit_ray.cli.options import LogFormat, in_flags
 from mergekit_ray.core.errors import ConfigError, MergekitRayError
 from mergekit_ray.reporting.signals import RESUME
 from mergekit_ray.reporting.text import shown
@@ -59,24 +59,24 @@ class Voice:
         if self._quiet:
             return
         if self._json is None:
-            tell(f"warning: {message}")
+            tell(in_flags(f"warning: {message}"))
         else:
-            self._json.event("warning", str(message))
+            self._json.event("warning", in_flags(str(message)))
 
     def fail(self, error: MergekitRayError) -> None:
         """What ends the command, with its exit code."""
         told = self._in_place_of_the_result()
         if told is None:
-            tell(f"error: {error}")
+            tell(in_flags(f"error: {error}"))
             return
         problems = error.problems if isinstance(error, ConfigError) else ()
         told.event(
             "error",
-            error.what,
+            in_flags(error.what),
             exit_code=error.exit_code,
             error=type(error).__name__,
             where=error.where,
-            remedy=error.remedy,
+            remedy=None if error.remedy is None else in_flags(error.remedy),
             problems=[
                 {"where": each.where, "path": each.path, "what": each.what, "remedy": each.hint or None}
                 for each in problems

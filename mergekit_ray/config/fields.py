@@ -279,8 +279,8 @@ def parse_seed(value: object) -> int:
         seed: int = TypeAdapter(Seed).validate_python(value)
     except ValidationError:
         raise ConfigError(
-            f"the seed {str(value)[:60]!r} is not a whole number from 0 to {(1 << 63) - 1} (2^63 - 1)",
-            remedy="give another `--seed`, or `seed=` in Python",
+            f"the seed {repr(value)[:60]} is not a whole number from 0 to {(1 << 63) - 1} (2^63 - 1)",
+            remedy="give another `seed=`",
         ) from None
     return seed
 

@@ -11,7 +11,8 @@
     └── InternalError     1     a fault of mergekit-ray itself, to be reported; carries the traceback
 
 Every error says what happened (``what``), where (``where``: a file and line, a model, a tensor) and what to do
-(``remedy``), without credentials. A traceback is only for ``--debug``.
+(``remedy``), without credentials. It names options as Python has them, in backticks: `overwrite=True`. The command line
+tells them as its own. A traceback is only for ``--debug``.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class InternalError(MergekitRayError):
         """Keep an unexpected exception, with its traceback, so that it can cross a process border."""
         wrapped = cls(
             f"unexpected {type(error).__name__}: {error}",
-            remedy="please report this with the output of the same command run with --debug",
+            remedy="please report this with its traceback: `error.traceback`, or the command's output with --debug",
         )
         wrapped.traceback = redact("".join(traceback.format_exception(error)))
         return wrapped

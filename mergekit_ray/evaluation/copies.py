@@ -48,7 +48,7 @@ def check_copy_finite(load: Load, data: Bytes, start: int, reference: str | None
             raise MergeError(
                 f"{_name(int(run[index]), int(exponent))} in the input, first at flat index {start + i + index}",
                 where=f"model {reference or load.model}, tensor {load.spec.name!r}",
-                remedy="use an undamaged checkpoint, or pass --allow-non-finite to copy it as it is",
+                remedy="use an undamaged checkpoint, or pass `allow_non_finite=True` to copy it as it is",
             )
 
 

@@ -39,6 +39,6 @@ def check_ray_device(name: str) -> None:
     """
     if name not in (AUTO, CPU, CUDA):
         raise ConfigError(
-            f"--device {name}: Ray gives each worker a GPU of its own",
-            remedy="pass --device cuda, and --workers for how many",
+            f"device {name!r}: Ray gives each worker a GPU of its own",
+            remedy="pass `device='cuda'`, and `num_workers=` for how many",
         )

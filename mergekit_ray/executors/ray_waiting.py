@@ -134,8 +134,8 @@ class Waiting:
             raise StorageError(
                 f"no worker came up within {waited:.0f} s: each asks for {describe(request)}; {lacking}",
                 where="the Ray cluster",
-                remedy="see `ray status`, the workers' logs and raylet.out on their nodes; ask for less with --memory "
-                "and --workers, or add nodes",
+                remedy="see `ray status`, the workers' logs and raylet.out on their nodes; ask for less with "
+                "`memory_bytes=` and `num_workers=`, or add nodes",
             )
         if waited >= TELL_SECONDS and lacking != self._told:
             self._told = lacking
@@ -188,8 +188,8 @@ def _amount(name: str, value: float) -> str:
 
 def _remedy(request: Mapping[str, float]) -> str:
     if request.get(GPU):
-        return "pass --device auto or --device cpu, or add nodes that have GPUs"
-    return "ask for less with --memory and --workers, or add larger nodes"
+        return "pass `device='auto'` or `device='cpu'`, or add nodes that have GPUs"
+    return "ask for less with `memory_bytes=` and `num_workers=`, or add larger nodes"
 
 
 def _failure(error: Exception) -> MergekitRayError:

@@ -99,11 +99,11 @@ class ExtractOptions:
             PlanError: neither or both of rank and energy, or out of range.
         """
         if (self.rank is None) == (self.energy is None):
-            raise PlanError("give either a rank or an energy", remedy="--rank 16, or --energy 0.9")
+            raise PlanError("give either a rank or an energy", remedy="`rank=16`, or `energy=0.9`")
         if self.rank is not None and self.rank < 1:
-            raise PlanError(f"a rank must be at least 1, not {self.rank}", remedy="--rank 16")
+            raise PlanError(f"a rank must be at least 1, not {self.rank}", remedy="`rank=16`")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise PlanError(f"an energy must be above 0 and at most 1, not {self.energy}", remedy="--energy 0.9")
+            raise PlanError(f"an energy must be above 0 and at most 1, not {self.energy}", remedy="`energy=0.9`")
 
 
 def extract_lora(
@@ -224,7 +224,7 @@ class _Extraction:
                     occupant(manifest, is_finished=True) or files_told(foreign),
                     where=self._sink.uri,
                     remedy="choose another output"
-                    + ("" if models_there else ", or pass --overwrite to replace the adapter there"),
+                    + ("" if models_there else ", or pass `overwrite=True` to replace the adapter there"),
                 )
             self._sink.delete([ADAPTER_CONFIG_NAME])
             self._sink.delete([name for name in _OWN_FILES if name in present])

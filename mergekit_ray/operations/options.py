@@ -62,7 +62,7 @@ class MergeOptions:
         """
         if self.executor == "local" and self.address is not None:
             raise ConfigError(
-                "--executor local runs in this process, and --address names a Ray cluster",
+                "`executor='local'` runs in this process, and `address=` names a Ray cluster",
                 remedy="leave one of them out",
             )
         if self.device == AUTO:

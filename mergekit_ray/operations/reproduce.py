@@ -264,7 +264,7 @@ def _device_notes(records: list[ShardRecord], again: Mapping[str, Mapping[str, A
     made, found = ({record.device for record in x} for x in (records, map(ShardRecord.from_json, again.values())))
     if made == found:
         return []
-    return [f"made on {', '.join(sorted(made))}, reproduced on {', '.join(sorted(found))}: see --device"]
+    return [f"made on {', '.join(sorted(made))}, reproduced on {', '.join(sorted(found))}: choose the same device"]
 
 
 def _software_notes(manifest: Mapping[str, Any]) -> list[str]:

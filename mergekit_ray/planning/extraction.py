@@ -133,8 +133,8 @@ def extraction(tuned: Model, base: Model, coverage: Coverage) -> Extraction:
         if name not in tuned.weights.specs and not is_buffer(name) and name not in base.anatomy.redundant:
             found.unmatched[name] = "only in the base"
     where = f"model {tuned.reference}"
-    named = [("--modules-to-save", ending, found.saved) for ending in coverage.saved]
-    named += [("--exclude", ending, [*tuned.weights.specs]) for ending in coverage.excluded]
+    named = [("`saved=`", ending, found.saved) for ending in coverage.saved]
+    named += [("`excluded=`", ending, [*tuned.weights.specs]) for ending in coverage.excluded]
     for option, ending, names in named:
         if not any(_ends_with(name.rpartition(".")[0], (ending,)) for name in names):
             known = {name.split(".")[-2] for name in tuned.weights.specs if "." in name}

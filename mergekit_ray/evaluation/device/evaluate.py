@@ -329,5 +329,5 @@ class DeviceEvaluation:
             f"not even runs of {MIN_CHUNK_ELEMENTS} elements (about {format_bytes(needed)}, {needed} bytes) fit in the "
             f"memory of {device.name}, of which {format_bytes(device.free_bytes())} are free",
             where=f"tensor {self._expression.spec.name!r}",
-            remedy="let nothing else use the device, or pass --device cpu",
+            remedy="let nothing else use the device, or pass `device='cpu'`",
         )

@@ -53,7 +53,7 @@ def resolve(name: str, worker: int = 0) -> str:
     number = int(name.partition(":")[2] or worker % max(1, count))
     if number >= count:
         found = f"there are {count} CUDA devices" if count else _why_none()
-        raise ConfigError(f"--device {name}: {found}", remedy="pass --device auto or --device cpu")
+        raise ConfigError(f"device {name!r}: {found}", remedy="pass `device='auto'` or `device='cpu'`")
     return f"{CUDA}:{number}"
 
 

@@ -201,7 +201,7 @@ def test_too_little_for_the_smallest_chunk_is_an_error_that_says_so() -> None:
     assert caught.value.where == "tensor 'out'"
     assert f"{chunk_bytes(MIN_CHUNK_ELEMENTS, 3)} bytes" in caught.value.what
     assert "the simulated device" in caught.value.what
-    assert "--device cpu" in str(caught.value)
+    assert "`device='cpu'`" in str(caught.value)
 
 
 @pytest.mark.parametrize("told_bytes", [None, 1 << 30])

@@ -58,5 +58,5 @@ def test_prompts_are_split_over_what_there_is_room_for(
 
 
 def test_prompts_on_one_gpu_of_all() -> None:
-    with pytest.raises(ConfigError, match="--device cuda:1"):
+    with pytest.raises(ConfigError, match="device 'cuda:1'"):
         OnRay.over([], "cuda:1", None)

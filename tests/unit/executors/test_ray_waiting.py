@@ -78,7 +78,7 @@ def test_what_no_node_could_ever_have_is_refused_at_once(device: str, rooms: lis
     cast_ = Cast(*rooms, device=device)
     with pytest.raises(PlanError, match="no node has") as caught:
         cast_.executor.wait(0)
-    assert ("--device" if device == "cuda" else "--memory") in (caught.value.remedy or "")
+    assert ("`device=" if device == "cuda" else "`memory_bytes=") in (caught.value.remedy or "")
     assert cast_.told == []
 
 

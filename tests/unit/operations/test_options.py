@@ -32,9 +32,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"executor": "local", "address": "10.0.0.1:6379"}, "--address names a Ray cluster"),
-        ({"device": "cuda"}, "--device cuda"),
-        ({"device": "cuda:1", "executor": "local"}, "--device cuda:1"),
+        ({"executor": "local", "address": "10.0.0.1:6379"}, "`address=` names a Ray cluster"),
+        ({"device": "cuda"}, "device 'cuda'"),
+        ({"device": "cuda:1", "executor": "local"}, "device 'cuda:1'"),
         ({"device": "cuda:1", "executor": "ray"}, "a GPU of its own"),
         ({"device": "gpu"}, "'gpu' is not a device"),
     ],

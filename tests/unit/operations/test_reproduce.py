@@ -266,4 +266,4 @@ def test_another_device_is_noted(out: Path, tmp_path: Path) -> None:
     jsonschema.validate(json.loads((out / MANIFEST_FILE).read_text()), SCHEMA)
     found = again(out, tmp_path / "again")
     assert found.problems == ()
-    assert "made on cuda, reproduced on cpu: see --device" in found.notes
+    assert "made on cuda, reproduced on cpu: choose the same device" in found.notes

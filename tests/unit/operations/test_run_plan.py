@@ -75,7 +75,7 @@ def test_a_place_that_is_taken_is_refused_before_routers_are_made(plan: Plan, tm
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"another's")
     route = Route(plan)
-    with pytest.raises(PlanError, match="--overwrite"):
+    with pytest.raises(PlanError, match="overwrite=True"):
         run_plan(plan, str(tmp_path / "out"), LOCAL, route=route)
     assert route.num_asked == 0
 

@@ -117,7 +117,7 @@ def test_a_merge_that_fails_leaves_the_old_model(out: Path, plan: Plan, wanted: 
     with pytest.raises(Interrupted):
         run_plan(plan, str(out), OVERWRITE, reporter=stop_at(stop, "shard_done"), stop=stop)
     assert model(out) == before
-    with pytest.raises(PlanError, match="--overwrite"):
+    with pytest.raises(PlanError, match="overwrite=True"):
         merge(plan, out, overwrite=False)
     events = merge(plan, out)
     [resumed] = events.of("resumed")

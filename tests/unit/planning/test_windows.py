@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -232,10 +233,10 @@ def test_a_budget_too_small_is_refused_with_tensor_and_bytes(sized: Sized) -> No
     assert "336 MB for the worker itself and " in caught.value.what
     assert f"{format_bytes(needed - FIXED_BYTES)} for this tensor with its inputs" in caught.value.what
     assert caught.value.remedy is not None
-    [megabytes] = [int(word[:-2]) for word in caught.value.remedy.split() if word.endswith("MB")]
-    check_memory(sized.plan, megabytes * 10**6)
+    [enough] = [int(number) for number in re.findall(r"`memory_bytes=(\d+_000_000)`", caught.value.remedy)]
+    check_memory(sized.plan, enough)
     with pytest.raises(PlanError):
-        check_memory(sized.plan, (megabytes - 1) * 10**6)
+        check_memory(sized.plan, enough - 10**6)
 
 
 def test_an_empty_plan_needs_the_fixed_part() -> None:

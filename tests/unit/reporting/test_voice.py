@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import mergekit_ray
 from mergekit_ray.cli import app
 from mergekit_ray.cli.options import LogFormat
 from mergekit_ray.cli.voice import Voice
@@ -68,6 +73,57 @@ def test_only_what_keeps_its_work_is_resumed(command: str, told: str, monkeypatc
     monkeypatch.setattr("mergekit_ray.operations.recipes.load_recipe", interrupted)
     done = CliRunner().invoke(app, [command, "recipe.yml"])
     assert (done.exit_code, done.stderr) == (130, told)
+
+
+@pytest.mark.parametrize(
+    ("python", "told"),
+    [
+        ("pass `overwrite=True` to", "pass --overwrite to"),
+        ("pass `device='cuda:1'`", "pass --device cuda:1"),
+        ("pass `memory_bytes=12_000_000` or more", "pass --memory 12MB or more"),
+        ("less `memory_bytes=`, `num_workers=`", "less --memory, --workers"),
+        ("give `saved=` or `rank=16`", "give --modules-to-save or --rank 16"),
+        ("`dtype=x`, `seed` and device=cpu", "`dtype=x`, `seed` and device=cpu"),
+    ],
+)
+def test_the_command_line_names_its_own_options(python: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError(python, remedy=python)
+    for voice in (Voice(), Voice(log_format=LogFormat.json)):
+        voice.fail(error)
+        voice.warn(python)
+    out, err = capsys.readouterr()
+    assert err == f"error: {told}\n  {told}\nwarning: {told}\n"
+    [failed, warned] = map(json.loads, out.splitlines())
+    assert (failed["message"], failed["remedy"], warned["message"]) == (told, told, told)
+    assert str(error) == f"{python}\n  {python}"
+
+
+def test_messages_name_no_flag_that_python_lacks() -> None:
+    """They are written for Python, and told in flags by the command line."""
+    flags = {
+        option for command in get_command(app).commands.values() for each in command.params for option in each.opts
+    }
+    ours = {flag for flag in flags if flag.startswith("--")} - {"--debug", "--cluster"}
+    package = Path(mergekit_ray.__file__).parent
+    texts = [
+        node.value
+        for folder in (
+            "config",
+            "storage",
+            "checkpoint",
+            "planning",
+            "evaluation",
+            "executors",
+            "worker",
+            "output",
+            "operations",
+        )
+        for file in (package / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    flagged = [text for text in texts if set(re.findall(r"(?<![\w`-])--[a-z-]+", text)) & ours and "\n" not in text]
+    assert flagged == []
 
 
 @pytest.mark.parametrize("log_format", LogFormat)
