@@ -35,7 +35,7 @@ CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
 
-setup: $(READY)  ## make the virtual environment .venv with all that the other targets need
+setup: $(READY)  ## make the virtual environment .venv, which all other targets use
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergekit-ray needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
@@ -47,7 +47,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 demo: $(READY)  ## merge two fine-tunes of a real model from S3 to S3 through Ray, then talk to the result
 	@PYTHONPATH=tests $(BIN)/python -m demo.run
 
-demo-moe: $(READY)  ## four fine-tunes of a real model as the experts of a Mixtral, and which of them its prompts reach
+demo-moe: $(READY)  ## merge four fine-tunes of a real model into a Mixtral, and see which experts its prompts reach
 	@PYTHONPATH=tests $(BIN)/python -m demo.moe
 
 test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
@@ -64,14 +64,14 @@ check: $(READY)  ## style, types and layering
 	PATH=$(BIN):$$PATH $(BIN)/lint-imports
 	@SKIP=ruff,ruff-format,mypy,import-linter $(BIN)/pre-commit run --all-files
 
-format: $(READY)  ## put the code into the form that `check` wants
+format: $(READY)  ## format the code as `check` expects
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 site: $(READY)  ## build the documentation as a site, in site/
 	$(BIN)/python -m sphinx -q --fresh-env --write-all --fail-on-warning --keep-going docs site
 
-chart: $(READY)  ## renew what is made from the chart's values and the methods: its page, its schema, deploy/
+chart: $(READY)  ## regenerate the chart's page and schema, and deploy/
 	$(BIN)/python -m helm.list_methods
 	$(BIN)/python -m helm.document_values
 	$(BIN)/python -m helm.render_deploy
@@ -92,21 +92,21 @@ $(MERGEKIT_READY): tests/parity/requirements.txt
 parity: $(READY) $(MERGEKIT_READY)  ## compare our results with mergekit's, tensor by tensor
 	MERGEKIT_PYTHON=$(CURDIR)/$(MERGEKIT)/bin/python $(BIN)/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
 
-gpu: $(READY)  ## tests on a CUDA device, which must be there (install a torch with CUDA)
+gpu: $(READY)  ## tests on a CUDA device (needs one, and a torch with CUDA)
 	MERGEKIT_RAY_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
-memory: $(READY)  ## what workers hold beside what plans say, by method, on a machine that is idle (20 minutes, 16 GB)
+memory: $(READY)  ## compare the memory that workers use with what plans ask for, by method (20 minutes on an idle machine, 16 GB)
 	$(BIN)/python -m pytest -m memory tests/integration/failures/test_memory_budget.py $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.memory
 
-fencing: $(READY)  ## two drivers, one output, stopped before each change of theirs: every interleaving (hours)
+fencing: $(READY)  ## two drivers on one output, stopped before each of their changes: every interleaving (hours)
 	MERGEKIT_RAY_ALL_INTERLEAVINGS=1 $(BIN)/python -m pytest tests/integration/failures/test_fencing.py $(PYTEST_ARGS)
 
-soak: $(READY)  ## merges while the store fails, and drivers that are stopped and killed, by 300 schedules each (an hour)
+soak: $(READY)  ## 300 merges while the store fails, and 300 pairs of drivers that are stopped and killed (an hour)
 	MERGEKIT_RAY_SLOW_LINK=1 $(BIN)/python -m pytest tests/integration/ray/test_slow_link.py $(PYTEST_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.soak --schedules 300 --duels 300
 
-ray: $(READY)  ## the tests of executors and jobs with another Ray than .venv's: the oldest, or RAY=2.50.0
+ray: $(READY)  ## test executors and jobs with another version of Ray: the oldest supported, or RAY=2.50.0
 	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
 	@# Everything else is that of .venv.
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > .venv-ray/packages
@@ -127,10 +127,10 @@ container: $(READY)  ## build the container image with podman and try it (minute
 package: $(READY)  ## build wheel and sdist in dist/, and try each in an empty environment
 	PATH=$(CURDIR)/$(BIN):$$PATH PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) release/package.sh $(TORCH_OPTION)
 
-release-check: $(READY)  ## build all of a release in a clean clone and install each part: TAG=v..., else the last commit
+release-check: $(READY)  ## build a release in a clean clone and install each part: TAG=v..., or the last commit
 	PATH=$(CURDIR)/$(BIN):$$PATH PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) release/check.sh $(TAG) $(TORCH_OPTION)
 
-bench: $(READY) $(MERGEKIT_READY)  ## mergekit and mergekit-ray side by side on a 1.1B model (13 GB of disk, 30 minutes)
+bench: $(READY) $(MERGEKIT_READY)  ## time mergekit and mergekit-ray side by side on a 1.1B model (13 GB of disk, 30 minutes)
 	$(BIN)/python -m benchmarks.side_by_side --mergekit-python $(MERGEKIT)/bin/python
 
 clean:  ## delete caches, and the models that demo and bench made
