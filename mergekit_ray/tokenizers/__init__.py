@@ -1,0 +1,1 @@
+"""Tokenizers as data: read, compared, united, written, and their chat templates."""
