@@ -32,6 +32,8 @@ MODULES = [
     "mergekit_ray.operations.plan",
     "mergekit_ray.operations.run_plan",
     "mergekit_ray.reporting.reporters",
+    "mergekit_ray.tokenizers.chat.rendering",
+    "mergekit_ray.tokenizers.chat.sandbox",
     "mergekit_ray.cli.tables",
     "mergekit_ray.operations.verify",
     "mergekit_ray.operations.inspect",

@@ -27,11 +27,13 @@ _TOKENS = re.compile(
     <[|｜][^\s<>|｜]+[|｜]>  | <\|[^\s<>|]+> | <[^\s<>|]+\|>    # <|im_end|>, DeepSeek's wide bars; <|turn> and <turn|>
     | \[\|[^\s\[\]|]+\|\]                                    # [|endofturn|]
     | \[/?[A-Za-z_]{2,}\]                                    # [INST], [/INST], [gMASK]
-    | </?[A-Za-z][\w.-]*>                                    # <bos>, </s>, <start_of_turn>
+    | </?[A-Za-z][\w.]*>                                     # <bos>, </s>, <start_of_turn>
     """,
     re.VERBOSE,
 )
 """What looks like a token of its own. The messages of the rendered conversation hold nothing like it."""
+_TOKENS_IN_PAIRS = ("s", "think")
+"""Other names that are written as ``<name>`` and as ``</name>`` are markup in a template's instructions."""
 
 
 def check_template(
@@ -62,8 +64,13 @@ def check_template(
     if tokens is None:
         return []
     written = dict.fromkeys(token for text in answer["rendered"] for token in _TOKENS.findall(text))
-    lacking = [token for token in written if token not in tokens]
+    lacking = [token for token in written if token not in tokens and not _is_markup(token, written)]
     return [_lacks(lacking)] if lacking else []
+
+
+def _is_markup(token: str, written: Collection[str]) -> bool:
+    name = token.strip("</>")
+    return f"<{name}>" in written and f"</{name}>" in written and name not in _TOKENS_IN_PAIRS
 
 
 def _answer(template: str, variables: dict[str, str], where: str) -> Answer:

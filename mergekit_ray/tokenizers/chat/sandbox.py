@@ -33,6 +33,16 @@ _TURNS: Final = (
     {"role": "assistant", "content": "It barks."},
     {"role": "user", "content": USER_TEXTS[1]},
 )
+_TOOLS: Final = (
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Look for an animal.",
+            "parameters": {"type": "object", "properties": {"animal": {"type": "string"}}, "required": ["animal"]},
+        },
+    },
+)
 
 
 class Request(TypedDict):
@@ -141,8 +151,8 @@ def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 def check(text: str, variables: Mapping[str, Any]) -> Answer:
     """Render a conversation of a system message, two of the user and one of the assistant.
 
-    A template that itself refuses it gets one without the system message. Contents are text or, if a template does not
-    write these, lists of parts, as templates of multimodal models read them.
+    A template that itself refuses it gets one without the system message. Contents are text, and there are no tools; if
+    that does not work, contents are lists of parts, as templates of multimodal models read them, or there is a tool.
 
     Args:
         text: the template.
@@ -153,9 +163,9 @@ def check(text: str, variables: Mapping[str, Any]) -> Answer:
     except Exception as error:  # noqa: BLE001 - Python compiles what Jinja makes of it, and may refuse it in many ways
         return _failure(error)
     first: Answer | None = None
-    for has_parts in (False, True):
+    for has_parts, tools in ((False, None), (True, None), (False, _TOOLS)):
         try:
-            rendered = _rendered(template, variables, has_parts=has_parts)
+            rendered = _rendered(template, {**variables, "tools": tools, "documents": None}, has_parts=has_parts)
         except Exception as error:  # noqa: BLE001 - a template may raise anything
             first = first or _failure(error)
         else:
@@ -179,9 +189,8 @@ def _both(
     def message(of: dict[str, str]) -> dict[str, Any]:
         return {**of, "content": [{"type": "text", "text": of["content"]}] if has_parts else of["content"]}
 
-    known = {**variables, "tools": None, "documents": None}
     return [
-        render(template, {**known, "messages": [*map(message, said)], "add_generation_prompt": wants_reply})
+        render(template, {**variables, "messages": [*map(message, said)], "add_generation_prompt": wants_reply})
         for wants_reply in (False, True)
     ]
 

@@ -70,6 +70,12 @@ def test_tokens_are_found_in_many_shapes() -> None:
     assert warnings(template, {*written, "<SYS>"}) == []
 
 
+def test_markup_is_no_token() -> None:
+    """Templates give instructions in it; what models mark their thoughts with are tokens of many."""
+    (warning,) = warnings(f"{SAID}<tools><user_name></tools><tools/><function-name><think></think><s></s>", set())
+    assert ': "<user_name>", "<think>", "</think>", "<s>", "</s>"; to add' in warning
+
+
 def test_nothing_is_said_of_tokens_where_the_vocabulary_is_not_known() -> None:
     assert warnings(NAMED["chatml"].read_text(), None) == []
 
@@ -85,6 +91,7 @@ def test_nothing_is_said_of_tokens_where_the_vocabulary_is_not_known() -> None:
         "{% for m in messages %}{{ m.content[0].text.strip() }}{% endfor %}",
         "{% for m in messages %}{% if m.role == 'system' or m.content is string %}{{ raise_exception('no') }}"
         "{% endif %}{{ m.content[0].text }}{% endfor %}",
+        "{% for t in tools %}{{ t.function.parameters.properties.items() | list }}{% endfor %}" + SAID,
         # What a tokenizer lacks is undefined, and writes nothing.
         "{{ bos_token }}{{ pad_token }}" + SAID,
         "{% generation %}" + SAID + "{% endgeneration %}{{ strftime_now('%d %b %Y') }}{{ tools | tojson }}",
