@@ -41,7 +41,13 @@ MODELS: Final[tuple[type[BaseModel], ...]] = (
 )
 """What a recipe consists of, in the order of the reference page."""
 
-_SCALAR: Final = {"type": ["number", "boolean", "string"]}
+_NUMBER: Final = r"[+-]?([0-9][0-9_]*[.]?[0-9_]*|[.][0-9_]+)([eE][+-]?[0-9]+)?"
+_BOOLEAN: Final = "([tT]rue|TRUE|[yY]es|YES|[oO]n|ON|[fF]alse|FALSE|[nN]o|NO|[oO]ff|OFF)"
+_SCALAR: Final = {
+    # An editor takes 1e-5 and yes for text, a recipe for a number and for true. No method has a parameter of text.
+    "type": ["number", "boolean", "string"],
+    "pattern": f"^ *({_NUMBER}|{_BOOLEAN}) *$",
+}
 _VALUE: Final = {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR, "minItems": 1}]}
 _CASE: Final = {
     "type": "object",

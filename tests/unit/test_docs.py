@@ -349,7 +349,9 @@ def test_the_schema_accepts_our_recipes(recipe: Path) -> None:
 SETTINGS = [
     "0.5",
     "true",
-    "rescale",
+    "yes",
+    "1e-5",
+    "'0.5'",
     "[0, 0.5, 1]",
     "{filter: mlp, value: 1}",
     "[{filter: self_attn, value: [0, 1]}, {filter: '*', value: 0.5}, {value: 1}]",
@@ -363,6 +365,14 @@ def test_the_schema_accepts_every_form_of_a_setting(setting: str) -> None:
     SCHEMA.validate(
         yaml.safe_load(f"{{merge_method: ties, models: [{{model: a, parameters: {{weight: {setting}}}}}]}}")
     )
+
+
+def test_no_method_has_a_parameter_of_text() -> None:
+    """The schema takes none."""
+    for method in map(METHODS.get, METHODS.names()):
+        for declared in (method.model_parameters, method.global_parameters):
+            for name, field in declared.model_fields.items():
+                assert field.annotation in (float, int, bool, float | None), (method.name, name)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -379,6 +389,9 @@ def test_the_schema_accepts_every_form_of_a_model(model: str) -> None:
         "output: {path: x, max_shard: 2GB}",
         "parameters: {densty: 0.5}",
         "parameters: {density: [{filter: mlp, valu: 1}]}",
+        "parameters: {density: x}",
+        "parameters: {density: [0.5, x]}",
+        "parameters: {density: [{filter: mlp, value: 0.5x}]}",
         "dtype: bfloat61",
         "missing: ignore",
         "base_model: {path: org/base, lorra: x}",
