@@ -54,7 +54,9 @@ class LogFormat(StrEnum):
     json = "json"
 
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path or s3://bucket/recipe.yml.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path, s3://bucket/recipe.yml, or - for standard input.")
+]
 PublishedModel = Annotated[
     str, typer.Argument(metavar="OUT", help="A published model: a folder, s3://bucket/prefix or hf://org/name.")
 ]

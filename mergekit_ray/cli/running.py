@@ -234,7 +234,7 @@ def excludes(option: str, given: Mapping[str, object]) -> None:
 
 
 def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
-    """The recipe in a file, or in a store; what ``lenient`` lets pass is a warning.
+    """The recipe in a file, in a store, or on standard input (``-``); what ``lenient`` lets pass is a warning.
 
     Raises:
         ConfigError: there is no such file, or the recipe is wrong.
@@ -242,4 +242,8 @@ def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
     """
     from mergekit_ray.operations.recipes import is_uri, load_recipe
 
-    return load_recipe(recipe if is_uri(recipe) else Path(recipe), lenient=lenient, on_warning=voice.warn)
+    return load_recipe(
+        recipe if is_uri(recipe) else Path("/dev/stdin" if recipe == "-" else recipe),
+        lenient=lenient,
+        on_warning=voice.warn,
+    )

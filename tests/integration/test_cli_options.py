@@ -181,6 +181,21 @@ def test_where_json_is_asked_for_errors_are_json(
     assert (told["event"], told["error"], told["exit_code"], done.stderr) == ("error", kind, done.exit_code, "")
 
 
+@pytest.mark.parametrize("command", ["validate", "plan", "merge"])
+def test_a_recipe_on_standard_input(command: str, recipe: Path, tmp_path: Path) -> None:
+    out = [str(tmp_path / "out")] if command == "merge" else []
+    arguments = [str(COMMANDS / "mergekit-ray"), command, "-", *out]
+    env = command_environment()
+    done = subprocess.run(arguments, input=recipe.read_bytes(), capture_output=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "config.json").exists() == (command == "merge")
+    wrong = subprocess.run(
+        arguments, input=b"merge_method: linear\nmodles: []\n", capture_output=True, env=env, check=False
+    )
+    assert wrong.returncode == 2
+    assert b"/dev/stdin:2: modles: unknown key" in wrong.stderr
+
+
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     done = invoke("merge", str(tmp_path), str(tmp_path / "out"))
     assert done.exit_code == 2
