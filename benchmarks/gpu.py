@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Load, Merge
+from mergekit_ray.core.expressions import Load, Merge, Stored
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.evaluation.device.evaluate import DeviceEvaluation, DeviceSession
@@ -110,7 +110,7 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
     return min(found[1:])
 
 
-def in_memory(session: DeviceSession, merge: Merge, pieces: dict[Load, Piece], repeats: int) -> float:
+def in_memory(session: DeviceSession, merge: Merge, pieces: dict[Stored, Piece], repeats: int) -> float:
     """Seconds with everything on the device."""
     there = {load: Piece(piece.data.to(session.device.torch_device), 0) for load, piece in pieces.items()}
     size = merge.spec.num_elements
@@ -127,7 +127,7 @@ def in_memory(session: DeviceSession, merge: Merge, pieces: dict[Load, Piece], r
     return seconds_of(work, repeats)
 
 
-def through_the_bus(session: DeviceSession, merge: Merge, pieces: dict[Load, Piece]) -> float:
+def through_the_bus(session: DeviceSession, merge: Merge, pieces: dict[Stored, Piece]) -> float:
     """Seconds per tensor, several in a row: one is uploaded while another is merged and a third comes back."""
     size = merge.spec.num_elements
     outs = [torch.zeros(size, dtype=torch.bfloat16) for _ in range(2)]
@@ -147,7 +147,7 @@ def through_the_bus(session: DeviceSession, merge: Merge, pieces: dict[Load, Pie
     return seconds_of(work, 1) / IN_A_ROW
 
 
-def on_cpu(merge: Merge, pieces: dict[Load, Piece]) -> float:
+def on_cpu(merge: Merge, pieces: dict[Stored, Piece]) -> float:
     """Seconds on all cores."""
     torch.set_num_threads(1)
     pool = ComputePool(os.cpu_count() or 1)
@@ -190,7 +190,9 @@ def main() -> None:
         shape = DECOMPOSED if method in DECOMPOSING else (arguments.elements // COLUMNS, COLUMNS)
         merge, loads = merge_of(method, shape)
         data = tensors(shape, len(loads) - 1)
-        pieces = {load: Piece(x, 0) for load, x in zip(loads, data, strict=True) if load != loads[0] or merge.base}
+        pieces: dict[Stored, Piece] = {
+            load: Piece(x, 0) for load, x in zip(loads, data, strict=True) if load != loads[0] or merge.base
+        }
         num_bytes = (len(pieces) + 1) * merge.spec.num_bytes
         assert is_portable(METHODS.get(method)), f"{method} is computed on the CPU only"
         session = DeviceSession(device, ComputePool(1))

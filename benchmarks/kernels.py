@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Load, Merge
+from mergekit_ray.core.expressions import Load, Merge, Stored
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.evaluation.evaluate import Evaluation
 from mergekit_ray.evaluation.nodes.base import Piece
@@ -154,9 +154,9 @@ def main() -> None:
     for name, (parameters, per_model, has_base, plain) in METHODS.items():
         merge = expression_of(name, parameters, per_model, options.elements, has_base=has_base)
         loads = [*merge.inputs, *([merge.base] if merge.base is not None else [])]
-        pieces = {load: Piece(tensors[load.model], 0) for load in loads if isinstance(load, Load)}
+        pieces: dict[Stored, Piece] = {load: Piece(tensors[load.model], 0) for load in loads if isinstance(load, Load)}
 
-        def evaluate(merge: Merge = merge, pieces: dict[Load, Piece] = pieces) -> None:
+        def evaluate(merge: Merge = merge, pieces: dict[Stored, Piece] = pieces) -> None:
             Evaluation(merge, pieces, pool).fill(0, options.elements, out)
 
         def whole(plain: Plain = plain) -> None:

@@ -18,7 +18,7 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import (
     Expression,
     from_json,
-    loads,
+    needed,
     spec_from_json,
     spec_to_json,
     to_json,
@@ -123,7 +123,8 @@ class Shard:
     @cached_property
     def read_bytes(self) -> int:
         """Bytes of input the shard needs."""
-        return sum(load.location.num_bytes for tensor in self.tensors for load in loads(tensor.expression))
+        needs = (needed(tensor.expression, 0, tensor.spec.num_elements) for tensor in self.tensors)
+        return sum(leaf.read_bytes(*run) for of_tensor in needs for leaf, run in of_tensor.items())
 
     @cached_property
     def num_parameters(self) -> int:

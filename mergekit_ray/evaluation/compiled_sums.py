@@ -11,7 +11,7 @@ import numpy as np
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Expression, Load, Merge
+from mergekit_ray.core.expressions import Expression, Merge, Stored
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.pieces import Bytes, Filling, Pieces
 from mergekit_ray.evaluation.pool import ComputePool
@@ -39,7 +39,7 @@ class CompiledSum:
         base: what is subtracted from each, and added to the sum; None without one.
     """
 
-    def __init__(self, merge: Merge, vectors: Sequence[Load], base: Load | None) -> None:
+    def __init__(self, merge: Merge, vectors: Sequence[Stored], base: Stored | None) -> None:
         self._merge = merge
         self._vectors = vectors
         self._base = base
@@ -58,7 +58,7 @@ class CompiledSum:
         for x in (expression, *_read_by(expression)):
             if x.spec.dtype not in BITS:
                 return f"the compiled loops take bfloat16 and float32, and one tensor is {x.spec.dtype.config_name}"
-        if not all(isinstance(x, Load) for x in _read_by(expression)):
+        if not all(isinstance(x, Stored) for x in _read_by(expression)):
             return "the compiled loops read tensors straight from files, and one input is computed first"
         return None
 
@@ -68,10 +68,10 @@ class CompiledSum:
         if cls.objection(expression) is not None or not isinstance(expression, Merge):
             return None
         method = METHODS.get(expression.method)
-        loads = [x for x in _read_by(expression) if isinstance(x, Load)]
+        leaves = [x for x in _read_by(expression) if isinstance(x, Stored)]
         if expression.base is None:
-            return cls(expression, loads, None)
-        *inputs, base = loads
+            return cls(expression, leaves, None)
+        *inputs, base = leaves
         return cls(expression, [base, *inputs], None) if method.base_is_input else cls(expression, inputs, base)
 
     def begin(self, pieces: Pieces, pool: ComputePool) -> Filling | None:
@@ -127,9 +127,9 @@ class _Runs:
     data: Sequence[Bytes]
 
     @classmethod
-    def of(cls, loads: Sequence[Load], pieces: Pieces) -> Self:
-        widths = [load.spec.dtype.itemsize for load in loads]
-        data, starts = zip(*(pieces[load] for load in loads), strict=True)
+    def of(cls, leaves: Sequence[Stored], pieces: Pieces) -> Self:
+        widths = [leaf.spec.dtype.itemsize for leaf in leaves]
+        data, starts = zip(*(pieces[leaf] for leaf in leaves), strict=True)
         addresses = [_address(x) - start * width for x, start, width in zip(data, starts, widths, strict=True)]
         return cls(np.array(addresses, np.int64), np.array(widths, np.int64), data)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Load
+from mergekit_ray.core.expressions import Stored
 from mergekit_ray.evaluation.pieces import Bytes
 
 _EXPONENTS: Final[dict[DType, np.unsignedinteger[Any]]] = {
@@ -23,19 +24,19 @@ _RUN: Final = 1 << 16
 """Elements looked at at a time, in cache."""
 
 
-def check_copy_finite(load: Load, data: Bytes, start: int, reference: str | None = None) -> None:
+def check_copy_finite(leaf: Stored, data: Bytes, start: int, references: Mapping[str, str] | None = None) -> None:
     """Refuse NaN and infinities in a tensor that is copied.
 
     Args:
-        load: what was read.
+        leaf: what was read.
         data: the bytes of a window of it.
         start: flat index of the window's first element.
-        reference: the model as the recipe names it, for messages.
+        references: the models as the recipe names them, by key, for messages.
 
     Raises:
         MergeError: naming the model, the tensor and the first index.
     """
-    exponent = _EXPONENTS.get(load.spec.dtype)
+    exponent = _EXPONENTS.get(leaf.spec.dtype)
     if exponent is None:
         return
     numbers = data.view(exponent.dtype)
@@ -44,10 +45,11 @@ def check_copy_finite(load: Load, data: Bytes, start: int, reference: str | None
         run = numbers[i : i + _RUN]
         found = np.bitwise_and(run, exponent, out=scratch[: run.size]) == exponent
         if found.any():
-            index = int(found.argmax())
+            place = int(found.argmax())
+            load, index = leaf.origin(start + i + place)
             raise MergeError(
-                f"{_name(int(run[index]), int(exponent))} in the input, first at flat index {start + i + index}",
-                where=f"model {reference or load.model}, tensor {load.spec.name!r}",
+                f"{_name(int(run[place]), int(exponent))} in the input, first at flat index {index}",
+                where=f"model {(references or {}).get(load.model, load.model)}, tensor {load.spec.name!r}",
                 remedy="use an undamaged checkpoint, or pass `allow_non_finite=True` to copy it as it is",
             )
 

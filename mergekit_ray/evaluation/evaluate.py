@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Expression, Load, loads
+from mergekit_ray.core.expressions import Expression, Stored, stored
 from mergekit_ray.core.expressions.quantised import non_finite_codes
 from mergekit_ray.evaluation.nodes.base import (
     Compilation,
@@ -31,13 +31,18 @@ class NonFiniteReport:
 
     Args:
         expression: that was computed.
-        pieces: the bytes of each of its loads, in host memory.
+        pieces: the bytes of each of its leaves that is read, in host memory.
         references: the models as the recipe names them, by key.
         check_finite: False if NaN and infinities are allowed, and nothing needs reporting.
     """
 
     def __init__(
-        self, expression: Expression, pieces: Mapping[Load, Piece], references: Mapping[str, str], *, check_finite: bool
+        self,
+        expression: Expression,
+        pieces: Mapping[Stored, Piece],
+        references: Mapping[str, str],
+        *,
+        check_finite: bool,
     ) -> None:
         self._expression = expression
         self._pieces = pieces
@@ -67,17 +72,17 @@ class NonFiniteReport:
         if not self._check_finite:
             return
         codes = non_finite_codes(self._expression)
-        for load in loads(self._expression):
-            if load not in codes and not load.spec.dtype.is_floating:
+        for leaf in stored(self._expression):
+            if leaf not in codes and not leaf.spec.dtype.is_floating:
                 continue
-            if load not in self._pieces:
+            if leaf not in self._pieces:
                 continue  # a window of a concatenation has the inputs of the parts it touches
-            piece = self._pieces[load]
-            found = first_non_finite(piece.data, codes.get(load))
+            piece = self._pieces[leaf]
+            found = first_non_finite(piece.data, codes.get(leaf))
             if found is not None:
+                load, index = leaf.origin(piece.start + found.index)
                 raise MergeError(
-                    f"{found.value} in the input, first at flat index {piece.start + found.index} "
-                    f"({found.count} such values read)",
+                    f"{found.value} in the input, first at flat index {index} ({found.count} such values read)",
                     where=f"model {self._references.get(load.model, load.model)}, tensor {load.spec.name!r}",
                     remedy="use an undamaged checkpoint, or pass `allow_non_finite=True` to merge it as it is",
                 )
@@ -88,7 +93,7 @@ class Evaluation:
 
     Args:
         expression: to be computed.
-        pieces: the bytes of each of its loads: all of the tensor, or the window that will be asked for.
+        pieces: the bytes of each of its leaves that is read: all of the tensor, or the window that will be asked for.
         pool: threads to compute on, and on which device.
         chunk_elements: elements handled at a time, None for all at once; changes speed, never the result.
         allow_non_finite: let NaN and infinities pass.
@@ -106,13 +111,13 @@ class Evaluation:
     def __init__(
         self,
         expression: Expression,
-        pieces: Mapping[Load, Piece],
+        pieces: Mapping[Stored, Piece],
         pool: ComputePool,
         *,
         chunk_elements: int | None = CHUNK_ELEMENTS,
         allow_non_finite: bool = False,
         references: Mapping[str, str] | None = None,
-        sources: Mapping[Load, Loaded] | None = None,
+        sources: Mapping[Stored, Loaded] | None = None,
     ) -> None:
         check_finite = not allow_non_finite
         self.report = NonFiniteReport(expression, pieces, references or {}, check_finite=check_finite)
@@ -125,7 +130,7 @@ class Evaluation:
         compilation = Compilation(pieces if sources is None else sources, pool, Guard(all_finite=self.all_finite))
         result_guard = Guard(result=check_finite and expression.spec.dtype.is_floating, all_finite=self.all_finite)
         guard = compilation.guard
-        self._node = compilation.compile(expression, guard if isinstance(expression, Load) else result_guard)
+        self._node = compilation.compile(expression, guard if isinstance(expression, Stored) else result_guard)
         try:
             self._node.prepare()
         except torch.OutOfMemoryError:
@@ -136,7 +141,7 @@ class Evaluation:
         except MergeError as error:
             self._name_tensor(error)
             raise
-        guard.inputs = check_finite and (isinstance(expression, Load) or not expression.propagates_non_finite)
+        guard.inputs = check_finite and (isinstance(expression, Stored) or not expression.propagates_non_finite)
 
     def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
         """Write elements ``[start, stop)`` to ``out``, a 1-D tensor of the expression's dtype, on the pool's device.

@@ -7,12 +7,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mergekit_ray.core.expressions import Load
+from mergekit_ray.core.expressions import Stored
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
-Pieces: TypeAlias = Mapping[Load, tuple[Bytes, int]]
-"""Of each load the bytes of a window, and the flat index of its first element."""
+Pieces: TypeAlias = Mapping[Stored, tuple[Bytes, int]]
+"""Of each leaf that is read the bytes of a window, and the flat index of its first element."""
 
 Filling: TypeAlias = Callable[[int, Bytes], bool]
 """Writes the elements that begin with a flat index, as many as there is room for; says whether all of them are finite.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Expression, Load, is_copy
+from mergekit_ray.core.expressions import Gather, Load, Stored, is_copy, needed
 from mergekit_ray.core.plan import InputModel, OutputTensor, Plan, Shard
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS
@@ -36,6 +36,12 @@ _BATCHES_IN_WORK = 4
 
 MIN_MAPPED_BYTES = 1 << 20
 """Smaller pieces of local files are copied: a mapping costs more."""
+
+SPAN_BYTES = 2 << 20
+"""Of rows that lie near each other in a file, and what lies between, that are read together."""
+
+SPANS_AT_ONCE = 16
+"""Spans of a process that are being read, each into memory of its own."""
 
 MAX_PART_BYTES = 32 << 20
 """The most that a part of a result has, but for a few elements that make it whole (see `worker.parts.cut`)."""
@@ -80,12 +86,17 @@ class Window:
     @property
     def read_bytes(self) -> int:
         """Bytes of input."""
-        return sum(_run_bytes(load, run) for load, run in self.needs.items())
+        return sum(leaf.read_bytes(*run) for leaf, run in self.needs.items())
 
     @property
-    def needs(self) -> dict[Load, tuple[int, int]]:
-        """What is read: each load with its run of elements."""
-        return _needed(self.tensor.expression, self.start, self.stop)
+    def input_bytes(self) -> int:
+        """Bytes that its inputs take in memory."""
+        return sum(held_bytes(leaf, run) for leaf, run in self.needs.items())
+
+    @property
+    def needs(self) -> dict[Stored, tuple[int, int]]:
+        """What is read: each leaf with its run of elements."""
+        return needed(self.tensor.expression, self.start, self.stop)
 
     @property
     def memory_bytes(self) -> int:
@@ -93,8 +104,9 @@ class Window:
 
         Of inputs that are mapped, `BATCH_BYTES` at most are counted, so that reading does not run far ahead.
         """
-        mapped = sum(_run_bytes(load, run) for load, run in self.needs.items() if is_mapped(load, run, self.mapped))
-        inputs = self.read_bytes - mapped + min(mapped, BATCH_BYTES)
+        mapped = sum(held_bytes(leaf, run) for leaf, run in self.needs.items() if is_mapped(leaf, run, self.mapped))
+        inputs = self.input_bytes - mapped + min(mapped, BATCH_BYTES)
+        inputs += min(SPANS_AT_ONCE * SPAN_BYTES, sum(_bytes_in_spans(leaf, self.mapped) for leaf in self.needs))
         if is_copy(self.tensor.expression):
             return inputs
         return inputs + min(self.write_bytes, PARTS_AT_ONCE * MAX_PART_BYTES) + self.tensor.expression.scratch_bytes
@@ -103,14 +115,16 @@ class Window:
     def num_bytes(self) -> int:
         """Bytes that pass through memory for it: inputs, output (a copy needs none of its own), scratch."""
         if is_copy(self.tensor.expression):
-            return self.read_bytes
-        return self.read_bytes + self.write_bytes + self.tensor.expression.scratch_bytes
+            return self.input_bytes
+        return self.input_bytes + self.write_bytes + self.tensor.expression.scratch_bytes
 
 
-def is_mapped(load: Load, run: tuple[int, int], mapped: AbstractSet[str]) -> bool:
+def is_mapped(leaf: Stored, run: tuple[int, int], mapped: AbstractSet[str]) -> bool:
     """Whether a run of elements is used in place in a file of one of the ``mapped`` models."""
-    is_aligned = load.location.start % load.spec.dtype.itemsize == 0
-    return load.model in mapped and is_aligned and _run_bytes(load, run) >= MIN_MAPPED_BYTES
+    if not isinstance(leaf, Load):
+        return False
+    is_aligned = leaf.location.start % leaf.spec.dtype.itemsize == 0
+    return leaf.model in mapped and is_aligned and held_bytes(leaf, run) >= MIN_MAPPED_BYTES
 
 
 def mapped_models(inputs: Mapping[str, InputModel]) -> frozenset[str]:
@@ -118,17 +132,17 @@ def mapped_models(inputs: Mapping[str, InputModel]) -> frozenset[str]:
     return frozenset(key for key, model in inputs.items() if "://" not in model.uri)
 
 
-def _run_bytes(load: Load, run: tuple[int, int]) -> int:
-    return (run[1] - run[0]) * load.spec.dtype.itemsize
+def held_bytes(leaf: Stored, run: tuple[int, int]) -> int:
+    """What a run of elements takes in memory, if it is not mapped."""
+    first, last = leaf.held(*run)
+    return (last - first) * leaf.spec.dtype.itemsize
 
 
-def _needed(expression: Expression, start: int, stop: int) -> dict[Load, tuple[int, int]]:
-    """Every load with the run of its elements that elements ``[start, stop)`` of the result need."""
-    found: dict[Load, tuple[int, int]] = {}
-    for load, first, last in expression.needs(start, stop):
-        known_first, known_last = found.get(load, (first, last))
-        found[load] = (min(known_first, first), max(known_last, last))
-    return found
+def _bytes_in_spans(leaf: Stored, mapped: AbstractSet[str]) -> int:
+    """Bytes of tensors whose rows are read in spans, from which they are copied to their places."""
+    if not isinstance(leaf, Gather):
+        return 0
+    return sum(load.spec.num_bytes for load in leaf.parts if load.model not in mapped)
 
 
 def windows(

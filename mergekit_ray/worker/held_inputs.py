@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from mergekit_ray.core.expressions import Load
+from mergekit_ray.core.expressions import Stored
 from mergekit_ray.evaluation.pieces import Bytes
-from mergekit_ray.planning.windows import Window
+from mergekit_ray.planning.windows import Window, held_bytes
 from mergekit_ray.worker.buffers import BufferPool
 
 _BATCHES_IN_WORK = 3
@@ -27,27 +27,33 @@ class HeldInputs:
     """
 
     def __init__(self, batches: Sequence[Sequence[Window]], limit_bytes: int, models: Collection[str]) -> None:
-        self._uses: Counter[tuple[Load, tuple[int, int]]] = Counter()
-        self._held: dict[tuple[Load, tuple[int, int]], Bytes] = {}
+        self._uses: Counter[tuple[Stored, tuple[int, int]]] = Counter()
+        self._held: dict[tuple[Stored, tuple[int, int]], Bytes] = {}
         self._room = 0
         self.reserved_bytes = 0
         """Of the budget; the rest is for windows."""
         if not models:
             return
         uses = Counter(run for batch in batches for window in batch for run in window.needs.items())
-        self._uses = Counter({run: count for run, count in uses.items() if count > 1 and run[0].model in models})
+        self._uses = Counter(
+            {
+                run: count
+                for run, count in uses.items()
+                if count > 1 and any(load.model in models for load in run[0].read_from)
+            }
+        )
         if not self._uses:
             return
         largest = max(sum(window.memory_bytes for window in batch) for batch in batches)
-        wanted = sum(_buffer_bytes(load, run) for load, run in self._uses)
+        wanted = sum(_buffer_bytes(leaf, run) for leaf, run in self._uses)
         self.reserved_bytes = self._room = max(0, min(wanted, limit_bytes - _BATCHES_IN_WORK * largest))
 
-    def get(self, load: Load, run: tuple[int, int]) -> tuple[Bytes, bool] | None:
+    def get(self, leaf: Stored, run: tuple[int, int]) -> tuple[Bytes, bool] | None:
         """A window's input, if it is held, and whether this is its last use: then the buffer is the caller's.
 
         To be asked exactly once for each input of each window.
         """
-        key = (load, run)
+        key = (leaf, run)
         if key not in self._uses:
             return None
         self._uses[key] -= 1
@@ -60,9 +66,9 @@ class HeldInputs:
         self._room += last.size
         return last, True
 
-    def hold(self, load: Load, run: tuple[int, int], buffer: Bytes) -> bool:
+    def hold(self, leaf: Stored, run: tuple[int, int], buffer: Bytes) -> bool:
         """Keep the buffer that an input is read into if it is needed again and there is room; whether it is kept."""
-        key = (load, run)
+        key = (leaf, run)
         if not self._uses[key] or buffer.size > self._room:
             return False
         self._room -= buffer.size
@@ -70,5 +76,5 @@ class HeldInputs:
         return True
 
 
-def _buffer_bytes(load: Load, run: tuple[int, int]) -> int:
-    return BufferPool.size_class((run[1] - run[0]) * load.spec.dtype.itemsize)
+def _buffer_bytes(leaf: Stored, run: tuple[int, int]) -> int:
+    return BufferPool.size_class(held_bytes(leaf, run))

@@ -24,10 +24,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from mergekit_ray.checkpoint.reader import ByteRange, read_into
 from mergekit_ray.checkpoint.writer import ShardWriter
 from mergekit_ray.core.errors import Interrupted
-from mergekit_ray.core.expressions import Load
+from mergekit_ray.core.expressions import Stored
 from mergekit_ray.core.plan import Shard
 from mergekit_ray.evaluation.budget import Share
 from mergekit_ray.evaluation.copies import check_copy_finite
@@ -37,7 +36,7 @@ from mergekit_ray.evaluation.strategy import Choice, Strategy, choose
 from mergekit_ray.evaluation.threads import hold_torch
 from mergekit_ray.planning.windows import MAX_PART_BYTES, READS_AHEAD, Window, batches
 from mergekit_ray.reporting.progress import Progress
-from mergekit_ray.worker.inputs import InputReader, WindowInputs
+from mergekit_ray.worker.inputs import InputReader, Reading, WindowInputs
 from mergekit_ray.worker.parts import Parts, cut
 from mergekit_ray.worker.resources import Resources
 
@@ -52,7 +51,7 @@ threads busy."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class _Read:
     """How a batch was read.
 
     Attributes:
@@ -71,7 +70,7 @@ class _Batch:
 
     windows: list[Window]
     inputs: list[WindowInputs] = field(default_factory=list)
-    reading: Future[_Reading] = field(default_factory=Future)
+    reading: Future[_Read] = field(default_factory=Future)
 
 
 @dataclass(slots=True)
@@ -235,17 +234,17 @@ class ShardPipeline:
             self._buffers.set_aside(sum(window.tensor.expression.scratch_bytes for window in windows))
             if not self._check():
                 return
-            requests: list[ByteRange] = []
-            batch.inputs = [self._inputs.prepare(window, requests) for window in windows]
-            batch.reading = self._readers.submit(self._read_batch, requests)
+            reading = Reading()
+            batch.inputs = [self._inputs.prepare(window, reading) for window in windows]
+            batch.reading = self._readers.submit(self._read_batch, reading)
             self._read.put(batch)
         if self._session is None:
             self._on_read()
 
-    def _read_batch(self, requests: list[ByteRange]) -> _Reading:
+    def _read_batch(self, reading: Reading) -> _Read:
         began = time.perf_counter()
-        num_bytes = read_into(self._sources, requests)
-        return _Reading(num_bytes, began, time.perf_counter())
+        num_bytes = reading.run(self._sources)
+        return _Read(num_bytes, began, time.perf_counter())
 
     def _windows(self) -> Iterator[_Ready]:
         """What has been read, in order."""
@@ -288,10 +287,10 @@ class ShardPipeline:
         buffers = [*held.buffers, *held.shared]
         strategy = self._choice(ready).strategy
         if strategy is Strategy.COPY:
-            assert isinstance(expression, Load)
+            assert isinstance(expression, Stored)
             data = held.data[expression]
             if not self._options.allow_non_finite:
-                check_copy_finite(expression, data, window.start, self._references[expression.model])
+                check_copy_finite(expression, data, window.start, self._references)
             return _Output(window, buffers, data)
         parts = Parts(self._buffers, self._failed)
         if strategy is Strategy.DEVICE:

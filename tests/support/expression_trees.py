@@ -14,6 +14,7 @@ from mergekit_ray.core.expressions import (
     Constant,
     ExpertLowRank,
     Expression,
+    Gather,
     Literal,
     Load,
     LowRank,
@@ -21,6 +22,8 @@ from mergekit_ray.core.expressions import (
     Merge,
     Mxfp4,
     Noise,
+    Rows,
+    Runs,
     Scale,
     SingularValues,
 )
@@ -59,8 +62,32 @@ def codes(draw: Any) -> BlockScaled | Mxfp4:
     return BlockScaled(load(DType.F8_E4M3, n, g), load(DType.F32, n), (1, max(1, g)))
 
 
+@st.composite
+def runs_of(draw: Any, num_rows: list[int]) -> Runs:
+    runs = []
+    for part in draw(st.lists(st.integers(-1, len(num_rows) - 1), max_size=4)):
+        rows = 9 if part < 0 else num_rows[part]
+        first = draw(st.integers(0, rows))
+        runs.append((part, first, draw(st.integers(0, rows - first))))
+    return Runs.of(runs)
+
+
+@st.composite
+def gathers(draw: Any) -> Gather:
+    dtype, columns = draw(st.sampled_from(list(DType))), draw(st.integers(1, 4))
+    num_rows = draw(st.lists(st.integers(0, 5), max_size=3))
+    start = draw(st.integers(0, 2**40))
+    parts = []
+    for rows in num_rows:
+        spec = TensorSpec(draw(NAMES), dtype, (rows, columns))
+        parts.append(Load(draw(NAMES), spec, Location(draw(NAMES), start, start + spec.num_bytes)))
+    runs = draw(runs_of(num_rows))
+    return Gather(tuple(parts), TensorSpec(draw(NAMES), dtype, (runs.num_rows, columns)), runs)
+
+
 LEAVES: st.SearchStrategy[Expression] = st.one_of(
     loads_of_files(),
+    gathers(),
     literals(),
     codes(),
     st.builds(Constant, st.builds(TensorSpec, NAMES, FLOATS, SHAPES), st.floats(allow_nan=False, allow_infinity=False)),
@@ -72,6 +99,18 @@ def concatenations(draw: Any) -> Concat:
     dtype = draw(FLOATS)
     parts = tuple(Cast(part, dtype) for part in draw(st.lists(LEAVES, max_size=3)))
     return Concat(parts, TensorSpec(draw(NAMES), dtype, (sum(part.spec.num_elements for part in parts),)))
+
+
+@st.composite
+def rows_of_leaves(draw: Any) -> Rows:
+    """Each part is flattened, so that it has rows of one element."""
+    dtype = draw(FLOATS)
+    parts = []
+    for leaf in draw(st.lists(LEAVES, max_size=3)):
+        flat = Concat((Cast(leaf, dtype),), TensorSpec(draw(NAMES), dtype, (leaf.spec.num_elements,)))
+        parts.append(flat)
+    runs = draw(runs_of([part.spec.num_elements for part in parts]))
+    return Rows(tuple(parts), TensorSpec(draw(NAMES), dtype, (runs.num_rows,)), runs)
 
 
 def _above(below: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
@@ -115,5 +154,5 @@ def _above(below: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression
     )
 
 
-TREES: st.SearchStrategy[Expression] = st.recursive(LEAVES | concatenations(), _above, max_leaves=8)
+TREES: st.SearchStrategy[Expression] = st.recursive(LEAVES | concatenations() | rows_of_leaves(), _above, max_leaves=8)
 """Any expression that the classes can hold."""

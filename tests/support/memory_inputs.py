@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Expression, Load
+from mergekit_ray.core.expressions import ZEROS, Expression, Gather, Load, Stored, needed
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.evaluation.evaluate import Evaluation
 from mergekit_ray.evaluation.nodes.base import Piece
@@ -33,13 +33,22 @@ class Inputs:
         self.data[load] = data.reshape(-1)
         return load
 
-    def pieces(self, expression: Expression, start: int = 0, stop: int | None = None) -> dict[Load, Piece]:
+    def pieces(self, expression: Expression, start: int = 0, stop: int | None = None) -> dict[Stored, Piece]:
         """What a window of the result needs, as a worker would read it."""
-        runs: dict[Load, tuple[int, int]] = {}
-        for load, first, last in expression.needs(start, expression.spec.num_elements if stop is None else stop):
-            low, high = runs.get(load, (first, last))
-            runs[load] = (min(low, first), max(high, last))
-        return {load: Piece(self.data[load][low:high].clone(), low) for load, (low, high) in runs.items()}
+        runs = needed(expression, start, expression.spec.num_elements if stop is None else stop)
+        return {leaf: Piece(self.values(leaf)[low:high].clone(), low) for leaf, (low, high) in runs.items()}
+
+    def values(self, leaf: Stored) -> torch.Tensor:
+        """All elements of what is read, 1-D."""
+        if isinstance(leaf, Load):
+            return self.data[leaf]
+        assert isinstance(leaf, Gather)
+        size = leaf.row_elements
+        rows = []
+        for part, first, count in leaf.runs:
+            zeros = torch.zeros(count * size, dtype=TORCH_DTYPES[leaf.spec.dtype])
+            rows.append(zeros if part == ZEROS else self.data[leaf.parts[part]][first * size : (first + count) * size])
+        return torch.cat(rows)
 
 
 def evaluate(

@@ -4,6 +4,7 @@ A plan holds one expression per output tensor. Nodes are plain frozen data: they
 weights. Every node knows the spec of its result and what must be read for any run of it.
 
     Load(model, spec, location)          bytes as they are
+    Gather(parts, spec, runs)            rows of loads in another order    Rows(parts, spec, runs)   of anything
     Cast(x, dtype)                       one rounding
     Scale(x, factor, ...)                x * factor
     Merge(method, spec, inputs, ...)     a merge method over several tensors
@@ -24,27 +25,35 @@ from mergekit_ray.core.expressions.base import (
     Expression,
     Load,
     Scalar,
+    Stored,
     from_json,
     is_copy,
     loads,
+    needed,
     spec_from_json,
     spec_to_json,
+    stored,
     to_json,
 )
 from mergekit_ray.core.expressions.expert_low_rank import ExpertLowRank
 from mergekit_ray.core.expressions.factors import NUM_NORMS, LowRankFactors, SingularValues
+from mergekit_ray.core.expressions.gather import Gather, gathered
 from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise, without_values
 from mergekit_ray.core.expressions.low_rank import LowRank
 from mergekit_ray.core.expressions.quantised import BlockScaled, Mxfp4
+from mergekit_ray.core.expressions.rows import Rows, rows
+from mergekit_ray.core.expressions.runs import ZEROS, Runs
 
 __all__ = [
     "NUM_NORMS",
+    "ZEROS",
     "BlockScaled",
     "Cast",
     "Concat",
     "Constant",
     "ExpertLowRank",
     "Expression",
+    "Gather",
     "Literal",
     "Load",
     "LowRank",
@@ -52,14 +61,21 @@ __all__ = [
     "Merge",
     "Mxfp4",
     "Noise",
+    "Rows",
+    "Runs",
     "Scalar",
     "Scale",
     "SingularValues",
+    "Stored",
     "from_json",
+    "gathered",
     "is_copy",
     "loads",
+    "needed",
+    "rows",
     "spec_from_json",
     "spec_to_json",
+    "stored",
     "to_json",
     "without_values",
 ]

@@ -1,4 +1,4 @@
-"""What every kind of expression is, its leaf `Load`, and what can be asked of a tree."""
+"""What every kind of expression is, its leaves that are read from files, and what can be asked of a tree."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Expression(ABC):
             ValueError, TypeError: ``data`` is of another form.
         """
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
-        """What must be read for elements ``[start, stop)`` of the result: each load with its own run of elements.
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
+        """What must be read for elements ``[start, stop)`` of the result: each leaf with its own run of elements.
 
-        By default the same run of every child. A load may come more than once.
+        By default the same run of every child. A leaf may come more than once.
         """
         for child in self.children():
             yield from child.needs(start, stop)
@@ -154,10 +154,41 @@ def location_from_json(data: list[Any]) -> Location:
     return Location(file, start, end)
 
 
+class Stored(Expression):
+    """A leaf that is read: bytes of files, in the dtype of its spec, which no arithmetic has changed."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def read_from(self) -> tuple[Load, ...]:
+        """The tensors of files that it is read from."""
+
+    @abstractmethod
+    def read_bytes(self, start: int, stop: int) -> int:
+        """Bytes of files that elements ``[start, stop)`` are."""
+
+    def held(self, start: int, stop: int) -> tuple[int, int]:
+        """The elements that are in memory where ``[start, stop)`` are asked for: those, and what cannot be cut off."""
+        return start, stop
+
+    @abstractmethod
+    def origin(self, element: int) -> tuple[Load, int]:
+        """Which element of which tensor in a file an element is; both by flat index."""
+
+    def children(self) -> tuple[Expression, ...]:
+        """None: it is a leaf."""
+        return ()
+
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
+        """The run itself."""
+        yield self, start, stop
+
+
 @expression_kind("load")
 @dataclass(frozen=True, slots=True)
-class Load(Expression):
-    """The leaf of every tree: a tensor as stored in a file.
+class Load(Stored):
+    """A tensor as stored in a file.
 
     Attributes:
         model: key of the model in ``Plan.inputs``.
@@ -183,13 +214,18 @@ class Load(Expression):
                 f"{self.location.file}"
             )
 
-    def children(self) -> tuple[Expression, ...]:
-        """None: it is a leaf."""
-        return ()
+    @property
+    def read_from(self) -> tuple[Load, ...]:
+        """Itself."""
+        return (self,)
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
-        """The run itself."""
-        yield self, start, stop
+    def read_bytes(self, start: int, stop: int) -> int:
+        """See `Stored.read_bytes`."""
+        return (stop - start) * self.spec.dtype.itemsize
+
+    def origin(self, element: int) -> tuple[Load, int]:
+        """Its own."""
+        return self, element
 
     def to_data(self) -> list[Any]:
         """``[model, spec, location]``."""
@@ -202,20 +238,40 @@ class Load(Expression):
         return cls(model, spec_from_json(spec), location_from_json(location))
 
 
-def loads(expression: Expression) -> Iterator[Load]:
-    """Every distinct `Load` of the tree, in order of first appearance."""
-    seen: set[tuple[str, Location]] = set()
+def stored(expression: Expression) -> Iterator[Stored]:
+    """Every distinct leaf of the tree that is read, in order of first appearance."""
+    seen: set[object] = set()
     stack = [expression]
     while stack:
         node = stack.pop()
-        if isinstance(node, Load):
-            if (node.model, node.location) not in seen:
-                seen.add((node.model, node.location))
+        if isinstance(node, Stored):
+            key = (node.model, node.location) if isinstance(node, Load) else node
+            if key not in seen:
+                seen.add(key)
                 yield node
         else:
             stack.extend(reversed(node.children()))
 
 
+def needed(expression: Expression, start: int, stop: int) -> dict[Stored, tuple[int, int]]:
+    """Every leaf that is read for elements ``[start, stop)`` of the result, with the run of its elements."""
+    found: dict[Stored, tuple[int, int]] = {}
+    for leaf, first, last in expression.needs(start, stop):
+        known_first, known_last = found.get(leaf, (first, last))
+        found[leaf] = (min(known_first, first), max(known_last, last))
+    return found
+
+
+def loads(expression: Expression) -> Iterator[Load]:
+    """Every distinct tensor of a file that something of the tree is read from, in order of first appearance."""
+    seen: set[tuple[str, Location]] = set()
+    for leaf in stored(expression):
+        for load in leaf.read_from:
+            if (load.model, load.location) not in seen:
+                seen.add((load.model, load.location))
+                yield load
+
+
 def is_copy(expression: Expression) -> bool:
-    """Whether the result is the input's bytes, unchanged."""
-    return isinstance(expression, Load)
+    """Whether the result is bytes of the inputs, unchanged."""
+    return isinstance(expression, Stored)

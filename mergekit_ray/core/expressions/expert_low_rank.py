@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions.base import Expression, Load, expression_kind, from_json, to_json
+from mergekit_ray.core.expressions.base import Expression, Stored, expression_kind, from_json, to_json
 from mergekit_ray.core.tensors import TensorSpec
 
 _FLOAT64_BYTES = 8
@@ -58,7 +58,7 @@ class ExpertLowRank(Expression):
         """``x``, ``a`` and ``b``."""
         return self.x, self.a, self.b
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """The run of ``x``, and both factors whole."""
         yield from self.x.needs(start, stop)
         for factor in (self.a, self.b):

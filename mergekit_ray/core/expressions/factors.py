@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions.base import Expression, Load, expression_kind, from_json, to_json
+from mergekit_ray.core.expressions.base import Expression, Stored, expression_kind, from_json, to_json
 from mergekit_ray.core.tensors import TensorSpec
 
 NUM_NORMS = 2
@@ -79,7 +79,7 @@ class LowRankFactors(Expression):
         """``x``."""
         return (self.x,)
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """All of ``x``."""
         del start, stop
         yield from self.x.needs(0, self.x.spec.num_elements)
@@ -125,7 +125,7 @@ class SingularValues(Expression):
         """``x``."""
         return (self.x,)
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """All of ``x``."""
         del start, stop
         yield from self.x.needs(0, self.x.spec.num_elements)

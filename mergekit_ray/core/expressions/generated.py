@@ -13,13 +13,13 @@ from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions.base import (
     Expression,
-    Load,
+    Stored,
     expression_kind,
     from_json,
-    loads,
     most,
     spec_from_json,
     spec_to_json,
+    stored,
     to_json,
 )
 from mergekit_ray.core.tensors import TensorSpec
@@ -198,7 +198,7 @@ class Concat(Expression):
                 yield index, first - begin, last - begin, first - start
             begin = end
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """Of every part that the run touches, the elements it touches."""
         for index, first, last, _ in self.overlaps(start, stop):
             yield from self.parts[index].needs(first, last)
@@ -206,7 +206,7 @@ class Concat(Expression):
     @property
     def access(self) -> Access:
         """The most that any part needs; the whole at once if parts share inputs, which are then read once."""
-        shared = Counter(load for part in self.parts for load in loads(part))
+        shared = Counter(leaf for part in self.parts for leaf in stored(part))
         own = Access.REDUCE if any(count > 1 for count in shared.values()) else Access.ELEMENTWISE
         return most([own, *(part.access for part in self.parts)])
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions.base import Expression, Load, expression_kind, from_json, most, to_json
+from mergekit_ray.core.expressions.base import Expression, Stored, expression_kind, from_json, most, to_json
 from mergekit_ray.core.tensors import TensorSpec
 
 _FLOAT64_BYTES = 8
@@ -52,7 +52,7 @@ class LowRank(Expression):
         """``x``, ``a``, ``b``, and the magnitude if there is one."""
         return (self.x, self.a, self.b) if self.magnitude is None else (self.x, self.a, self.b, self.magnitude)
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """The run of ``x``, widened to what its norms need; the rows of ``b`` for it, and all of ``a``.
 
         If ``transposed``, all of both factors.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions.base import Expression, Load, expression_kind, from_json, to_json
+from mergekit_ray.core.expressions.base import Expression, Load, Stored, expression_kind, from_json, to_json
 from mergekit_ray.core.tensors import TensorSpec
 
 FP8_NON_FINITE: Final[Mapping[DType, frozenset[int]]] = {
@@ -100,7 +100,7 @@ class BlockScaled(Expression):
         """Codes and scales."""
         return (self.codes, self.scales)
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """The run of the codes, and the rows of scales it touches."""
         yield self.codes, start, stop
         if start < stop:
@@ -150,7 +150,7 @@ class Mxfp4(Expression):
         """Blocks and scales."""
         return (self.blocks, self.scales)
 
-    def needs(self, start: int, stop: int) -> Iterator[tuple[Load, int, int]]:
+    def needs(self, start: int, stop: int) -> Iterator[tuple[Stored, int, int]]:
         """All of the matrices that the run touches: a row of the result has bytes of all rows of one of them."""
         if start < stop:
             matrix = math.prod(self.spec.shape[1:])
@@ -176,9 +176,9 @@ class Mxfp4(Expression):
         return cls(_load(blocks), _load(scales), name)
 
 
-def non_finite_codes(expression: Expression) -> dict[Load, frozenset[int]]:
-    """Of every load in a tree that is read as codes, the bytes that are a NaN or an infinity."""
-    found: dict[Load, frozenset[int]] = {}
+def non_finite_codes(expression: Expression) -> dict[Stored, frozenset[int]]:
+    """Of every leaf in a tree that is read as codes, the bytes that are a NaN or an infinity."""
+    found: dict[Stored, frozenset[int]] = {}
     stack = [expression]
     while stack:
         node = stack.pop()

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from mergekit_ray.core.expressions import Load
+from mergekit_ray.core.expressions import Stored
 from mergekit_ray.evaluation.device.protocol import Device, Mark
 from mergekit_ray.evaluation.nodes.base import Piece
 
@@ -166,7 +166,7 @@ class Downloads:
 
 
 class StreamedPiece:
-    """A load's bytes in host memory, of which runs are uploaded as they are asked for.
+    """A leaf's bytes in host memory, of which runs are uploaded as they are asked for.
 
     Args:
         piece: the bytes.
@@ -217,7 +217,7 @@ class Throttle:
         return target
 
 
-def upload_all(device: Device, uploads: Uploads, pieces: Mapping[Load, Piece]) -> tuple[dict[Load, Piece], Mark]:
+def upload_all(device: Device, uploads: Uploads, pieces: Mapping[Stored, Piece]) -> tuple[dict[Stored, Piece], Mark]:
     """All pieces on the device, and the mark from which on they are there."""
-    found = {load: Piece(uploads.send(piece.data)[0], piece.start) for load, piece in pieces.items()}
+    found = {leaf: Piece(uploads.send(piece.data)[0], piece.start) for leaf, piece in pieces.items()}
     return found, device.uploads.mark()

@@ -21,7 +21,7 @@ import torch
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Expression, Load
+from mergekit_ray.core.expressions import Expression, Stored
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.evaluation.budget import Budget
 from mergekit_ray.evaluation.device.copies import (
@@ -68,7 +68,7 @@ class Staged:
         held_bytes: of the session's budget.
     """
 
-    pieces: Mapping[Load, Piece]
+    pieces: Mapping[Stored, Piece]
     there: Mark
     held_bytes: int
 
@@ -109,7 +109,7 @@ class DeviceSession:
             self.pool.block_elements *= 2
 
     def stage(
-        self, expression: Expression, pieces: Mapping[Load, Piece], stopped: threading.Event | None = None
+        self, expression: Expression, pieces: Mapping[Stored, Piece], stopped: threading.Event | None = None
     ) -> Staged | None:
         """Upload a window's inputs, once there is room for them beside those of windows before it.
 
@@ -138,9 +138,9 @@ class DeviceSession:
         """What was staged is not used any more."""
         self._budget.give(staged.held_bytes)
 
-    def streamed(self, pieces: Mapping[Load, Piece]) -> Mapping[Load, Loaded]:
+    def streamed(self, pieces: Mapping[Stored, Piece]) -> Mapping[Stored, Loaded]:
         """Pieces of which runs are uploaded as they are asked for."""
-        return {load: StreamedPiece(piece, self._throttle) for load, piece in pieces.items()}
+        return {leaf: StreamedPiece(piece, self._throttle) for leaf, piece in pieces.items()}
 
     def chunk_elements(self, expression: Expression, num_loads: int) -> int:
         """Elements to compute at a time: as many as a pinned buffer brings back, or fewer if there is no room."""
@@ -184,7 +184,7 @@ class DeviceEvaluation:
         self,
         session: DeviceSession,
         expression: Expression,
-        pieces: Mapping[Load, Piece],
+        pieces: Mapping[Stored, Piece],
         staged: Staged | None,
         *,
         allow_non_finite: bool = False,
@@ -245,7 +245,7 @@ class DeviceEvaluation:
             raise self._too_large()
         return False
 
-    def _sources(self) -> Iterator[Callable[[], Mapping[Load, Loaded]]]:
+    def _sources(self) -> Iterator[Callable[[], Mapping[Stored, Loaded]]]:
         """Ways to have the inputs on the device, the best first."""
         if self._staged is not None:
             yield self._resident
@@ -253,14 +253,14 @@ class DeviceEvaluation:
         if self._expression.access is not Access.WHOLE:
             yield lambda: self._session.streamed(self._pieces)
 
-    def _resident(self) -> Mapping[Load, Loaded]:
+    def _resident(self) -> Mapping[Stored, Loaded]:
         assert self._staged is not None
         self._session.device.compute.wait(self._staged.there)
         return self._staged.pieces
 
     def _fits(
         self,
-        sources: Callable[[], Mapping[Load, Loaded]],
+        sources: Callable[[], Mapping[Stored, Loaded]],
         start: int,
         stop: int,
         out: torch.Tensor,
@@ -282,7 +282,7 @@ class DeviceEvaluation:
             raise
         return True
 
-    def _evaluation(self, pool: ComputePool, sources: Mapping[Load, Loaded] | None = None) -> Evaluation:
+    def _evaluation(self, pool: ComputePool, sources: Mapping[Stored, Loaded] | None = None) -> Evaluation:
         return Evaluation(
             self._expression,
             self._pieces,

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 import torch
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Expression, Load
+from mergekit_ray.core.expressions import Expression, Gather, Load, Stored
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.evaluation.pieces import Pieces
 from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS, ComputePool
@@ -44,7 +44,7 @@ class Node(Protocol):
 
 
 class Loaded(Protocol):
-    """What a `Load` is filled from.
+    """What a `Load` or a `Gather` is filled from.
 
     Attributes:
         start: flat index of the first element present.
@@ -54,7 +54,7 @@ class Loaded(Protocol):
     def start(self) -> int: ...  # noqa: D102 - see the class
 
     def run(self, start: int, stop: int) -> torch.Tensor:
-        """Elements ``[start, stop)`` of the whole tensor, 1-D in the load's own dtype, where the nodes compute.
+        """Elements ``[start, stop)`` of the whole tensor, 1-D in the leaf's own dtype, where the nodes compute.
 
         Not to be written to.
         """
@@ -63,10 +63,10 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The bytes of one `Load` (or a window of it) in memory.
+    """The bytes of one leaf that is read (or a window of it) in memory.
 
     Attributes:
-        data: 1-D tensor of the load's own dtype.
+        data: 1-D tensor of the leaf's own dtype.
         start: flat index of its first element in the whole tensor.
     """
 
@@ -78,9 +78,9 @@ class Piece:
         return self.data[start - self.start : stop - self.start]
 
     @classmethod
-    def of(cls, pieces: Pieces) -> dict[Load, Self]:
+    def of(cls, pieces: Pieces) -> dict[Stored, Self]:
         """Those of a window, sharing its bytes."""
-        return {load: cls(as_tensor(data, load.spec.dtype), start) for load, (data, start) in pieces.items()}
+        return {leaf: cls(as_tensor(data, leaf.spec.dtype), start) for leaf, (data, start) in pieces.items()}
 
 
 class NonFiniteError(Exception):
@@ -118,12 +118,12 @@ class Compilation:
     """What nodes are made with.
 
     Attributes:
-        pieces: the bytes of each load.
+        pieces: the bytes of each leaf that is read.
         pool: threads to compute on, with their scratch; says on which device.
         guard: of all nodes below the root.
     """
 
-    pieces: Mapping[Load, Loaded]
+    pieces: Mapping[Stored, Loaded]
     pool: ComputePool
     guard: Guard = field(default_factory=Guard)
 
@@ -197,14 +197,15 @@ def fill_parallel(
 _UNGUARDED: Final = Guard()
 
 
+@node_of(Gather)
 @node_of(Load)
 class LoadNode:
     """Widens what is in memory."""
 
-    def __init__(self, load: Load, compilation: Compilation, guard: Guard) -> None:
-        self.spec = load.spec
-        self._piece = compilation.pieces[load]
-        self._guard = guard if load.spec.dtype.is_floating else _UNGUARDED
+    def __init__(self, leaf: Stored, compilation: Compilation, guard: Guard) -> None:
+        self.spec = leaf.spec
+        self._piece = compilation.pieces[leaf]
+        self._guard = guard if leaf.spec.dtype.is_floating else _UNGUARDED
 
     def prepare(self) -> None:
         """Nothing: the bytes are there."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Noise, loads
+from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Noise, stored
 from mergekit_ray.evaluation import noise as on_cpu
 from mergekit_ray.evaluation.nodes.base import Compilation, Guard, Node, NonFiniteError, node_of, round_result
 from mergekit_ray.evaluation.noise import (
@@ -183,4 +183,4 @@ class ConcatNode:
 
 
 def _has_inputs(part: Expression, compilation: Compilation) -> bool:
-    return all(load in compilation.pieces for load in loads(part))
+    return all(leaf in compilation.pieces for leaf in stored(part))

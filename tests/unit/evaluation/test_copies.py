@@ -37,7 +37,7 @@ def test_what_is_not_finite_is_named(dtype: DType, value: float, place: int) -> 
     x[place] = value
     x[min(place + 5, 99_999)] = value
     with pytest.raises(MergeError) as caught:
-        check_copy_finite(load, bytes_of(x), 100_000, "org/m")
+        check_copy_finite(load, bytes_of(x), 100_000, {"m1": "org/m"})
     assert caught.value.what.startswith(f"{value} in the input, first at flat index {100_000 + place}")
     assert caught.value.where == "model org/m, tensor 'w'"
 
