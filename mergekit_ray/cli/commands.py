@@ -24,6 +24,7 @@ from mergekit_ray.cli.options import (
     FactorType,
     Lenient,
     LogFormat,
+    LogFormatOption,
     MethodName,
     ModulesToSave,
     PublishedModel,
@@ -44,6 +45,7 @@ from mergekit_ray.cli.running import (
     stop_on_signals,
     told_errors,
 )
+from mergekit_ray.cli.usage import whole
 from mergekit_ray.cli.voice import tell
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.reporting.signals import listening
@@ -84,9 +86,7 @@ def merge(
     seed: Seed = None,
     lenient: Lenient = False,
     quiet: Quiet = False,
-    log_format: Annotated[
-        LogFormat, typer.Option("--log-format", metavar="[text|json]", help="Write text, or one JSON object a line.")
-    ] = LogFormat.text,
+    log_format: LogFormatOption = LogFormat.text,
     debug: Debug = False,
     version: Version = False,
 ) -> None:
@@ -211,10 +211,11 @@ def verify(
     out: PublishedModel,
     *,
     sample: Annotated[
-        int | None, typer.Option("--sample", metavar="N", min=0, help="Read only N tensors, drawn at random.")
+        int | None, typer.Option("--sample", parser=whole(0), metavar="N", help="Read only N tensors, drawn at random.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Seed of the draw for --sample (default: 0).")
+        int | None,
+        typer.Option("--seed", parser=whole(), metavar="N", help="Seed of the draw for --sample (default: 0)."),
     ] = None,
     finite: Annotated[bool, typer.Option("--finite", help="Also check that no value is NaN or infinite.")] = False,
     as_json: AsJson = False,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from mergekit_ray.cli.usage import number, one_of, whole
 from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
 
@@ -30,6 +31,10 @@ def _complete_method(incomplete: str) -> list[tuple[str, str]]:
 
 def _complete_device(incomplete: str) -> list[str]:
     return [name for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(incomplete)]
+
+
+def _completing(kind: type[StrEnum]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [each.value for each in kind if each.value.startswith(incomplete)]
 
 
 class ExecutorName(StrEnum):
@@ -54,6 +59,16 @@ class LogFormat(StrEnum):
     json = "json"
 
 
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        parser=one_of(LogFormat),
+        autocompletion=_completing(LogFormat),
+        metavar="[text|json]",
+        help="Write text, or one JSON object a line.",
+    ),
+]
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="YAML recipe: a path, s3://bucket/recipe.yml, or - for standard input.")
 ]
@@ -70,18 +85,21 @@ Lenient = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", help="Seed of all randomness (0 to 2^63 - 1); overrides the recipe's."),
+    typer.Option(
+        "--seed", parser=whole(), metavar="N", help="Seed of all randomness (0 to 2^63 - 1); overrides the recipe's."
+    ),
 ]
 Version = Annotated[
     bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors, too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Rank = Annotated[int | None, typer.Option("--rank", metavar="N", min=1, help="Rank of every matrix.")]
+Rank = Annotated[int | None, typer.Option("--rank", parser=whole(1), metavar="N", help="Rank of every matrix.")]
 Energy = Annotated[
     float | None,
     typer.Option(
         "--energy",
+        parser=number,
         metavar="SHARE",
         help="Instead of --rank: the least rank of each matrix that keeps this share of its change, such as 0.9.",
     ),
@@ -95,7 +113,14 @@ Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", metavar="NAME", help="Leave out modules of this name; repeatable.")
 ]
 FactorDtype = Annotated[
-    FactorType, typer.Option("--dtype", metavar="DTYPE", help="Store the factors as float32, bfloat16 or float16.")
+    FactorType,
+    typer.Option(
+        "--dtype",
+        parser=one_of(FactorType),
+        autocompletion=_completing(FactorType),
+        metavar="DTYPE",
+        help="Store the factors as float32, bfloat16 or float16.",
+    ),
 ]
 _DEVICE: Final = typer.Option(
     "--device",
@@ -106,10 +131,10 @@ _DEVICE: Final = typer.Option(
 Device = Annotated[str, _DEVICE]
 DeviceOrNone = Annotated[str | None, _DEVICE]
 AllowNonFinite = Annotated[
-    bool, typer.Option("--allow-non-finite", help="Merge NaN and infinities instead of refusing them.")
+    bool, typer.Option("--allow-non-finite", help="Accept NaN and infinities instead of refusing them.")
 ]
 AllowConfigConflicts = Annotated[
-    bool, typer.Option("--allow-config-conflicts", help="Merge models whose configs contradict each other.")
+    bool, typer.Option("--allow-config-conflicts", help="Accept models whose configs contradict each other.")
 ]
 
 
@@ -133,6 +158,8 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
             ExecutorName | None,
             typer.Option(
                 "--executor",
+                parser=one_of(ExecutorName),
+                autocompletion=_completing(ExecutorName),
                 metavar="[local|ray]",
                 help="Run on threads of this process or on Ray (the default inside a Ray job).",
             ),
@@ -148,7 +175,9 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "num_workers": (
         Annotated[
             int | None,
-            typer.Option("--workers", metavar="N", min=1, help="Shards processed at once (default: automatic)."),
+            typer.Option(
+                "--workers", parser=whole(1), metavar="N", help="Shards processed at once (default: automatic)."
+            ),
         ],
         None,
     ),

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergekit_ray.cli.options import LogFormat
+from mergekit_ray.cli.usage import wrong_arguments
 from mergekit_ray.cli.voice import Voice
 from mergekit_ray.core.errors import ConfigError, InternalError, Interrupted, MergekitRayError, StorageError
 from mergekit_ray.core.secrets import RedactedStream
@@ -33,15 +34,23 @@ class _OurErrors:
     """
 
     _voice = Voice()
+    _path = ""
+    """How the user calls the command."""
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **options: Any) -> Any:
         self._voice = Voice(log_format=_log_format(args), as_json="--json" in args)  # before anything is parsed
+        parent = getattr(options.get("parent"), "command_path", "")
+        self._path = f"{parent} {info_name}".strip()
         with self._told():
             return super().make_context(info_name, args, *more, **options)  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
         with self._told():
             return super().invoke(ctx)  # type: ignore[misc]
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc]
+        return [re.sub(r"^\{(\w+)\}$", r"\1", piece) for piece in pieces]  # braces would be a choice
 
     def get_help(self, ctx: Any) -> str:
         text: str = super().get_help(ctx)  # type: ignore[misc]
@@ -55,7 +64,7 @@ class _OurErrors:
             # Without arguments, the error is the help.
             if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
                 raise
-            self._voice.fail(_wrong_arguments(error))
+            self._voice.fail(wrong_arguments(error, self._path))
             raise typer.Exit(ConfigError.exit_code) from None
 
 
@@ -88,14 +97,6 @@ def _log_format(arguments: Sequence[str]) -> LogFormat:
     """The format that a command line asks for, before it is parsed."""
     asked = "\n".join(arguments).replace("--log-format\n", "--log-format=").splitlines()
     return LogFormat.json if f"--log-format={LogFormat.json.value}" in asked else LogFormat.text
-
-
-def _wrong_arguments(error: Any) -> ConfigError:
-    """What click says of arguments, without the credentials in them."""
-    message = str(error.format_message())
-    context = getattr(error, "ctx", None)
-    remedy = None if context is None else f"see `{context.command_path} --help`"
-    return ConfigError(message[:1].lower() + message[1:], remedy=remedy)
 
 
 class _Output(RedactedStream):

@@ -15,6 +15,7 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from mergekit_ray.cli import app, tables
+from mergekit_ray.cli.usage import MERGEKIT_FLAGS
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.version import __version__
 from support.commands.terminal import plain, run_on_terminal
@@ -179,6 +180,52 @@ def test_where_json_is_asked_for_errors_are_json(
     done = invoke(*arguments, "--json")
     told = json.loads(done.stdout)
     assert (told["event"], told["error"], told["exit_code"], done.stderr) == ("error", kind, done.exit_code, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("merge r.yml --workers x", "--workers: expected a whole number, found 'x'"),
+        ("merge r.yml --workers 0", "--workers: expected at least 1, found 0"),
+        ("merge r.yml --memory x", "--memory: expected a size such as 2GB, 500MB or 5GiB, found 'x'"),
+        ("merge r.yml --log-format jsn", "--log-format: expected text or json, found 'jsn'; did you mean 'json'?"),
+        ("merge r.yml --executor rya", "--executor: expected local or ray, found 'rya'; did you mean 'ray'?"),
+        ("extract-lora a b c --energy x", "--energy: expected a number, found 'x'"),
+        ("extract-lora a b c --dtype int8", "--dtype: expected float32, bfloat16 or float16, found 'int8'"),
+        ("plan r.yml --seed 1.5", "--seed: expected a whole number, found '1.5'"),
+        ("verify m --sample -1", "--sample: expected at least 0, found -1"),
+        ("merge r.yml --sed 3", "no such option: --sed; did you mean '--seed'?"),
+        ("merg", "no such command 'merg'; did you mean 'merge'?"),
+        ("merge", "missing argument 'RECIPE'"),
+        ("merge r.yml --seed", "option '--seed' requires an argument"),
+    ],
+)
+def test_wrong_arguments_are_told_in_our_words(arguments: str, said: str) -> None:
+    done = invoke(*arguments.split())
+    command = "" if arguments == "merg" else f" {arguments.split(maxsplit=1)[0]}"
+    assert (done.exit_code, done.stderr) == (2, f"error: {said}\n  see `root{command} --help`\n")
+
+
+@pytest.mark.parametrize("flags", MERGEKIT_FLAGS, ids=" ".join)
+def test_options_of_mergekit_are_explained(flags: tuple[str, ...]) -> None:
+    for flag in flags:
+        for given in (flag, flag.replace("--", "--no-")):
+            done = invoke("merge", "recipe.yml", "out", given, "5")
+            told = f"error: {given} is an option of mergekit\n  here: {MERGEKIT_FLAGS[flags]}\n"
+            assert (done.exit_code, done.stderr) == (2, told)
+
+
+def test_the_page_for_users_of_mergekit_has_the_same_table() -> None:
+    page = (Path(__file__).parents[2] / "docs/from-mergekit.md").read_text()
+    for flags, here in MERGEKIT_FLAGS.items():
+        assert f"| {', '.join(f'`{flag}`' for flag in flags)} | {here} |\n" in page
+    assert len(re.findall(r"^\| `-", page, re.MULTILINE)) == len(MERGEKIT_FLAGS)
+
+
+def test_help_has_neither_braces_nor_ranges() -> None:
+    for command in ("merge", "plan", "validate", "verify", "attest", "reproduce", "extract-lora", "methods"):
+        shown = invoke(command, "--help").stdout
+        assert not re.search(r"[{}]|x>=", shown), command
 
 
 @pytest.mark.parametrize("command", ["validate", "plan", "merge"])

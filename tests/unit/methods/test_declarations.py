@@ -168,3 +168,11 @@ def test_declarations_are_read_without_torch() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=DEADLINE_SECONDS)
+
+
+def test_no_method_has_a_parameter_of_text() -> None:
+    """The JSON Schema of recipes takes none."""
+    for method in map(METHODS.get, METHODS.names()):
+        for declared in (method.model_parameters, method.global_parameters):
+            for name, field in declared.model_fields.items():
+                assert field.annotation in (float, int, bool, float | None), (method.name, name)

@@ -12,9 +12,10 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Merge, loads
 from mergekit_ray.operations.extract_lora import rank_for
+from mergekit_ray.planning.agreement import check_pair
 from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapter_config, extraction
 from mergekit_ray.planning.make import models_of
-from support.fake_checkpoints import checkpoint, llama
+from support.fake_checkpoints import checkpoint, llama, llama_shapes
 
 SHAPES: dict[str, Any] = {
     "model.embed_tokens.weight": (10, 4),
@@ -244,3 +245,26 @@ def test_one_name_is_no_tuple_of_letters(key: str) -> None:
     given: dict[str, Any] = {key: "lm_head"}
     with pytest.raises(TypeError, match=rf"Coverage\.{key} is a tuple of names: write \('lm_head',\)"):
         Coverage(**given)
+
+
+def test_layers_of_an_adapters_models_must_have_the_same_tensors() -> None:
+    """A difference without the biases that the base adds is no adapter of it."""
+    config = {"model_type": "llama", "num_hidden_layers": 2}
+    biases = {f"model.layers.{layer}.self_attn.q_proj.bias": (4,) for layer in range(2)}
+    opened = (
+        checkpoint("/a", {**llama_shapes(2), **biases}, {"model_type": "qwen2", "num_hidden_layers": 2}),
+        checkpoint("/b", llama_shapes(2), config),
+    )
+    base, tuned = models_of({ModelReference.parse(c.reference): c for c in opened}).values()
+    for pair, bias in (((base, tuned), "[4] in /a, absent in /b"), ((tuned, base), "absent in /b, [4] in /a")):
+        with pytest.raises(ModelError) as caught:
+            check_pair(*pair)
+        _, of_type, line = caught.value.what.splitlines()
+        assert of_type.startswith("  model_type: ")
+        assert line == f"  model.layers.0.self_attn.q_proj.bias: {bias} (and so in 1 more layer)"
+        assert len(check_pair(*pair, allow_conflicts=True)) == 2
+    head = checkpoint(
+        "/c", {**llama_shapes(2), "score.weight": (2, 4)}, config
+    )  # is reported, and stored whole if it is asked for
+    _, with_head = models_of({ModelReference.parse(c.reference): c for c in (opened[1], head)}).values()
+    assert check_pair(tuned, with_head) == []
