@@ -121,13 +121,13 @@ class Meter:
 
 
 def traffic(progress: Progress, plan: Plan, rates: Rates) -> str:
-    """``read 1.20 GB of 4.80 GB (310 MB/s), wrote 200 MB of 2.40 GB (51.0 MB/s)``."""
+    """``read 1.20 GB of 4.80 GB (310 MB/s), wrote 200 MB of 2.40 GB (51.0 MB/s)``; what is done has no rate."""
     parts = (
         ("read", progress.read_bytes, plan.read_bytes, rates.read),
         ("wrote", progress.written_bytes, plan.num_bytes, rates.written),
     )
     return ", ".join(
-        f"{verb} {format_bytes(done)} of {format_bytes(total)} ({format_bytes(rate)}/s)"
+        f"{verb} {format_bytes(done)} of {format_bytes(total)}" + (f" ({format_bytes(rate)}/s)" if done < total else "")
         for verb, done, total, rate in parts
     )
 

@@ -27,6 +27,7 @@ from mergekit_ray.reporting.reporters import (
     duration,
     level_of,
     line_of,
+    traffic,
 )
 
 
@@ -159,6 +160,13 @@ def test_lines_of_text(plan: Plan, clock: Clock) -> None:
         f"[   10.0s] read 300 B of {read} (30 B/s), wrote 100 B of {written} (10 B/s), 1 of 3 shards, {left} to go"
     )
     assert third == "[   10.0s] warning: model-2 is put back"
+
+
+def test_what_is_read_has_no_rate_any_more(plan: Plan) -> None:
+    """It would fall while the rest is computed and written."""
+    told = traffic(done(plan.read_bytes, 50), plan, Rates(30.0, 10.0, None))
+    read, written = (format_bytes(num_bytes) for num_bytes in (plan.read_bytes, plan.num_bytes))
+    assert told == f"read {read} of {read}, wrote 50 B of {written} (10 B/s)"
 
 
 @pytest.mark.parametrize(
