@@ -1,4 +1,4 @@
-"""What an extraction found: how much of each difference the adapter holds, and what it does not."""
+"""What an extraction found: how much of each change the adapter holds, and what it does not."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Factorised:
     Attributes:
         name: of the tensor.
         rank: of its factors; 0 if the models do not differ, and nothing is stored.
-        norm: of the difference (Frobenius).
-        error: norm of what the factors leave of it, over ``norm``; 0 if that is 0.
+        norm: of the change, which is the difference of the two models (Frobenius).
+        error: the loss: norm of what the factors leave of it, over ``norm``; 0 if that is 0.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Uncovered:
 
     Attributes:
         name: of the tensor.
-        norm: of the difference.
+        norm: of the change.
         relative: ``norm`` over the norm of the base's tensor; None if that is zero.
     """
 
@@ -63,11 +63,11 @@ class ExtractResult:
     Attributes:
         uri: where the adapter is.
         factorised: every matrix.
-        uncovered: what differs and is lost, the largest difference first.
+        uncovered: what differs and is lost, the largest change first.
         unmatched: tensors that are in one model only or of another shape, with the reason: lost as well.
         saved: tensors stored whole.
-        error: norm of all that is lost of the differences, over the norm of all differences (of tensors that both
-            models have and that are not stored whole); 0 if they do not differ.
+        error: the total loss: norm of all that is lost of the changes, over the norm of all changes (of tensors that
+            both models have and that are not stored whole); 0 if they do not differ.
     """
 
     uri: str
@@ -79,7 +79,7 @@ class ExtractResult:
 
     def __repr__(self) -> str:
         matrices = counted(sum(each.rank > 0 for each in self.factorised), "matrix", "matrices")
-        return f"<ExtractResult {self.uri}: {matrices}, {self.error:.3g} of all differences lost>"
+        return f"<ExtractResult {self.uri}: {matrices}, total loss {self.error:.3g}>"
 
     def _repr_html_(self) -> str:
         ranks = [each.rank for each in self.factorised if each.rank]
@@ -89,7 +89,7 @@ class ExtractResult:
             "ranks": f"{min(ranks)} to {max(ranks)}" if ranks else "none",
             "stored whole": f"{len(self.saved):,}",
             "not covered": f"{len(self.uncovered) + len(self.unmatched):,}",
-            "lost of all differences": f"{self.error:.3g}",
+            "total loss": f"{self.error:.3g}",
         }
         return table("Extracted LoRA", rows)
 
@@ -126,10 +126,14 @@ def report_of(uri: str, found: Extraction, work: Checkpoint) -> ExtractResult:
         if norm:
             uncovered.append(Uncovered(name, norm, norm / of_base if of_base else None))
     uncovered.sort(key=lambda each: (-each.norm, each.name))
+    return ExtractResult(uri, factorised, uncovered, found.unmatched, found.saved, _loss(factorised, uncovered))
+
+
+def _loss(factorised: Sequence[Factorised], uncovered: Sequence[Uncovered] = ()) -> float:
+    """Norm of what is lost over the norm of all that changed."""
     lost = math.fsum([(f.norm * f.error) ** 2 for f in factorised] + [u.norm**2 for u in uncovered])
     whole = math.fsum([f.norm**2 for f in factorised] + [u.norm**2 for u in uncovered])
-    error = math.sqrt(lost / whole) if whole else 0.0
-    return ExtractResult(uri, factorised, uncovered, found.unmatched, found.saved, error)
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def to_data(report: ExtractResult) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def card(found: Extraction, report: ExtractResult) -> str:
         "---\nlibrary_name: peft\ntags:\n- mergekit-ray\n- lora\n---\n\n# Extracted LoRA\n\n"
         f"The difference of `{found.tuned.reference}` and its base `{found.base.reference}`, as low-rank factors of "
         f"{counted(len(kept), 'matrix', 'matrices')} ({_ranks([each.rank for each in kept])}), made with "
-        f"mergekit-ray {__version__}. Of all differences, a share of {report.error:.3g} (in norm) is lost; "
+        f"mergekit-ray {__version__}. The total loss is {report.error:.3g} of the norm of all changes; "
         f"`mergekit-ray.json` says where.\n"
     )
 
@@ -170,7 +174,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def lines(report: ExtractResult) -> list[str]:
     """For a person: each matrix, all that is lost, and the sum of it."""
-    told = [f"{'rank':>6}  {'change':>9}  {'lost':>9}  tensor"]
+    told = [f"{'rank':>6}  {'change':>9}  {'loss':>9}  tensor"]
     told += [f"{e.rank:6}  {e.norm:9.3g}  {e.error:9.3g}  {e.name}" for e in report.factorised]
     if report.saved:
         told += ["", "stored whole:", *(f"  {name}" for name in report.saved)]
@@ -186,9 +190,10 @@ def lines(report: ExtractResult) -> list[str]:
     return [
         *told,
         "",
-        "change: Frobenius norm of the difference; lost: the part of it that the factors leave out; "
+        "change: Frobenius norm of the difference; loss: the share of it that the factors leave out; "
         "relative: change over the norm of the base's tensor",
         "",
-        f"lost of all changes together: {report.error:.3g}",
+        f"total loss: {report.error:.3g}"
+        + (f" ({_loss(report.factorised):.3g} for the factorised matrices alone)" if report.uncovered else ""),
         report.uri,
     ]
