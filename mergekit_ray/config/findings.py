@@ -50,6 +50,13 @@ _EXPECTED = {
     "bool_parsing": "true or false",
 }
 
+_LIMITS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -159,29 +166,37 @@ def _with_module_hint(finding: Finding) -> Finding:
     return replace(finding, hint=f"{finding.hint}; {hint}" if finding.hint else hint)
 
 
+def wanted(detail: ErrorDetails) -> str:
+    """What pydantic says of a value, in our words where there are any: ``expected a number``."""
+    kind = detail["type"]
+    if kind in _LIMITS:
+        words, key = _LIMITS[kind]
+        limit = detail["ctx"][key]
+        return f"expected {words} {f'{limit:g}' if isinstance(limit, float) else limit}"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}"
+    return detail["msg"].removeprefix("Value error, ")
+
+
 def _wording(detail: ErrorDetails) -> tuple[str, str]:
     value = detail["input"]
     kind = detail["type"]
-    if kind in _EXPECTED:
+    if kind in _EXPECTED or kind in _LIMITS:
         hint = ""
         if kind == "model_type" and isinstance(value, str) and detail["loc"][-2:-1] in (("models",), ("experts",)):
             hint = f"write `- {'model' if detail['loc'][-2] == 'models' else 'source_model'}: {value[:60]}`"
         elif kind == "string_type" and isinstance(value, bool | int | float):
             hint = "quote it"
-        return f"expected {_EXPECTED[kind]}, found {found(value)}", hint
+        return f"{wanted(detail)}, found {found(value)}", hint
     if kind == "too_short":
-        return "an empty list" if not isinstance(
-            value, Mapping
-        ) else "an empty mapping", "list at least one, or remove it"
+        if isinstance(value, str):
+            return "empty text", "write some, or remove it"
+        return f"an empty {'mapping' if isinstance(value, Mapping) else 'list'}", "list at least one, or remove it"
     if kind == "literal_error":
         accepted = [word.strip("'") for word in re.split(", | or ", detail["ctx"]["expected"])]
         near = did_you_mean(value, accepted) if isinstance(value, str) else ""
         return f"accepted: {', '.join(accepted)}; found {found(value)}", near
-    message = detail["msg"].removeprefix("Value error, ")
-    if kind.startswith(("greater_than", "less_than")):
-        message = message.removeprefix("Input ")
-        return f"{detail['loc'][-1]} {message}, found {found(value)}", ""
-    what, _, hint = message.partition("\n")
+    what, _, hint = wanted(detail).partition("\n")
     return what, hint
 
 

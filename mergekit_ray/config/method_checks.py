@@ -118,8 +118,7 @@ def _parameter_findings(
         try:
             coerce(declared, name, value)
         except ValueError as error:
-            what = str(error).removeprefix("input ")
-            findings.append(Finding((*path, *below), f"{name} {what}, found {found(value)}"))
+            findings.append(Finding((*path, *below), f"{error}, found {found(value)}"))
     if findings:
         return findings
     for gradient in gradients(setting):

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
-from mergekit_ray.config.findings import found
+from mergekit_ray.config.findings import found, wanted
 from mergekit_ray.config.yaml_source import YamlPath
 from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.errors import ConfigError, MergeError
@@ -267,9 +267,9 @@ def coerce(declared: type[Parameters], name: str, value: Scalar) -> Scalar:
     try:
         model: BaseModel = declared.model_validate({name: value})
     except ValidationError as error:
-        for detail in error.errors(include_url=False, include_context=False, include_input=False):
+        for detail in error.errors(include_url=False, include_input=False):
             if detail["loc"][:1] in ((name,), (key,)):
-                raise ValueError(detail["msg"][:1].lower() + detail["msg"][1:]) from None
+                raise ValueError(wanted(detail)) from None
         # Only other fields are missing: give them anything, to read this one back from a validated instance.
         return _coerce_alone(declared, name, value)
     result: Scalar = getattr(model, key)

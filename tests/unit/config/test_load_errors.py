@@ -105,6 +105,18 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "",
         ),
         (HEAD + "base_model: a+b+c\n", 4, "base_model", "more than one LoRA", ""),
+        (HEAD + "parameters: {normalize: 3}\n", 4, "parameters.normalize", "expected true or false, found 3", ""),
+        (HEAD + "parameters: {weight: x}\n", 4, "parameters.weight", "expected a number, found 'x'", ""),
+        (HEAD + "parameters: {weight: [1, y]}\n", 4, "parameters.weight[1]", "expected a number, found 'y'", ""),
+        (HEAD + "seed: -1\n", 4, "seed", "expected at least 0, found -1", ""),
+        (
+            HEAD.replace("linear", "ties") + "base_model: b\nparameters: {density: 2.5}\n",
+            5,
+            "parameters.density",
+            "expected at most 1, found 2.5",
+            "",
+        ),
+        (HEAD + "name: ''\n", 4, "name", "empty text", "write some, or remove it"),
         (HEAD + "name: [x]\n", 4, "name", "expected text, found a list", ""),
         (HEAD + "parameters: 3\n", 4, "parameters", "expected a mapping", ""),
         (
