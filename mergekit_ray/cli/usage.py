@@ -123,7 +123,8 @@ def wrong_arguments(error: Any, command: str) -> ConfigError:
     if parameter is not None and said:
         name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.human_readable_name
         return ConfigError(f"{name}: {said}", remedy=remedy)
-    message = str(error.format_message()).removesuffix(".").replace(". Did you mean", "; did you mean")
+    message = re.sub(r"^Got unexpected extra .* \((.*)\)$", r"too many arguments: \1", str(error.format_message()))
+    message = message.removesuffix(".").replace(". Did you mean", "; did you mean")
     return ConfigError(message[:1].lower() + message[1:], remedy=remedy)
 
 

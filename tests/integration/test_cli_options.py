@@ -197,6 +197,7 @@ def test_where_json_is_asked_for_errors_are_json(
         ("merge r.yml --sed 3", "no such option: --sed; did you mean '--seed'?"),
         ("merg", "no such command 'merg'; did you mean 'merge'?"),
         ("merge", "missing argument 'RECIPE'"),
+        ("merge r.yml out more 5", "too many arguments: more 5"),
         ("merge r.yml --seed", "option '--seed' requires an argument"),
     ],
 )
