@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.core.expressions import Gather, Load, Stored, is_copy, needed
+from mergekit_ray.core.expressions import Gather, Load, Stored, is_copy, needed, stored
 from mergekit_ray.core.plan import InputModel, OutputTensor, Plan, Shard
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS
@@ -36,6 +36,13 @@ _BATCHES_IN_WORK = 4
 
 MIN_MAPPED_BYTES = 1 << 20
 """Smaller pieces of local files are copied: a mapping costs more."""
+
+SCATTERED_BYTES = 1 << 30
+"""Aim for the inputs and output of a window of rows that lie scattered over tensors in stores, if the budget is not
+given: nearly all of such a tensor is read for each window, whatever its size."""
+
+_MAX_TURNS = 16
+"""How often the rows of a window may go back in a tensor of a store before they count as scattered."""
 
 SPAN_BYTES = 2 << 20
 """Of rows that lie near each other in a file, and what lies between, that are read together."""
@@ -138,6 +145,16 @@ def held_bytes(leaf: Stored, run: tuple[int, int]) -> int:
     return (last - first) * leaf.spec.dtype.itemsize
 
 
+def is_scattered(tensor: OutputTensor, mapped: AbstractSet[str]) -> bool:
+    """Whether a window has rows from all over a tensor that is not in a file of the ``mapped`` models."""
+    return any(
+        leaf.parts[index].model not in mapped and turns > _MAX_TURNS
+        for leaf in stored(tensor.expression)
+        if isinstance(leaf, Gather)
+        for index, turns in leaf.runs.turns.items()
+    )
+
+
 def _bytes_in_spans(leaf: Stored, mapped: AbstractSet[str]) -> int:
     """Bytes of tensors whose rows are read in spans, from which they are copied to their places."""
     if not isinstance(leaf, Gather):
@@ -188,7 +205,9 @@ def batches(shard: Shard, memory_bytes: int, mapped: AbstractSet[str] = frozense
     batch: list[Window] = []
     held = 0
     for tensor in shard.tensors:
-        for window in windows(tensor, min(WINDOW_BYTES, limit), mapped):
+        # Two of what is scattered: one that is read, and one that is computed and written.
+        most = max(limit, window_bytes(memory_bytes) // 2) if is_scattered(tensor, mapped) else min(WINDOW_BYTES, limit)
+        for window in windows(tensor, most, mapped):
             if batch and held + window.num_bytes > limit:
                 yield batch
                 batch, held = [], 0
@@ -220,7 +239,13 @@ def thread_bytes(plan: Plan) -> int:
 def comfortable_memory(plan: Plan) -> int:
     """A budget, in bytes, in which reading, computing and writing overlap; with room to read ahead from stores."""
     is_far = any("://" in model.uri for model in plan.inputs.values())
-    return memory_needed(plan) + _rounded((READS_AHEAD + _BATCHES_IN_WORK if is_far else 4) * BATCH_BYTES)
+    beside = _rounded((READS_AHEAD + _BATCHES_IN_WORK if is_far else 4) * BATCH_BYTES)
+    mapped = mapped_models(plan.inputs)
+    scattered = (tensor for shard in plan.shards for tensor in shard.tensors if is_scattered(tensor, mapped))
+    of_windows = (window.memory_bytes for tensor in scattered for window in _first(tensor, mapped, SCATTERED_BYTES))
+    return max(
+        memory_needed(plan) + beside, FIXED_BYTES + thread_bytes(plan) + 2 * _rounded(max(of_windows, default=0))
+    )
 
 
 def window_bytes(memory_bytes: int) -> int:
@@ -252,8 +277,8 @@ def _largest(plan: Plan) -> Window | None:
     return largest_window([tensor for shard in plan.shards for tensor in shard.tensors], mapped_models(plan.inputs))
 
 
-def _first(tensor: OutputTensor, mapped: AbstractSet[str]) -> Iterator[Window]:
-    for window in windows(tensor, mapped=mapped):
+def _first(tensor: OutputTensor, mapped: AbstractSet[str], max_bytes: int = WINDOW_BYTES) -> Iterator[Window]:
+    for window in windows(tensor, max_bytes, mapped):
         yield window
         return
 

@@ -91,12 +91,10 @@ class RowReader:
                 fillings.append(partial(_copy, mapped, row[places] - begin, out, places))
                 continue
             load = gather.parts[index]
-            is_direct, place = np.zeros(len(part), bool), 0
-            for of_run, begin, count in gather.runs.within(first, last).tolist():
-                if of_run == index and count * out.shape[1] >= _MIN_DIRECT_BYTES:
-                    ranges.append(self._range(load, begin, out[place : place + count]))
-                    is_direct[place : place + count] = True
-                place += count
+            is_direct = np.zeros(len(part), bool)
+            for place, begin, count in _long_runs(gather.runs.within(first, last), index, out.shape[1]):
+                ranges.append(self._range(load, begin, out[place : place + count]))
+                is_direct[place : place + count] = True
             places = places[~is_direct[places]]
             if len(places):
                 fillings.append(partial(self._read, load, row[places], out, places))
@@ -158,6 +156,14 @@ class RowReader:
         num_bytes = read_into(self._sources, [self._range(load, begin, scratch)])
         _copy(scratch, rows - begin, out, places)
         return num_bytes
+
+
+def _long_runs(runs: Integers, index: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """Those of a part that are read straight to their place: where that is, their first row, and how many."""
+    part, first, count = runs.T
+    places = np.cumsum(count) - count
+    is_long = (part == index) & (count * width >= _MIN_DIRECT_BYTES)
+    yield from zip(*(x[is_long].tolist() for x in (places, first, count)), strict=True)
 
 
 def _spans(rows: Integers, width: int, max_gap_bytes: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ import torch
 from mergekit_ray.core.declaration import BaseUse
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import (
+    ZEROS,
     BlockScaled,
     Cast,
     Concat,
@@ -27,6 +28,8 @@ from mergekit_ray.core.expressions import (
     Noise,
     Scale,
     SingularValues,
+    gathered,
+    rows,
 )
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.tensors import TensorSpec
@@ -35,6 +38,7 @@ from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 from mergekit_ray.methods.shared.protocol import is_portable
 from support.memory_inputs import DTYPES, Inputs
 from support.references.merge import ulp
+from support.references.rows import mapping, runs_of
 
 SHAPE = (263, 1009)
 """Of most tensors: 265,367 elements, a block and a bit, in rows and runs that end nowhere together."""
@@ -227,6 +231,22 @@ def concatenated(inputs: Inputs) -> Expression:
     return Concat(parts, TensorSpec("out", DType.F32, (2412,)))
 
 
+def gathered_rows(inputs: Inputs) -> Expression:
+    parts = [inputs.load(name, normal(seed, (90, 301))) for seed, name in ((11, "a"), (12, "b"))]
+    return gathered(parts, TensorSpec("out", DType.BF16, (260, 301)), runs_of(mapping(1, [90, 90], 260)))
+
+
+def rows_in_order(inputs: Inputs) -> Expression:
+    parts = [gathered_rows(inputs), low_rank(inputs, transposed=False, has_magnitude=False)]
+    wanted = [(index % 2, index // 2) for index in range(120)]
+    return rows(parts, TensorSpec("out", DType.BF16, (121, 301)), runs_of([*wanted, (ZEROS, 0)]))
+
+
+def rows_out_of_order(inputs: Inputs) -> Expression:
+    parts = [Scale(inputs.load("x", normal(13, (90, 301))), 0.3, DType.BF16), gathered_rows(inputs)]
+    return rows(parts, TensorSpec("out", DType.BF16, (150, 301)), runs_of(mapping(2, [90, 260], 150)))
+
+
 def noisy(inputs: Inputs, distribution: str) -> Expression:
     return Noise(
         inputs.load("x", normal(10, (70_001,), torch.float32)), distribution, 0.1, "seed", DType.F32, DType.F32
@@ -254,6 +274,9 @@ KIND_CASES: dict[str, Callable[[Inputs], Expression]] = {
     "mxfp4": mxfp4,
     "literal": literal,
     "concatenation": concatenated,
+    "gather": gathered_rows,
+    "rows in order": rows_in_order,
+    "rows out of order": rows_out_of_order,
     "normal noise": lambda inputs: noisy(inputs, "normal"),
     "uniform noise": lambda inputs: noisy(inputs, "uniform"),
 }

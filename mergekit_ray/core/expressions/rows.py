@@ -89,7 +89,7 @@ class Rows(Expression):
         another order than they have there, so that there is no telling which ones a window needs.
         """
         shared = Counter(leaf for part in self.parts for leaf in stored(part))
-        is_scattered = any(any(True for _ in stored(self.parts[index])) for index in self.runs.unordered)
+        is_scattered = any(any(True for _ in stored(self.parts[index])) for index in self.runs.turns)
         is_whole = is_scattered or any(count > 1 for count in shared.values())
         own = Access.REDUCE if is_whole else Access.ELEMENTWISE
         return most([own, *(part.access for part in self.parts)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,13 +156,13 @@ class Runs:
         return found
 
     @cached_property
-    def unordered(self) -> frozenset[int]:
-        """The parts whose rows do not come in the order that they have there."""
+    def turns(self) -> dict[int, int]:
+        """Of each part whose rows do not come in the order that they have there, how often they go back."""
         import numpy as np  # noqa: PLC0415 - as above
 
         part, first, count = self.table[np.argsort(self.table[:, 0], kind="stable")].T
-        goes_back = (part[1:] == part[:-1]) & (first[1:] < first[:-1] + count[:-1] - 1)
-        return frozenset(part[1:][goes_back].tolist()) - {ZEROS}
+        goes_back = (part[1:] == part[:-1]) & (first[1:] < first[:-1] + count[:-1] - 1) & (part[1:] != ZEROS)
+        return dict(Counter(part[1:][goes_back].tolist()))
 
     def compact(self) -> tuple[list[int], Runs]:
         """The parts that rows are taken of, ascending, and the same runs with their places in that list for parts."""

@@ -73,10 +73,10 @@ class TestRuns:
                 Runs.of([wrong])
 
     def test_parts_out_of_order(self) -> None:
-        assert Runs.of([(0, 0, 5), (1, 3, 1), (0, 6, 1), (1, 4, 1)]).unordered == set()
-        assert Runs.of([(0, 5, 1), (1, 3, 1), (0, 5, 1), (1, 3, 2)]).unordered == set(), "the same row again"
-        assert Runs.of([(0, 0, 5), (1, 3, 1), (0, 6, 1), (1, 2, 1)]).unordered == {1}
-        assert Runs.of([(-1, 0, 5), (1, 3, 1), (-1, 0, 1)]).unordered == set()
+        assert Runs.of([(0, 0, 5), (1, 3, 1), (0, 6, 1), (1, 4, 1)]).turns == {}
+        assert Runs.of([(0, 5, 1), (1, 3, 1), (0, 5, 1), (1, 3, 2)]).turns == {}, "the same row again"
+        assert Runs.of([(0, 0, 5), (1, 3, 1), (0, 6, 1), (1, 2, 1)]).turns == {1: 1}
+        assert Runs.of([(-1, 0, 5), (1, 3, 1), (-1, 0, 1)]).turns == {}
 
     def test_a_pickle_is_as_small_as_the_data(self) -> None:
         runs = Runs.of_rows([0] * 20_000, [(row * 7919) % 20_000 for row in range(20_000)])

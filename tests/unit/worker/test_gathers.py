@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import ZEROS, Cast, Expression, gathered, rows
-from mergekit_ray.core.plan import Shard
+from mergekit_ray.core.errors import CheckpointError, MergeError
+from mergekit_ray.core.expressions import ZEROS, Cast, Expression, Gather, gathered, rows, stored
+from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.windows import FIXED_BYTES, batches
+from mergekit_ray.storage.local.store import LocalSource, LocalStore
+from mergekit_ray.storage.protocols import MappedRange
 from mergekit_ray.worker import gathers
+from mergekit_ray.worker.resources import Resources, WorkerOptions
+from mergekit_ray.worker.worker import Worker
 from support.references.rows import mapping, runs_of, taken
-from support.shards import BUDGETS, big_model, load_of, make_worker, merged, shard_of
+from support.shards import BUDGETS, big_model, files_below, load_of, make_worker, merged, shard_of
 
 NUM_ROWS, WIDTH, NEW_ROWS = 3001, 67, 4003
 """Rows end nowhere together with windows."""
@@ -110,3 +119,121 @@ def test_what_is_read_is_counted_once(case: Case, tmp_path: Path, budget: str) -
     wanted = [scattered(0, NUM_ROWS, NUM_ROWS)] * 2, [scattered(2, NUM_ROWS)]
     sizes = [sum(part != ZEROS for part, _ in rows) * 2 for each in wanted for rows in each]
     assert worker.progress.read_bytes == shard.read_bytes == WIDTH * sum(sizes[:2]) + sizes[2]
+
+
+class FarSource:
+    """A folder that is not mapped, as if it were in a store; notes what it is asked for at once."""
+
+    def __init__(self, root: str) -> None:
+        self._local = LocalSource(root)
+        self.uri = f"far://{root}"
+        self.asked: list[tuple[str, list[tuple[int, int]]]] = []
+
+    def read_ranges(self, name: str, ranges: Any, buffers: Any, *, version: str | None = None) -> int:
+        self.asked.append((name, list(ranges)))
+        return self._local.read_ranges(name, ranges, buffers, version=version)
+
+
+def far_worker(inputs: dict[str, InputModel], output: Path, memory_bytes: int) -> tuple[Worker, dict[str, FarSource]]:
+    sources = {key: FarSource(model.uri) for key, model in inputs.items()}
+    far = {key: replace(model, uri=sources[key].uri) for key, model in inputs.items()}
+    options = WorkerOptions(memory_bytes=memory_bytes)
+    return Worker(Resources(far, sources, options), LocalStore(output), "records"), sources  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_from_a_store_rows_that_lie_near_each_other_are_read_together(
+    case: Case, tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathers, "SPAN_BYTES", 1 << 16)
+    worker, sources = far_worker(case.inputs, tmp_path, BUDGETS[budget])
+    worker.run(case.shard)
+    worker.close()
+    case.check(load_file(tmp_path / case.shard.file))
+    if budget == "ample":
+        spans = [found for source in sources.values() for _, ranges in source.asked for found in ranges]
+        leaves = [leaf for tensor in case.shard.tensors for leaf in stored(tensor.expression)]
+        num_runs = sum(len(leaf.runs) for leaf in leaves if isinstance(leaf, Gather))
+        assert len(spans) < num_runs / 5
+
+
+def test_from_a_store_what_several_tensors_have_is_read_once(case: Case, tmp_path: Path) -> None:
+    twice = [(tensor.spec.name, tensor.expression) for tensor in case.shard.tensors[:2]]
+    asked = []
+    for count in (1, 2):
+        worker, sources = far_worker(case.inputs, tmp_path / str(count), BUDGETS["ample"])
+        record = worker.run(shard_of(*twice[:count]))
+        worker.close()
+        asked.append([sorted(found for _, each in source.asked for found in each) for source in sources.values()])
+    assert asked[0] == asked[1]
+    found = load_file(tmp_path / "2" / record.file)
+    assert torch.equal(found["copied"], case.expected["copied"])
+    assert torch.equal(found["again"], case.expected["copied"])
+
+
+def test_windows_of_scattered_rows_are_as_large_as_the_budget_allows(case: Case) -> None:
+    tensor = case.shard.tensors[0]
+    shard = shard_of((tensor.spec.name, tensor.expression))
+    [[whole]] = batches(shard, FIXED_BYTES + 3 * tensor.spec.num_bytes)
+    assert whole.num_elements == tensor.spec.num_elements
+    assert len(list(batches(shard, FIXED_BYTES + 3 * tensor.spec.num_bytes, case.inputs.keys()))) > 1, "of mapped files"
+
+
+@pytest.mark.parametrize("far", [True, False])
+@pytest.mark.parametrize("smallest", [0, 1 << 40], ids=["mapped", "read"])
+@pytest.mark.parametrize("damage", ["shorter", "touched"])
+def test_a_file_that_is_not_what_it_was_is_refused(
+    tmp_path: Path, damage: str, far: bool, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathers, "MIN_MAPPED_BYTES", smallest)
+    case = Case(tmp_path)
+    path = tmp_path / "b" / "model.safetensors"
+    if damage == "shorter":
+        path.write_bytes(path.read_bytes()[:-100_000])
+        version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+        [file] = case.inputs["b"].files.values()
+        case.inputs["b"] = replace(case.inputs["b"], files={file.name: replace(file, version=version)})
+    else:
+        os.utime(path, ns=(1, 1))
+    output = tmp_path / "out"
+    worker = far_worker(case.inputs, output, BUDGETS["ample"])[0] if far else make_worker(case.inputs, output)
+    with pytest.raises(CheckpointError, match="cut short" if damage == "shorter" else "changed") as caught:
+        worker.run(case.shard)
+    worker.close()
+    assert caught.value.where == str(path)
+    assert files_below(output) == set()
+
+
+def test_a_file_that_changes_while_it_is_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathers, "MIN_MAPPED_BYTES", 0)
+    case = Case(tmp_path)
+
+    class Touched(LocalSource):
+        """Files whose time changes once a part of them has been mapped."""
+
+        def map_range(self, name: str, *args: Any, **options: Any) -> MappedRange:
+            found = super().map_range(name, *args, **options)
+            os.utime(Path(self.uri) / name, ns=(1, 1))
+            return found
+
+    worker = make_worker(case.inputs, tmp_path / "out")
+    worker.resources.sources = {key: Touched(model.uri) for key, model in case.inputs.items()}
+    with pytest.raises(CheckpointError, match="changed"):
+        worker.run(shard_of(("bias", case.shard.tensors[2].expression)))
+    assert files_below(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize("index", [0, 4], ids=["copied", "merged"])
+def test_what_is_not_finite_is_named_where_it_is_stored(tmp_path: Path, index: int) -> None:
+    case = Case(tmp_path)
+    [part, row] = next((part, row) for part, row in scattered(0, NUM_ROWS, NUM_ROWS) if part == 1)
+    tensor = load_file(tmp_path / "b" / "model.safetensors")
+    tensor["t0"][row, 5] = float("nan")
+    case.inputs["b"] = big_model(tmp_path / "c" / "b", tensor["t0"], tensor["t1"])
+    expression = case.uses([[x, x] for x in (tensor["t0"], tensor["t0"])])[0].tensors[index].expression
+    worker = make_worker(case.inputs, tmp_path / "out", memory_bytes=BUDGETS["tiny"])
+    with pytest.raises(MergeError, match=f"nan in the input, first at flat index {row * WIDTH + 5}\\b") as caught:
+        worker.run(shard_of(("w", expression)))
+    worker.close()
+    assert caught.value.where == "model org/b, tensor 't0'"
+    assert part == 1
