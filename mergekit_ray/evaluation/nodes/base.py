@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 import torch
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Expression, Gather, Load, Stored
+from mergekit_ray.core.expressions import Concat, Expression, Gather, Load, Rows, Stored
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.evaluation.pieces import Pieces
 from mergekit_ray.evaluation.pool import CHUNK_ELEMENTS, ComputePool
@@ -133,6 +133,15 @@ class Compilation:
         if kind not in NODES:
             importlib.import_module(f"{__package__}.{kind.__module__.rpartition('.')[2]}")
         return NODES[kind](expression, self, guard or self.guard)
+
+    def has_inputs(self, expression: Expression) -> bool:
+        """Whether what is read of an expression is there: of parts laid end to end, that of those a window touches."""
+        if isinstance(expression, Stored):
+            return expression in self.pieces
+        children = expression.children()
+        if isinstance(expression, Concat | Rows):
+            return not children or any(map(self.has_inputs, children))
+        return all(map(self.has_inputs, children))
 
 
 NODES: dict[type[Expression], Callable[[Any, Compilation, Guard], Node]] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mergekit_ray.core.expressions import Concat, Constant, Expression, Literal, Noise, stored
+from mergekit_ray.core.expressions import Concat, Constant, Literal, Noise
 from mergekit_ray.evaluation import noise as on_cpu
 from mergekit_ray.evaluation.nodes.base import Compilation, Guard, Node, NonFiniteError, node_of, round_result
 from mergekit_ray.evaluation.noise import (
@@ -163,9 +163,7 @@ class ConcatNode:
         self._concat = concat
         # A window has the inputs of the parts it touches, and no others.
         self._parts: dict[int, Node] = {
-            index: compilation.compile(part)
-            for index, part in enumerate(concat.parts)
-            if _has_inputs(part, compilation)
+            index: compilation.compile(part) for index, part in enumerate(concat.parts) if compilation.has_inputs(part)
         }
         self._guard = guard
 
@@ -180,7 +178,3 @@ class ConcatNode:
             self._parts[index].fill(first, last, out[place : place + last - first])
         if self._guard.result:
             self._guard.check(out)
-
-
-def _has_inputs(part: Expression, compilation: Compilation) -> bool:
-    return all(leaf in compilation.pieces for leaf in stored(part))

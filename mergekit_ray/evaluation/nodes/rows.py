@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mergekit_ray.core.expressions import ZEROS, Rows, stored
+from mergekit_ray.core.expressions import ZEROS, Rows
 from mergekit_ray.evaluation.nodes.base import Compilation, Guard, Node, node_of
 
 
@@ -17,9 +17,7 @@ class RowsNode:
         self._rows = rows
         # A window has the inputs of the parts it touches, and no others.
         self._parts: dict[int, Node] = {
-            index: compilation.compile(part)
-            for index, part in enumerate(rows.parts)
-            if all(leaf in compilation.pieces for leaf in stored(part))
+            index: compilation.compile(part) for index, part in enumerate(rows.parts) if compilation.has_inputs(part)
         }
         self._pool = compilation.pool
         self._guard = guard

@@ -223,6 +223,15 @@ class TestConcat:
         expected = torch.cat([x.bfloat16(), (x * 0.5).bfloat16(), torch.full((4, 20), 2.0).bfloat16(), noisy])
         assert torch.equal(every_cut(Concat(parts, spec), inputs), expected)
 
+    def test_a_part_may_be_of_parts_of_which_a_window_touches_some(self) -> None:
+        inputs = Inputs()
+        tensors = [random(i, (100,)) for i in range(4)]
+        a, b, c, d = (inputs.load(f"m{i}", x) for i, x in enumerate(tensors))
+        inner = Scale(Concat((a, b), TensorSpec("inner", DType.BF16, (200,))), 0.5, DType.BF16)
+        packed = Concat((c, inner, d), TensorSpec("packed", DType.BF16, (400,)))
+        expected = torch.cat([tensors[2], tensors[0] * 0.5, tensors[1] * 0.5, tensors[3]])
+        assert torch.equal(every_cut(packed, inputs, window=30), expected)
+
     def test_what_is_not_finite_is_named_in_whichever_part(self) -> None:
         inputs = Inputs()
         good, bad = random(9, (5000,)), random(10, (5000,))
