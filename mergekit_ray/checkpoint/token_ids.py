@@ -49,12 +49,17 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, set[int]]:
     return {what: ids for what, ids in found.items() if ids}
 
 
+def names_tokens(key: str) -> bool:
+    """Whether a key of a config gives ids of single tokens."""
+    return key.endswith(_SPECIAL)
+
+
 def _special(config: Any) -> Iterator[tuple[str, Any]]:
     """Keys and values of ids, of the parts of a config too."""
     if not isinstance(config, Mapping):
         return
     for key, value in config.items():
-        if key.endswith(_SPECIAL):
+        if names_tokens(key):
             yield key, value
         elif isinstance(value, Mapping):
             yield from _special(value)
