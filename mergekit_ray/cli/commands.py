@@ -32,6 +32,7 @@ from mergekit_ray.cli.options import (
     Rank,
     RecipeArgument,
     Seed,
+    UnsafeIgnoreTokenizers,
     Version,
     takes_merge_options,
 )
@@ -130,6 +131,7 @@ def plan_command(
     device: DeviceOrNone = None,
     allow_non_finite: AllowNonFinite = False,
     allow_config_conflicts: AllowConfigConflicts = False,
+    unsafe_ignore_tokenizers: UnsafeIgnoreTokenizers = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -149,7 +151,13 @@ def plan_command(
 
         shape = None if cluster is None else Cluster.parse(cluster)
         loaded = load(recipe, voice, lenient=lenient)
-        planned = plan(loaded, seed=seed, routing=False, allow_config_conflicts=allow_config_conflicts)
+        planned = plan(
+            loaded,
+            seed=seed,
+            routing=False,
+            allow_config_conflicts=allow_config_conflicts,
+            unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+        )
         if explain is not None:
             found = explained(planned, explain, device=device or "auto", allow_non_finite=allow_non_finite)
             if as_json:
@@ -180,6 +188,7 @@ def validate(
         bool, typer.Option("--models", help="Also read the models' headers and check that the models fit together.")
     ] = False,
     allow_config_conflicts: AllowConfigConflicts = False,
+    unsafe_ignore_tokenizers: UnsafeIgnoreTokenizers = False,
     debug: Debug = False,
 ) -> None:
     """Check RECIPE and report every fault in it."""
@@ -187,7 +196,8 @@ def validate(
         from mergekit_ray.config.moe_recipe import MoeRecipe
 
         if not models:
-            needs("--models", {"--allow-config-conflicts": allow_config_conflicts})
+            flags = {"--unsafe-ignore-tokenizers": unsafe_ignore_tokenizers}
+            needs("--models", {"--allow-config-conflicts": allow_config_conflicts, **flags})
         from mergekit_ray.planning.make import check_plannable
 
         loaded = check_plannable(load(recipe, voice, lenient=lenient))
@@ -196,7 +206,11 @@ def validate(
             from mergekit_ray.operations.prepare import prepare
             from mergekit_ray.planning.figures import summary
 
-            prepared = prepare(loaded, allow_config_conflicts=allow_config_conflicts)
+            prepared = prepare(
+                loaded,
+                allow_config_conflicts=allow_config_conflicts,
+                unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+            )
             prepared.check_routable()
             planned = prepared.plan
             for warning in planned.warnings:

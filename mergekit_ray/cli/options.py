@@ -136,6 +136,9 @@ AllowNonFinite = Annotated[
 AllowConfigConflicts = Annotated[
     bool, typer.Option("--allow-config-conflicts", help="Accept models whose configs contradict each other.")
 ]
+UnsafeIgnoreTokenizers = Annotated[
+    bool, typer.Option("--unsafe-ignore-tokenizers", help="Merge embedding rows that are different tokens'.")
+]
 
 
 def _parse_memory(text: str) -> int:
@@ -197,6 +200,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")], False),
     "allow_non_finite": (AllowNonFinite, False),
     "allow_config_conflicts": (AllowConfigConflicts, False),
+    "unsafe_ignore_tokenizers": (UnsafeIgnoreTokenizers, False),
 }
 """Annotation and default of each option that becomes an attribute of `MergeOptions`."""
 

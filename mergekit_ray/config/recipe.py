@@ -174,9 +174,10 @@ class DenseRecipe(RecipeModel):
             dtype of the arithmetic; that is ``compute_dtype``.
         out_dtype: dtype of the stored weights where it differs from ``dtype``.
         parameters: the method's parameters, wherever no closer level sets them.
-        tokenizer_source, tokenizer: where the vocabulary comes from. Not supported yet: refused when the merge is
-            planned.
-        chat_template: a template's name, or the template. Not supported yet: refused when the merge is planned.
+        tokenizer_source: where the vocabulary comes from: ``union`` of all models' tokens, ``base`` or a model. By
+            default, the donor's tokenizer is copied.
+        tokenizer: the same, with more to say: rows of single tokens, and padding.
+        chat_template: ``auto`` for the one that most models have, a template's name, a file, or the template.
         name: free text.
         output: where the result goes, unless the command line says so.
         seed: seed of the random masks, which depend on it, the tensor and the model only.
@@ -270,6 +271,13 @@ class DenseRecipe(RecipeModel):
 
     def _repr_html_(self) -> str:
         return preformatted(self.to_yaml())
+
+    @property
+    def vocabulary(self) -> TokenizerOptions | None:
+        """What ``tokenizer`` or ``tokenizer_source`` asks for; None if the donor's tokenizer is to be copied."""
+        if self.tokenizer is None and self.tokenizer_source is not None:
+            return TokenizerOptions(source=self.tokenizer_source)
+        return self.tokenizer
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """Every model that is merged or a base, once each: the recipe's ``base_model`` first, then as listed."""

@@ -110,7 +110,7 @@ class TokenEmbedding(RecipeModel):
     """Where one token's embedding comes from.
 
     Attributes:
-        source: a model, a model's token, zeros, or None for mergekit's rules.
+        source: a model, a model's token, zeros, or None for the base's row or the mean of those that have the token.
         force: take it from there even for models that have the token.
     """
 
@@ -154,3 +154,9 @@ class TokenizerOptions(RecipeModel):
             tokens: Mapping[str, TokenEmbedding | Mapping[str, Any]] | None = ...,
             pad_to_multiple_of: int | None = ...,
         ) -> None: ...
+
+    def model_references(self) -> tuple[ModelReference, ...]:
+        """The models that are named here, once each."""
+        named: list[object] = [self.source, *(entry.source for entry in (self.tokens or {}).values())]
+        models = [source.model if isinstance(source, ModelTokenEmbedding) else source for source in named]
+        return tuple(dict.fromkeys(model for model in models if isinstance(model, ModelReference)))

@@ -57,7 +57,12 @@ def merge(
         chosen = replace(chosen, device=device)
     chosen.check()
     target = _target_of(loaded, output)
-    prepared = prepare(loaded, seed=seed, allow_config_conflicts=chosen.allow_config_conflicts)
+    prepared = prepare(
+        loaded,
+        seed=seed,
+        allow_config_conflicts=chosen.allow_config_conflicts,
+        unsafe_ignore_tokenizers=chosen.unsafe_ignore_tokenizers,
+    )
 
     def route(tell: Reporter, kept: KeptRouters) -> Plan:
         return prepared.routed(chosen, kept, tell)

@@ -23,6 +23,7 @@ class MergeOptions:
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.
         allow_config_conflicts: merge models whose configs contradict each other, with warnings.
+        unsafe_ignore_tokenizers: merge rows of embeddings that are different tokens', with warnings.
         chunk_elements: elements computed at a time on the CPU; None for the default.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or one GPU by its number, ``cuda:1``.
 
@@ -37,12 +38,13 @@ class MergeOptions:
     overwrite: bool = False
     allow_non_finite: bool = False
     allow_config_conflicts: bool = False
+    unsafe_ignore_tokenizers: bool = False
     chunk_elements: int | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         counts = ("num_workers", "memory_bytes", "chunk_elements")
-        flags = ("overwrite", "allow_non_finite", "allow_config_conflicts")
+        flags = ("overwrite", "allow_non_finite", "allow_config_conflicts", "unsafe_ignore_tokenizers")
         checks: dict[str, tuple[bool, str]] = {
             **{name: (_is_count(getattr(self, name)), "None or a positive integer") for name in counts},
             "executor": (self.executor in (None, "local", "ray"), "None, 'local' or 'ray'"),

@@ -17,7 +17,12 @@ from mergekit_ray.operations.prepare import RecipeLike, prepare
 
 
 def plan(
-    recipe: RecipeLike, *, seed: int | None = None, routing: bool = True, allow_config_conflicts: bool = False
+    recipe: RecipeLike,
+    *,
+    seed: int | None = None,
+    routing: bool = True,
+    allow_config_conflicts: bool = False,
+    unsafe_ignore_tokenizers: bool = False,
 ) -> Plan:
     """Plan a merge: everything that would be written, from headers alone.
 
@@ -27,11 +32,17 @@ def plan(
         routing: make the routers of a Mixture of Experts from its prompts, which reads the base model. Without it they
             are zero in the plan: enough to see what would be written, not to write it.
         allow_config_conflicts: as in `MergeOptions`.
+        unsafe_ignore_tokenizers: as in `MergeOptions`.
 
     Raises:
         MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
     """
-    prepared = prepare(recipe, seed=seed, allow_config_conflicts=allow_config_conflicts)
+    prepared = prepare(
+        recipe,
+        seed=seed,
+        allow_config_conflicts=allow_config_conflicts,
+        unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+    )
     return prepared.routed(MergeOptions(executor="local", device=CPU)) if routing else prepared.plan
 
 

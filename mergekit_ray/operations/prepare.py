@@ -38,13 +38,14 @@ class Prepared:
         recipe: with the seed that holds.
         checkpoints: the opened headers of its models.
         plan: everything that would be written, from headers alone. Routers that are made from prompts are zero in it.
-        allow_config_conflicts: as in `MergeOptions`.
+        allow_config_conflicts, unsafe_ignore_tokenizers: as in `MergeOptions`.
     """
 
     recipe: DenseRecipe | MoeRecipe
     checkpoints: Mapping[ModelReference, Checkpoint]
     plan: Plan
     allow_config_conflicts: bool = False
+    unsafe_ignore_tokenizers: bool = False
 
     @property
     def needs_routing(self) -> bool:
@@ -79,7 +80,13 @@ class Prepared:
                 tell.event("routing", f"computing the routers with the layers of {recipe.donor}")
             return make_routers(recipe, self.checkpoints, options)
 
-        plan = partial(make_plan, recipe, self.checkpoints, allow_config_conflicts=self.allow_config_conflicts)
+        plan = partial(
+            make_plan,
+            recipe,
+            self.checkpoints,
+            allow_config_conflicts=self.allow_config_conflicts,
+            unsafe_ignore_tokenizers=self.unsafe_ignore_tokenizers,
+        )
         return plan(make) if kept is None else kept.plan_with(plan, make)
 
 
@@ -95,13 +102,20 @@ def checked_recipe(recipe: RecipeLike) -> DenseRecipe | MoeRecipe:
     return recipe
 
 
-def prepare(recipe: RecipeLike, *, seed: int | None = None, allow_config_conflicts: bool = False) -> Prepared:
+def prepare(
+    recipe: RecipeLike,
+    *,
+    seed: int | None = None,
+    allow_config_conflicts: bool = False,
+    unsafe_ignore_tokenizers: bool = False,
+) -> Prepared:
     """Open the models of a merge and plan it, from headers alone.
 
     Args:
         recipe: see `RecipeLike`.
         seed: overrides the recipe's.
         allow_config_conflicts: as in `MergeOptions`.
+        unsafe_ignore_tokenizers: as in `MergeOptions`.
 
     Raises:
         MergekitRayError: the recipe or the seed is wrong, or the models are not there or do not fit together.
@@ -110,8 +124,13 @@ def prepare(recipe: RecipeLike, *, seed: int | None = None, allow_config_conflic
     if seed is not None:
         checked = _seeded(checked, parse_seed(seed))
     checkpoints = open_models(referenced_models(checked))
-    plan = make_plan(checked, checkpoints, allow_config_conflicts=allow_config_conflicts)
-    return Prepared(checked, checkpoints, plan, allow_config_conflicts)
+    plan = make_plan(
+        checked,
+        checkpoints,
+        allow_config_conflicts=allow_config_conflicts,
+        unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+    )
+    return Prepared(checked, checkpoints, plan, allow_config_conflicts, unsafe_ignore_tokenizers)
 
 
 def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeRecipe:

@@ -136,7 +136,13 @@ def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: Merg
     notes = _check_inputs(manifest["inputs"])
     checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"])
     routing = partial(make_routers, recipe, checkpoints, options) if isinstance(recipe, MoeRecipe) else None
-    plan = make_plan(recipe, checkpoints, routing, allow_config_conflicts=options.allow_config_conflicts)
+    plan = make_plan(
+        recipe,
+        checkpoints,
+        routing,
+        allow_config_conflicts=options.allow_config_conflicts,
+        unsafe_ignore_tokenizers=options.unsafe_ignore_tokenizers,
+    )
     _check_read(plan, manifest["inputs"])
     return _laid_out_as(plan, records), notes
 

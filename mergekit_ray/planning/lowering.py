@@ -109,6 +109,7 @@ class Lowering:
         layers: source of each output layer of the main stack: the model and its layer; None where they are the donor's.
         towers: the same of each other stack that modules cut anew, by its prefix.
         tied: whether the output's head is its embedding; None if there is no embedding.
+        vocabulary: the models whose rows of embedding or head are in the output, by key.
         vocab_size: rows of the output's embedding where inputs had to be cut, else None.
         keeps_beyond: whether the donor's layers beyond those that its config counts are in the output.
         files: text that is written beside the weights, by file name.
@@ -120,6 +121,7 @@ class Lowering:
     layers: list[tuple[Model, int]] | None = None
     towers: dict[str, list[tuple[Model, int]]] = field(default_factory=dict)
     tied: bool | None = None
+    vocabulary: dict[str, Model] = field(default_factory=dict)
     vocab_size: int | None = None
     keeps_beyond: bool = True
     files: dict[str, str] = field(default_factory=dict)

@@ -36,8 +36,10 @@ from mergekit_ray.planning.moe.lower import lower_moe
 from mergekit_ray.planning.output_config import output_config, without_beyond
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import leftover_warnings, quantisation_of, weights_of
+from mergekit_ray.planning.tokenizer import check_tokenizers, tokenizer_of
 from mergekit_ray.planning.towers import set_tower
 from mergekit_ray.planning.weights import Weights
+from mergekit_ray.tokenizers.chat.templates import AUTO, NAMED
 
 Recipe = DenseRecipe | MoeRecipe
 
@@ -48,18 +50,6 @@ def check_plannable(recipe: Recipe) -> Recipe:
     Raises:
         PlanError: naming the part of the recipe.
     """
-    dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
-    keys = [
-        key
-        for key in ("tokenizer", "tokenizer_source", "chat_template")
-        if dense is not None and getattr(dense, key) is not None
-    ]
-    if keys:
-        listed = " and ".join(keys)
-        raise PlanError(
-            f"{listed}: building a tokenizer or chat template is not supported yet",
-            remedy=f"remove {listed}: the tokenizer of base_model, or of the first model, is copied as it is",
-        )
     if isinstance(recipe, MoeRecipe) and recipe.base_model.lora is not None and recipe.gate_mode.needs_prompts:
         raise PlanError(
             "routers are computed with base_model's own layers, without its adapter",
@@ -71,16 +61,34 @@ def check_plannable(recipe: Recipe) -> Recipe:
 
 def referenced_models(recipe: Recipe) -> list[ModelReference]:
     """Every model whose files are needed, in order of appearance; the donor first."""
-    if isinstance(recipe, MoeRecipe):
-        return list(recipe.model_references())
+    dense = _dense_of(recipe)
     found: dict[ModelReference, None] = {recipe.donor: None}
-    for module in normalise(recipe):
-        for part in module.slices:
-            for source in part.inputs:
-                found[source.model] = None
-            if part.base is not None:
-                found[part.base] = None
+    if isinstance(recipe, MoeRecipe):
+        found |= dict.fromkeys(recipe.model_references())
+    elif dense is not None:
+        found |= dict.fromkeys(_merged(dense))
+    if dense is not None and dense.vocabulary is not None:
+        found |= dict.fromkeys(dense.vocabulary.model_references())
     return list(found)
+
+
+def _dense_of(recipe: Recipe) -> DenseRecipe | None:
+    """The recipe of what stands outside of experts."""
+    return recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
+
+
+def _experts(recipe: Recipe, models: Mapping[ModelReference, Model]) -> list[Model]:
+    """The models that experts are made of, which all get the donor's tokens."""
+    if not isinstance(recipe, MoeRecipe):
+        return []
+    return [models[expert.source_model] for expert in (*recipe.experts, *(recipe.shared_experts or ()))]
+
+
+def _merged(recipe: DenseRecipe) -> list[ModelReference]:
+    """The models that are merged, or bases of methods that have one, in order of appearance."""
+    parts = [part for module in normalise(recipe) for part in module.slices]
+    named = [[*(source.model for source in part.inputs), *([] if part.base is None else [part.base])] for part in parts]
+    return list(dict.fromkeys(model for of_part in named for model in of_part))
 
 
 def make_plan(
@@ -89,6 +97,7 @@ def make_plan(
     routing: Routing | None = None,
     *,
     allow_config_conflicts: bool = False,
+    unsafe_ignore_tokenizers: bool = False,
 ) -> Plan:
     """Plan a merge.
 
@@ -97,14 +106,17 @@ def make_plan(
         checkpoints: the opened headers of every model of `referenced_models`.
         routing: makes routers from prompts, where the recipe has them; without it they are zero.
         allow_config_conflicts: merge models whose configs contradict each other, with warnings.
+        unsafe_ignore_tokenizers: merge rows of embeddings that are different tokens', with warnings.
 
     Raises:
         ModelError, PlanError, CheckpointError: the models do not fit together, or the recipe does not fit them.
     """
     recipe = check_plannable(recipe)
-    models = models_of(checkpoints, wide=recipe.compute_dtype is ComputeDType.FLOAT64)
+    stored_models = models_of(checkpoints, wide=recipe.compute_dtype is ComputeDType.FLOAT64)
+    warnings = check_agreement(recipe, stored_models, allow_conflicts=allow_config_conflicts)
+    tokenizer = tokenizer_of(_dense_of(recipe), recipe.donor, stored_models)
+    models = tokenizer.models
     donor = models[recipe.donor]
-    warnings = check_agreement(recipe, models, allow_conflicts=allow_config_conflicts)
     donor_config = donor.checkpoint.config
     if isinstance(recipe, MoeRecipe):
         stored = recipe.dtype
@@ -119,6 +131,12 @@ def make_plan(
         )
         rules = rules_of(recipe)
         lowering = lower(normalise(recipe), METHODS.get(recipe.merge_method), models, donor, arithmetic, rules)
+    lowering.vocab_size = tokenizer.rows or lowering.vocab_size
+    lowering.files |= tokenizer.files
+    warnings += tokenizer.warnings
+    if not tokenizer.is_built:
+        merged = list(lowering.vocabulary.values())
+        warnings += check_tokenizers(donor, merged, _experts(recipe, models), ignore=unsafe_ignore_tokenizers)
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")
     stem = DIFFUSERS_STEM if is_of_diffusers(donor.checkpoint.config) else STEM
@@ -139,7 +157,7 @@ def make_plan(
         check_sizes(part)
     warnings += [
         f"config.json of {model.reference} {misfit}"
-        for model in models.values()
+        for model in stored_models.values()
         for misfit in misfits(model.anatomy, model.weights.specs, model.checkpoint.config)
     ]
     warnings += module_warnings(donor.checkpoint, [m.checkpoint for m in models.values() if m is not donor])
@@ -157,9 +175,9 @@ def make_plan(
             SideFile(key, InputFile(stat.name, stat.num_bytes, stat.version))
             for key, part in donor.weights.inputs.items()  # an adapter after its base
             for stat in part.side_files
-            if stat.name not in SIDE_FILES and stat.name not in lowering.files
+            if stat.name not in SIDE_FILES and stat.name not in lowering.files and not tokenizer.replaces(stat.name)
         ),
-        recipe=recipe_as_data(recipe),
+        recipe=recipe_as_data(recipe, tokenizer.template),
         seed=recipe.seed,
         generated_files=lowering.files,
         dropped=lowering.dropped,
@@ -210,10 +228,18 @@ def _filters(data: Any) -> Iterator[str]:
             yield from _filters(value)
 
 
-def recipe_as_data(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data without what does not change the result (where it is written)."""
+def recipe_as_data(recipe: Recipe, template: str | None = None) -> dict[str, Any]:
+    """The recipe as plain data without what does not change the result (where it is written).
+
+    Args:
+        recipe: any.
+        template: the chat template that it asks for, in full.
+    """
     data = recipe.to_data()
     data.pop("output", None)
+    dense = data.get("backbone", data)
+    if template is not None and dense["chat_template"].strip() not in (AUTO, *NAMED):
+        dense["chat_template"] = template
     _sort_parameters(data)
     return data
 

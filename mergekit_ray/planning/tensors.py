@@ -266,6 +266,7 @@ class TensorLowering:
         if axis == 1 or (axis == 0 and len({shape[1:] for shape in shapes}) == 1):
             rows = {shape[axis] for shape in shapes}
             self.vocabulary[name] = rows
+            self._result.vocabulary |= {operand.model.key: operand.model for operand in everyone}
             common = min(rows) if self._common is None else self._common.common
             return (1, common) if axis else (common, *specs[0].shape[1:])
         if len(shapes) == 1:

@@ -55,6 +55,7 @@ def test_every_option() -> None:
         "overwrite": True,
         "allow_non_finite": True,
         "allow_config_conflicts": True,
+        "unsafe_ignore_tokenizers": True,
         "seed": 12345678901,
         "lenient": True,
         "quiet": False,

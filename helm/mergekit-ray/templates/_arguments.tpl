@@ -14,6 +14,7 @@ The command of a run. On Ray, two shells read it; values.schema.json therefore r
 {{- if $merge.overwrite }}{{ $words = append $words "--overwrite" }}{{ end }}
 {{- if $merge.allowNonFinite }}{{ $words = append $words "--allow-non-finite" }}{{ end }}
 {{- if $merge.allowConfigConflicts }}{{ $words = append $words "--allow-config-conflicts" }}{{ end }}
+{{- if $merge.unsafeIgnoreTokenizers }}{{ $words = append $words "--unsafe-ignore-tokenizers" }}{{ end }}
 {{- if $merge.lenient }}{{ $words = append $words "--lenient" }}{{ end }}
 {{- concat $words $merge.extraArgs | toYaml }}
 {{- end }}

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.plan_405b import headers, layer_groups, recipe
-from mergekit_ray.config.load import load_recipe
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import InputFile, Plan, SideFile
 from mergekit_ray.methods.shared.order_statistics import collected_bytes
-from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.planning.make import make_plan, referenced_models
 from mergekit_ray.planning.windows import (
     BATCH_BYTES,
     FIXED_BYTES,
@@ -27,23 +26,6 @@ from support.fake_checkpoints import checkpoint, llama, llama_shapes, plan_of, r
 LINEAR = (
     "merge_method: linear\nmodels:\n- {model: /a, parameters: {weight: 1}}\n- {model: /b, parameters: {weight: 1}}\n"
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tokenizer_source: union\n" + LINEAR, "tokenizer_source: building a tokenizer"),
-        ("chat_template: chatml\n" + LINEAR, "chat_template: building a tokenizer"),
-        (
-            "chat_template: chatml\ntokenizer_source: union\n" + LINEAR,
-            "tokenizer_source and chat_template: building a tokenizer",
-        ),
-    ],
-)
-def test_what_cannot_be_planned_yet_is_said_before_models_are_opened(text: str, message: str) -> None:
-    with pytest.raises(PlanError, match=message) as caught:
-        check_plannable(load_recipe(text))
-    assert caught.value.remedy
 
 
 def test_a_filter_that_matches_nothing_is_reported() -> None:

@@ -1,0 +1,321 @@
+"""The tokens that a recipe asks for, models seen with a row for each, and the files of their tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, cast
+
+from mergekit_ray.architectures.anatomy import anatomy, language_config, stating
+from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenizerOptions, TokenSource, ZeroEmbedding
+from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.sizes import counted
+from mergekit_ray.core.spelling import nearest
+from mergekit_ray.planning.lowering import Model
+from mergekit_ray.planning.token_rows import NO_ROW, Holder, RetokenisedWeights, Row, TokenRows
+from mergekit_ray.tokenizers.chat.templates import stored_template
+from mergekit_ray.tokenizers.reading import Tokenizer, read_tokenizer
+from mergekit_ray.tokenizers.uniting import united, with_tokens
+from mergekit_ray.tokenizers.writing import files_of, remapped_ids
+
+_MAX_NAMED: Final = 3
+_GENERATION: Final = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Retokenised:
+    """Models that all have the same tokens.
+
+    Attributes:
+        models: by reference, those that are merged with a row for each token.
+        tokenizer: the tokens.
+        rows: of every embedding; None if the models already are like that.
+        files: of the tokenizer, by name; empty if the donor's can be copied.
+    """
+
+    models: Mapping[ModelReference, Model]
+    tokenizer: Tokenizer
+    rows: int | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def retokenised(
+    options: TokenizerOptions,
+    models: Mapping[ModelReference, Model],
+    merged: Sequence[ModelReference],
+    base: ModelReference | None,
+    template: str | None,
+) -> Retokenised:
+    """See models with the tokens that a recipe asks for.
+
+    Args:
+        options: the recipe's.
+        models: every model that it names.
+        merged: those that are merged, and the donor, which comes first.
+        base: the recipe's base model.
+        template: the chat template that the recipe asks for; None for that of the tokenizer's model.
+
+    Raises:
+        ModelError: a model without a tokenizer, or with one that does not go with the others'.
+        PlanError: a token that no model has a row for, or a source that does not have it.
+        CheckpointError, StorageError: a tokenizer could not be read.
+    """
+    return _Retokenising(options, models, merged, base).run(template)
+
+
+class _Retokenising:
+    def __init__(
+        self,
+        options: TokenizerOptions,
+        models: Mapping[ModelReference, Model],
+        merged: Sequence[ModelReference],
+        base: ModelReference | None,
+    ) -> None:
+        self._options = options
+        self._models = models
+        self._merged = merged
+        self._base = base
+        self._donor = merged[0]
+        self._like = options.source if isinstance(options.source, ModelReference) else self._donor
+        self._tokenizers = {reference: self._read(reference) for reference in self._read_from()}
+        for reference in merged:
+            _check_rows(models[reference])
+
+    def run(self, template: str | None) -> Retokenised:
+        donors = self._tokenizers[self._donor]
+        target = self._with_given(self._target())
+        tokens = self._tokens(target)
+        holders = self._holders()
+        places = {reference: place for place, reference in enumerate(holders)}
+        given = {
+            token: self._given(token, entry.source, holders, places)
+            for token, entry in self._entries.items()
+            if entry.source is not None
+        }
+        forced = frozenset(token for token, entry in self._entries.items() if entry.force)
+        base = None if self._base is None else places.get(self._base)
+        chosen = TokenRows(tokens, list(holders.values()), base, places[self._donor], given, forced)
+        self._check_all_given(chosen)
+        models = dict(self._models)
+        for reference in self._merged:
+            if reference in places:
+                models[reference] = self._seen(reference, chosen, places, target)
+        is_donors = target.ids == donors.ids and self._like == self._donor
+        if is_donors and all(models[reference] is self._models[reference] for reference in self._merged):
+            return Retokenised(models, target)
+        files = {} if is_donors else self._files(target, template)
+        return Retokenised(models, target, len(tokens), files)
+
+    # -- tokens ---------------------------------------------------------------------------------------------------
+
+    def _target(self) -> Tokenizer:
+        """The tokenizer that was asked for."""
+        if self._options.source == "union":
+            return united([self._tokenizers[reference] for reference in self._merged])
+        if self._options.source == "base" and self._base is None:
+            raise PlanError(
+                "the tokenizer is to be the base model's, and the recipe names no base_model",
+                where="tokenizer",
+                remedy="add base_model, or name the model whose tokenizer it is to be",
+            )
+        return self._tokenizers[self._like]
+
+    @property
+    def _entries(self) -> Mapping[str, Any]:
+        return self._options.tokens or {}
+
+    def _with_given(self, target: Tokenizer) -> Tokenizer:
+        """With the tokens that the recipe gives a row which is not that of the same token."""
+        new = [token for token in self._entries if token not in target.ids]
+        for token in new:
+            source = self._entries[token].source
+            if not isinstance(source, ZeroEmbedding | ModelTokenEmbedding):
+                known = sorted(target.ids)
+                raise PlanError(
+                    f"{token!r} is no token of the tokenizer{nearest(token, known)}",
+                    where="tokenizer.tokens",
+                    remedy="say what its row is to be: `source: {kind: model_token, model: ..., token: ...}` or "
+                    "`source: {kind: zero}`",
+                )
+        return with_tokens(target, new) if new else target
+
+    def _tokens(self, target: Tokenizer) -> list[str | None]:
+        """Each row's token. There are as many rows as the tokenizer's model has, if that is enough."""
+        size = 1 + max(target.ids.values(), default=-1)
+        factor = self._options.pad_to_multiple_of
+        size = max(size, _num_rows(self._models[self._like])) if factor is None else -(-size // factor) * factor
+        tokens: list[str | None] = [None] * size
+        for token, number in target.ids.items():
+            tokens[number] = token
+        return tokens
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def _holders(self) -> dict[ModelReference, Holder]:
+        """Models that have rows as wide as the donor's."""
+        wanted = _width(self._models[self._donor])
+        found = {}
+        for reference, tokenizer in self._tokenizers.items():
+            model = self._models[reference]
+            if _width(model) == wanted:
+                rows = _num_rows(model)
+                ids = {token: number for token, number in tokenizer.ids.items() if number < rows}
+                found[reference] = Holder(model, ids, rows, reference in self._merged)
+        return found
+
+    def _given(
+        self,
+        token: str,
+        source: TokenSource,
+        holders: Mapping[ModelReference, Holder],
+        places: Mapping[ModelReference, int],
+    ) -> Row:
+        """The row that the recipe names."""
+        if isinstance(source, ZeroEmbedding):
+            return NO_ROW
+        is_same = isinstance(source, ModelReference)
+        reference = source if isinstance(source, ModelReference) else source.model
+        where = f"tokenizer.tokens, {token!r}"
+        if reference not in holders:
+            raise PlanError(
+                f"{reference} has no rows as wide as those of {self._donor}",
+                where=where,
+                remedy="name a model of the same hidden size",
+            )
+        holder = holders[reference]
+        wanted = token if isinstance(source, ModelReference) else source.token
+        if wanted is None:
+            number = cast(ModelTokenEmbedding, source).token_id
+            assert number is not None
+            if number >= holder.num_rows:
+                raise PlanError(
+                    f"token_id {number} is beyond the {counted(holder.num_rows, 'row')} of {reference}",
+                    where=where,
+                    remedy=f"name a token of it, or an id below {holder.num_rows}",
+                )
+        elif wanted in holder.ids:
+            number = holder.ids[wanted]
+        else:
+            raise PlanError(
+                f"{reference} has no token {wanted!r}{nearest(wanted, holder.ids)}",
+                where=where,
+                remedy="name a model that has the token"
+                if is_same
+                else "name a token that it has, or give its id as `token_id`",
+            )
+        return (places[reference],), (number,)
+
+    def _check_all_given(self, chosen: TokenRows) -> None:
+        lost = chosen.without_source
+        if lost:
+            named = ", ".join(map(repr, lost[:_MAX_NAMED])) + (", ..." if len(lost) > _MAX_NAMED else "")
+            raise PlanError(
+                f"no model has a row for {counted(len(lost), 'token')} of the tokenizer of {self._like}: {named}",
+                where="tokenizer",
+                remedy="merge a model that has them, or say under `tokens` where their rows come from",
+            )
+
+    def _seen(
+        self, reference: ModelReference, chosen: TokenRows, places: Mapping[ModelReference, int], target: Tokenizer
+    ) -> Model:
+        """A model with a row for each token; itself if it is like that."""
+        model, place = self._models[reference], places[reference]
+        own = chosen.of(place)
+        head = self._head_to_untie(model)
+        is_itself = len(own) == _num_rows(model) and all(row == ((place,), (i,)) for i, row in enumerate(own))
+        config = self._config(reference, target, len(own))
+        if is_itself and config == model.checkpoint.config:
+            return model
+        weights = RetokenisedWeights(model, [holder.model for holder in chosen.holders], own, head)
+        if head is not None:
+            for part in [config, *stating(config, "tie_word_embeddings")]:
+                part["tie_word_embeddings"] = False
+        parts = anatomy(weights.specs, config, f"model {reference}")
+        return replace(model, weights=weights, checkpoint=replace(model.checkpoint, config=config), anatomy=parts)
+
+    def _head_to_untie(self, model: Model) -> str | None:
+        """What to call the head of a tied model beside one that has a head of its own.
+
+        A token that it lacks has two rows there, and gets both.
+        """
+        if not model.anatomy.tied or model.anatomy.head is not None or model.anatomy.redundant:
+            return None
+        heads = [self._models[reference].anatomy.head for reference in self._merged]
+        return next(filter(None, heads), None)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _config(self, reference: ModelReference, target: Tokenizer, rows: int) -> dict[str, Any]:
+        """A model's config for so many rows, and the donor's with the ids of the new tokenizer."""
+        config = self._models[reference].checkpoint.config
+        changed = copy.deepcopy(self._remapped(config, target) if reference == self._donor else dict(config))
+        for part in stating(changed, "vocab_size") or [cast(dict[str, Any], language_config(changed))]:
+            part["vocab_size"] = rows
+        return changed
+
+    def _remapped(self, config: Mapping[str, Any], target: Tokenizer) -> dict[str, Any]:
+        """The donor's config, or its generation config, with the ids of the new tokenizer.
+
+        What begins and ends a text is what another model's tokenizer says.
+        """
+        kept = {} if self._like == self._donor else {k: n for k, n in target.special.items() if k in config}
+        rest = {key: value for key, value in config.items() if key not in kept}
+        changed = {**remapped_ids(rest, self._tokenizers[self._donor], target), **kept}
+        return {key: changed[key] for key in config}
+
+    def _files(self, target: Tokenizer, template: str | None) -> dict[str, str]:
+        template = template or stored_template(self._models[self._like].checkpoint)
+        files = files_of(target, chat_template=template)
+        files.pop(_GENERATION, None)
+        settings = self._tokenizers[self._donor].settings.get(_GENERATION)
+        if settings is not None:
+            remapped = self._remapped(settings, target)
+            files[_GENERATION] = json.dumps(remapped, indent=2, ensure_ascii=False) + "\n"
+        return files
+
+    # -- models ---------------------------------------------------------------------------------------------------
+
+    def _read_from(self) -> Collection[ModelReference]:
+        """Models whose tokenizers are needed: those that are merged, and those that rows or the tokens come from."""
+        return dict.fromkeys([*self._merged, *self._options.model_references()])
+
+    def _read(self, reference: ModelReference) -> Tokenizer:
+        found = read_tokenizer(self._models[reference].checkpoint)
+        if found is None:
+            raise ModelError(
+                "there is no tokenizer beside the model, and the recipe asks for one that is made of all models'",
+                where=f"model {reference}",
+                remedy="copy the tokenizer's files to the model, or remove `tokenizer` and `tokenizer_source`",
+            )
+        return found
+
+
+def _check_rows(model: Model) -> None:
+    """See that a row of the embedding and one of the head are one token's."""
+    parts, specs = model.anatomy, model.weights.specs
+    if parts.embedding is None:
+        raise ModelError(
+            "the model has no embedding whose rows could be put in another order",
+            where=f"model {model.reference}",
+            remedy="remove `tokenizer` and `tokenizer_source`",
+        )
+    if parts.head is not None and specs[parts.head].shape[0] != specs[parts.embedding].shape[0]:
+        raise ModelError(
+            f"embedding and head have {specs[parts.embedding].shape[0]} and {specs[parts.head].shape[0]} rows, so that "
+            "not each row is a token's",
+            where=f"model {model.reference}",
+            remedy="remove `tokenizer` and `tokenizer_source`: the tokenizer is copied as it is",
+        )
+
+
+def _num_rows(model: Model) -> int:
+    assert model.anatomy.embedding is not None
+    return model.weights.specs[model.anatomy.embedding].shape[0]
+
+
+def _width(model: Model) -> tuple[int, ...] | None:
+    parts = model.anatomy
+    return None if parts.embedding is None else model.weights.specs[parts.embedding].shape[1:]
