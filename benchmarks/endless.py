@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 5_000_000_000
 _PERIOD_BYTES = 32 << 20
 _NOISE_ELEMENTS = 1 << 16
 _WEIGHT_STD = 0.02
+_LOCK = threading.Lock()
 
 NOISE_BYTES = 2 * _PERIOD_BYTES
 """What a process holds for each model of noise that it reads."""
@@ -170,7 +171,9 @@ class NoiseSource:
     ) -> int:
         """See `Source.read_ranges`."""
         del version
-        noise, header = _noise(self._seed), len(self._headers[name])
+        with _LOCK:  # threads that begin together would each make it
+            noise = _noise(self._seed)
+        header = len(self._headers[name])
         for (start, end), buffer in zip(ranges, buffers, strict=True):
             for low in range(start, end, _PERIOD_BYTES):
                 high = min(low + _PERIOD_BYTES, end)

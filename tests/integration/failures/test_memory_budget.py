@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import rows
 from benchmarks.endless import register
 from benchmarks.memory import STREAMED, adapted_recipe, recipe, usage
 from mergekit_ray.planning.windows import comfortable_memory, memory_needed
@@ -40,3 +41,8 @@ def test_with_ten_models(budget_of: Any, tmp_path: Path) -> None:
 
 def test_with_an_adapter_of_high_rank(budget_of: Any, tmp_path: Path) -> None:
     check(adapted_recipe(tmp_path / "adapter", "layer"), budget_of, tmp_path)
+
+
+def test_with_rows_in_another_order(budget_of: Any, tmp_path: Path) -> None:
+    asked, used = rows.usage("1.1b", budget_of, tmp_path / "log")
+    assert used <= asked
