@@ -20,7 +20,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from mergekit_ray.core.declaration import MethodDeclaration
-from mergekit_ray.core.expressions import Expression, Load, Merge
+from mergekit_ray.core.expressions import Expression, Gather, Load, Merge, Rows
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import counted, format_bytes
@@ -147,7 +147,7 @@ def print_explanations(plan: Plan, found: Sequence[Explanation]) -> None:
 
 def _grow(tree: Tree, expression: Expression, plan: Plan) -> None:
     branch = tree.add(escape(_label(expression, plan)))
-    for child in expression.children():
+    for child in expression.parts if isinstance(expression, Gather) else expression.children():
         _grow(branch, child, plan)
 
 
@@ -158,6 +158,8 @@ def _label(expression: Expression, plan: Plan) -> str:
         place = expression.location
         where = f"{plan.inputs[expression.model].reference}/{place.file}"
         return f"load {dtype} from {where}, bytes {place.start} to {place.end}"
+    if isinstance(expression, Gather | Rows):
+        return f"{expression.kind} -> {dtype}, {counted(len(expression.runs), 'run')} of rows"
     if isinstance(expression, Merge):
         shared = _assigned(expression.parameters)
         each = [_assigned(parameters) for parameters in expression.input_parameters]
