@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
@@ -23,6 +24,8 @@ from mergekit_ray.tokenizers.writing import files_of, remapped_ids
 
 _MAX_NAMED: Final = 3
 _GENERATION: Final = "generation_config.json"
+_TABLE: Final = re.compile(r"(embed_tokens|word_embeddings?|tok_embeddings|wte)[^.]*\.weight$")
+"""Embeddings of tokens, whatever they are for."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,7 @@ class _Retokenising:
 
 
 def _check_rows(model: Model) -> None:
-    """See that a row of the embedding and one of the head are one token's."""
+    """Check that a row of the embedding and one of the head are one token's."""
     parts, specs = model.anatomy, model.weights.specs
     if parts.embedding is None:
         raise ModelError(
@@ -306,6 +309,14 @@ def _check_rows(model: Model) -> None:
         raise ModelError(
             f"embedding and head have {specs[parts.embedding].shape[0]} and {specs[parts.head].shape[0]} rows, so that "
             "not each row is a token's",
+            where=f"model {model.reference}",
+            remedy="remove `tokenizer` and `tokenizer_source`: the tokenizer is copied as it is",
+        )
+
+    more = [n for n in (*parts.before, *parts.after) if _TABLE.search(n) and n not in parts.vocabulary]
+    if more:
+        raise ModelError(
+            f"{more[0]} has a row for each token beside the embedding, and is of another shape",
             where=f"model {model.reference}",
             remedy="remove `tokenizer` and `tokenizer_source`: the tokenizer is copied as it is",
         )

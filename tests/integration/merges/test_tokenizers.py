@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import mergekit_ray
 from mergekit_ray.core.errors import ModelError, PlanError
@@ -199,6 +201,23 @@ def test_a_model_without_a_tokenizer(folders: dict[str, Path], tmp_path: Path) -
     given["models"].append({"model": str(bare), "parameters": {"weight": 1.0}})
     with pytest.raises(ModelError, match="there is no tokenizer beside the model"):
         mergekit_ray.merge(given, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "told"),
+    [
+        ("model.embed_tokens_per_layer.weight", 200, "model.embed_tokens_per_layer.weight has a row for each token"),
+        (HEAD, 260, "embedding and head have 261 and 260 rows"),
+    ],
+)
+def test_tables_with_other_rows_than_the_embedding_are_refused(
+    name: str, rows: int, told: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    odd = shutil.copytree(folders["base"], tmp_path / "odd")
+    save_file({**tensors_of(odd), name: torch.ones(rows, 8)}, odd / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        mergekit_ray.plan(recipe({**folders, "odd": odd}, "odd", "chat", tokenizer_source="union"))
+    assert told in str(caught.value)
 
 
 class TestWithoutAKey:
