@@ -6,7 +6,6 @@ how much memory is taken, and every message names the file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
@@ -33,6 +32,9 @@ FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """Of an added token; each is true or false."""
 
 REMEDY: Final = "download or copy the tokenizer's files again, or load it with transformers and save it again"
+_MOST_SCORE: Final = 1e30
+"""Scores are logarithms of probabilities, or ranks."""
+
 _MAX_DEPTH: Final = 100
 _MAX_SHOWN: Final = 40
 
@@ -181,10 +183,10 @@ def _check_pieces(pieces: Any, where: str) -> None:
         fail(f"there are {len(pieces)} pieces; at most {MAX_IDS} are read", where)
     for number, piece in enumerate(pieces):
         match piece:
-            case [str(), int() | float() as score] if not isinstance(score, bool) and math.isfinite(score):
+            case [str(), int() | float() as score] if not isinstance(score, bool) and abs(score) < _MOST_SCORE:
                 pass
             case _:
-                fail(f"the piece with the id {number} is not a text with a finite score", where)
+                fail(f"the piece with the id {number} is not a text with a score", where)
 
 
 def _check_merges(merges: Any, where: str) -> None:

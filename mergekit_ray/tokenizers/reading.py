@@ -110,14 +110,14 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if not any(map(is_vocabulary_file, files)):
         return None
     settings: dict[str, Mapping[str, Any]] = {name: content(*files[name]) for name in SETTINGS if name in files}
+    places = {name: f"{source.uri}/{name}" for name, (source, _) in files.items()}
     if TOKENIZER in files:
-        source, _ = files[TOKENIZER]
-        where, data = f"{source.uri}/{TOKENIZER}", content(*files[TOKENIZER])
+        data = content(*files[TOKENIZER])
     else:
-        where, data = checkpoint.reference, converted(checkpoint, files)
-        checked(TOKENIZER, data, where)
+        data, places[TOKENIZER] = converted(checkpoint, files), checkpoint.reference
+        checked(TOKENIZER, data, checkpoint.reference)
     tokenizer = Tokenizer(checkpoint.reference, str(kind_of(data["model"])), data, settings)
-    _check_agreement(tokenizer, where)
+    _check_agreement(tokenizer, places)
     return tokenizer
 
 
@@ -128,8 +128,10 @@ def special_tokens(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mappi
         if name == SPECIAL_MAP and _has_decoder(settings):
             continue  # as transformers does
         for key, value in settings.get(name, {}).items():
-            if key.endswith("_token") and (token := _token(value)) is not None:
-                named[key] = token
+            table = value if key in _EXTRA and isinstance(value, Mapping) else {key: value}
+            for each, named_so in table.items():
+                if each.endswith("_token") and (token := _token(named_so)) is not None:
+                    named[each] = token
     return {key: named[key] for key in (*_NAMED, *named) if key in named}
 
 
@@ -184,7 +186,7 @@ def _has_decoder(settings: Mapping[str, Mapping[str, Any]]) -> bool:
     return isinstance(settings.get(CONFIG, {}).get("added_tokens_decoder"), Mapping)
 
 
-def _check_agreement(tokenizer: Tokenizer, where: str) -> None:
+def _check_agreement(tokenizer: Tokenizer, places: Mapping[str, str]) -> None:
     """See that each file gives a token the id that it has once the tokenizer is loaded, and no two tokens one id."""
     said: list[tuple[str, str, int]] = []
     said.extend((TOKENIZER, token["content"], token["id"]) for token in tokenizer.data.get("added_tokens") or ())
@@ -193,10 +195,10 @@ def _check_agreement(tokenizer: Tokenizer, where: str) -> None:
         said.extend((CONFIG, token["content"], int(number)) for number, token in decoder.items())
     said.extend((ADDED, text, number) for text, number in tokenizer.settings.get(ADDED, {}).items())
     for name, text, number in said:
-        own = tokenizer.ids.get(text, number)
-        if text and own != number:
-            fail(f"{name} gives the token {shown(text)} the id {number}, but it is loaded with the id {own}", where)
-    if len(tokenizer.names()) != len(tokenizer.ids) and tokenizer.kind != "Unigram":
-        names = tokenizer.names()
+        loaded = tokenizer.ids.get(text, number)
+        if text and loaded != number:
+            fail(f"gives the token {shown(text)} the id {number}, but it is loaded with the id {loaded}", places[name])
+    names = tokenizer.names()
+    if len(names) != len(tokenizer.ids):
         text, number = next((text, number) for text, number in tokenizer.ids.items() if names[number] != text)
-        fail(f"{shown(text)} and {shown(names[number])} are both loaded with the id {number}", where)
+        fail(f"{shown(text)} and {shown(names[number])} are both loaded with the id {number}", places[TOKENIZER])
