@@ -247,13 +247,13 @@ class TestWithoutAKey:
         ]
         mergekit_ray.plan({"merge_method": "passthrough", "slices": slices})
         slices.append({"sources": [{"model": str(folders["other"]), "layer_range": [0, 1]}]})
-        with pytest.raises(PlanError, match="ids? means? (an)?other tokens?"):
+        with pytest.raises(PlanError, match=r"ids? means? (an)?other tokens?"):
             mergekit_ray.plan({"merge_method": "passthrough", "slices": slices})
 
     def test_experts_count_as_well(self, folders: dict[str, Path]) -> None:
         experts = [{"source_model": str(folders[name])} for name in ("base", "other")]
         given = {"base_model": str(folders["base"]), "gate_mode": "random", "experts": experts}
-        with pytest.raises(PlanError, match="ids? means? (an)?other tokens?"):
+        with pytest.raises(PlanError, match=r"ids? means? (an)?other tokens?"):
             mergekit_ray.plan(given)
 
 
