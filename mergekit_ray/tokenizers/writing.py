@@ -44,16 +44,25 @@ def remapped_ids(value: Mapping[str, Any], old: Tokenizer, new: Tokenizer) -> di
         new: whose ids it gets. Of a list, tokens that it lacks are left out.
 
     Raises:
-        PlanError: it lacks a token that the config names, or all of a list.
+        PlanError: it lacks a token that the config names, or all of a list; or the config is nested without reason.
     """
     if old.ids == new.ids:
         return dict(value)
+    try:
+        return _remapped_all(value, old, new)
+    except RecursionError:
+        raise PlanError(
+            "the config is nested too deeply", where=old.reference, remedy="download or copy it again, or correct it"
+        ) from None
+
+
+def _remapped_all(value: Mapping[str, Any], old: Tokenizer, new: Tokenizer) -> dict[str, Any]:
     found = {}
     for key, each in value.items():
         if names_tokens(key):
             found[key] = _remapped(key, each, old, new)
         else:
-            found[key] = remapped_ids(each, old, new) if isinstance(each, Mapping) else each
+            found[key] = _remapped_all(each, old, new) if isinstance(each, Mapping) else each
     return found
 
 
