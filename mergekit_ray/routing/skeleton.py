@@ -1,6 +1,6 @@
 """What routing takes from transformers: the base model's tokenizer, and its modules without their weights.
 
-The only module that imports transformers, which is an optional dependency. No remote code is run.
+transformers is an optional dependency. No remote code is run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -23,14 +23,12 @@ from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.architectures.quantisation import quantisation
 from mergekit_ray.architectures.quantisation_config import without_quantisation
 from mergekit_ray.checkpoint.opening import Checkpoint
-from mergekit_ray.checkpoint.side_files import CONFIG_NAME
+from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_vocabulary_file
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.routing.batches import depends_on_batch_length
+from mergekit_ray.tokenizers.converting import loaded_by_transformers, what_transformers_said
+from mergekit_ray.tokenizers.files import tokenizer_files
 
-_MAX_FILE_BYTES: Final = 256 << 20
-_TOKENIZER_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
-_VOCABULARIES = ("tokenizer.json", ".model", ".tiktoken", "vocab.json", "vocab.txt")
-_TOKENIZER_KEYS = ("model_type", "tokenizer_class")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _MAX_NAMED = 5
 _OTHER_MODES = "choose `gate_mode: cheap_embed`, which only needs the embeddings, or `gate_mode: random`"
@@ -56,28 +54,14 @@ def import_transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _folder_of(checkpoint: Checkpoint, *, with_tokenizer: bool) -> Iterator[Path]:
-    """The config, and the tokenizer's files, in a temporary folder as transformers wants them."""
+def _folder_of(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The config in a temporary folder as transformers wants it."""
     with tempfile.TemporaryDirectory(prefix="mergekit-ray-") as name:
         folder = Path(name)
         config = _without_dtype(without_quantisation(checkpoint.config))
         config.pop("auto_map", None)  # code that comes with the model is not run
-        if with_tokenizer:
-            # What is wrong with the rest of the config is said when the model is made from it.
-            config = {key: value for key, value in config.items() if key in _TOKENIZER_KEYS}
         (folder / CONFIG_NAME).write_text(json.dumps(config))
-        if with_tokenizer:
-            for file in checkpoint.side_files:
-                if "/" not in file.name and file.name.endswith(_TOKENIZER_SUFFIXES):
-                    (folder / file.name).write_bytes(checkpoint.source.read(file.name, max_bytes=_MAX_FILE_BYTES))
         yield folder
-
-
-def _said(error: Exception, folder: Path, checkpoint: Checkpoint) -> str:
-    """What transformers said, with the model's name for the folder, and no advice that nobody here can follow."""
-    if "trust_remote_code" in str(error):
-        return "it needs code that comes with the model, which is not run"
-    return str(error).replace(str(folder), checkpoint.reference)
 
 
 def _without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,18 +81,14 @@ def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
         PlanError: transformers is not installed.
         ValueError, or a panic of Rust's: transformers cannot load it.
     """
-    transformers = import_transformers()
-    if not any(file.name.endswith(_VOCABULARIES) for file in checkpoint.side_files):
+    import_transformers()
+    if not any(map(is_vocabulary_file, tokenizer_files(checkpoint))):
         raise ModelError(
             "there is no tokenizer beside the model, and routers made from prompts need one",
             where=checkpoint.reference,
             remedy="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the base model's weights",
         )
-    with _folder_of(checkpoint, with_tokenizer=True) as folder:
-        try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:
-            raise ValueError(_said(error, folder, checkpoint)) from error
+    return loaded_by_transformers(checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +153,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
             where=checkpoint.reference,
             remedy=_ONLY_KNOWN,
         )
-    with _folder_of(checkpoint, with_tokenizer=False) as folder:
+    with _folder_of(checkpoint) as folder:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             # Fused attention leaves the soft cap of the scores out.
@@ -184,7 +164,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
         except Exception as error:  # whatever a config that does not fit its class makes it raise
             raise ModelError(
                 f"transformers {transformers.__version__} cannot make this model from its config: "
-                f"{_said(error, folder, checkpoint)}",
+                f"{what_transformers_said(error, folder, checkpoint)}",
                 where=checkpoint.reference,
                 remedy=_ONLY_KNOWN,
             ) from error

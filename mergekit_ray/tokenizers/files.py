@@ -44,17 +44,16 @@ def shown(token: str) -> str:
     return repr(token) if len(token) <= _MAX_SHOWN else f"{token[:_MAX_SHOWN]!r}..."
 
 
-def tokenizer_files(checkpoint: Checkpoint) -> dict[str, tuple[Source, FileStat]]:
-    """By name, where each of a tokenizer's files lies, and ``generation_config.json``.
-
-    An adapter that brings a tokenizer has it instead of the base.
-    """
+def side_files(checkpoint: Checkpoint) -> dict[str, tuple[Source, FileStat]]:
+    """By name, where each file beside the weights lies. What an adapter brings takes the place of the base's."""
     beside = [checkpoint, *([checkpoint.adapter.checkpoint] if isinstance(checkpoint, AdaptedCheckpoint) else [])]
+    return {file.name: (each.source, file) for each in beside for file in each.side_files}
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, tuple[Source, FileStat]]:
+    """By name, where each of a tokenizer's files lies, and ``generation_config.json``."""
     return {
-        file.name: (each.source, file)
-        for each in beside
-        for file in each.side_files
-        if is_tokenizer_file(file.name) or file.name == GENERATION
+        name: place for name, place in side_files(checkpoint).items() if is_tokenizer_file(name) or name == GENERATION
     }
 
 

@@ -114,7 +114,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if TOKENIZER in files:
         data = content(*files[TOKENIZER])
     else:
-        data, places[TOKENIZER] = converted(checkpoint, files), checkpoint.reference
+        data, places[TOKENIZER] = converted(checkpoint), checkpoint.reference
         checked(TOKENIZER, data, checkpoint.reference)
     tokenizer = Tokenizer(checkpoint.reference, str(kind_of(data["model"])), data, settings)
     _check_agreement(tokenizer, places)
