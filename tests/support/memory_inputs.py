@@ -41,14 +41,25 @@ class Inputs:
     def values(self, leaf: Stored) -> torch.Tensor:
         """All elements of what is read, 1-D."""
         if isinstance(leaf, Load):
-            return self.data[leaf]
+            return self.data[leaf] if leaf in self.data else self._part(leaf)
         assert isinstance(leaf, Gather)
         size = leaf.row_elements
         rows = []
         for part, first, count in leaf.runs:
             zeros = torch.zeros(count * size, dtype=TORCH_DTYPES[leaf.spec.dtype])
-            rows.append(zeros if part == ZEROS else self.data[leaf.parts[part]][first * size : (first + count) * size])
+            whole = zeros if part == ZEROS else self.values(leaf.parts[part])[first * size : (first + count) * size]
+            rows.append(whole)
         return torch.cat(rows)
+
+    def _part(self, load: Load) -> torch.Tensor:
+        """Some of the elements of a tensor."""
+        place = load.location
+        for whole, data in self.data.items():
+            start = (place.start - whole.location.start) // load.spec.dtype.itemsize
+            is_same_file = (whole.model, whole.location.file) == (load.model, place.file)
+            if is_same_file and whole.location.start <= place.start and place.end <= whole.location.end:
+                return data[start : start + load.spec.num_elements]
+        raise KeyError(load)
 
 
 def evaluate(

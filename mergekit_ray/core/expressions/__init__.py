@@ -41,8 +41,9 @@ from mergekit_ray.core.expressions.gather import Gather, gathered
 from mergekit_ray.core.expressions.generated import Concat, Constant, Literal, Noise, without_values
 from mergekit_ray.core.expressions.low_rank import LowRank
 from mergekit_ray.core.expressions.quantised import BlockScaled, Mxfp4
-from mergekit_ray.core.expressions.rows import Rows, rows
+from mergekit_ray.core.expressions.rows import Rows
 from mergekit_ray.core.expressions.runs import ZEROS, Runs
+from mergekit_ray.core.expressions.selection import rows
 
 __all__ = [
     "NUM_NORMS",

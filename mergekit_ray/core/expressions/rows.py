@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.expressions.base import (
     Expression,
-    Load,
     Stored,
     expression_kind,
     from_json,
@@ -20,12 +19,8 @@ from mergekit_ray.core.expressions.base import (
     stored,
     to_json,
 )
-from mergekit_ray.core.expressions.gather import Gather, gathered
-from mergekit_ray.core.expressions.runs import ZEROS, Runs
+from mergekit_ray.core.expressions.runs import Runs
 from mergekit_ray.core.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from mergekit_ray.core.expressions.runs import Integers
 
 
 @expression_kind("rows")
@@ -112,70 +107,3 @@ class Rows(Expression):
         """Inverse of `to_data`."""
         parts, spec, runs = data
         return cls(tuple(from_json(part) for part in parts), spec_from_json(spec), Runs.from_json(runs))
-
-
-def rows(parts: Sequence[Expression], spec: TensorSpec, runs: Runs) -> Expression:
-    """Rows of any expressions: one that is taken as it is, else what is read as one `gathered`, else a `Rows`.
-
-    All rows that are read from files become one `Gather` of just these, in the order in which they are used. So only
-    of computed parts may rows be out of order, which costs memory (see `Rows.access`).
-
-    Args:
-        parts: what rows are taken of.
-        spec: of the result.
-        runs: which rows, of which parts.
-
-    Raises:
-        ValueError: see `Runs.row_elements`.
-    """
-    import numpy as np  # noqa: PLC0415 - plans are made without it, but for these
-
-    size = runs.row_elements(spec, [part.spec for part in parts])
-    used, runs = runs.compact()
-    parts = [parts[index] for index in used]
-    if len(parts) == len(runs) == 1 and parts[0].spec.shape == spec.shape:
-        return parts[0]
-    part, row = runs.rows(0, runs.num_rows)
-    loads, part_read, row_read = _composed(parts, part, row)
-    computed = [index for index, each in enumerate(parts) if not isinstance(each, Stored)]
-    if not computed:
-        return gathered(loads, spec, Runs.of_rows(part_read, row_read))
-    if not loads:
-        return Rows(tuple(parts), spec, runs)
-    is_read = ~np.isin(part, [ZEROS, *computed])
-    count = int(is_read.sum())
-    shape = (1, count) if size == 1 and spec.shape == (1, runs.num_rows) else (count, *spec.shape[1:])
-    below = gathered(
-        loads, TensorSpec(spec.name, spec.dtype, shape), Runs.of_rows(part_read[is_read], row_read[is_read])
-    )
-    row[is_read] = np.arange(count)
-    number = np.zeros(len(parts) + 1, np.int64)  # the last one is that of `ZEROS`
-    number[computed] = range(1, len(computed) + 1)
-    number[ZEROS] = ZEROS
-    return Rows((below, *(parts[index] for index in computed)), spec, Runs.of_rows(number[part], row))
-
-
-def _composed(parts: Sequence[Expression], part: Integers, row: Integers) -> tuple[list[Load], Integers, Integers]:
-    """The tensors that stored parts are read from, and of each row its part among these, and its index there.
-
-    Args:
-        parts: stored or computed.
-        part: of each row. What is said of rows of computed ones means nothing.
-        row: its index there.
-    """
-    import numpy as np  # noqa: PLC0415 - as above
-
-    loads: list[Load] = []
-    part_read, row_read = part.copy(), row.copy()
-    for index, each in enumerate(parts):
-        if not isinstance(each, Stored):
-            continue
-        here = part == index
-        if isinstance(each, Gather):
-            inner_part, inner_row = (x[row[here]] for x in each.runs.rows(0, each.runs.num_rows))
-            part_read[here] = np.where(inner_part == ZEROS, ZEROS, inner_part + len(loads))
-            row_read[here] = inner_row
-        else:
-            part_read[here] = len(loads)
-        loads += each.read_from
-    return loads, part_read, row_read

@@ -25,7 +25,7 @@ def mapping(seed: int, num_rows: Sequence[int], count: int, zeros: float = 0.1) 
         part = int(rng.integers(len(num_rows)))
         length = int(rng.choice([1, 1, 1, 2, 7, 40]))
         if rng.random() < zeros or not num_rows[part]:
-            found += [(ZEROS, 0)] * length
+            found += [(ZEROS, 0)] * min(length, 3)
         else:
             first = int(rng.integers(num_rows[part]))
             found += [(part, row) for row in range(first, min(first + length, num_rows[part]))]

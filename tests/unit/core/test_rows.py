@@ -12,14 +12,18 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import (
     ZEROS,
     Cast,
+    Concat,
     Constant,
     Expression,
     Gather,
     Load,
     LowRank,
     Merge,
+    Noise,
     Rows,
     Runs,
+    Scale,
+    Stored,
     from_json,
     gathered,
     is_copy,
@@ -200,9 +204,14 @@ def cast(model: str) -> Expression:
     return Cast(load(model, dtype=DType.F32), DType.BF16)
 
 
+def noisy(model: str) -> Expression:
+    """Each of its rows is made of its place."""
+    return Noise(load(model), "normal", 1.0, "key", DType.BF16)
+
+
 class TestRows:
     def test_json_round_trip(self) -> None:
-        tree = rows([load("a"), cast("b")], spec_of(3, WIDTH), Runs.of([(1, 6, 2), (0, 0, 1)]))
+        tree = rows([load("a"), noisy("b")], spec_of(3, WIDTH), Runs.of([(1, 6, 2), (0, 0, 1)]))
         assert isinstance(tree, Rows)
         assert from_json(json.loads(json.dumps(to_json(tree)))) == tree
         assert not is_copy(tree)
@@ -220,7 +229,7 @@ class TestRows:
 
     def test_what_is_stored_is_read_in_the_order_in_which_it_is_used(self) -> None:
         wanted = Runs.of_rows([0, 2, 0, 1, ZEROS, 2, 1], [5, 0, 2, 7, 0, 1, 3])
-        tree = rows([load("a"), load("b"), cast("c")], spec_of(7, WIDTH), wanted)
+        tree = rows([load("a"), load("b"), noisy("c")], spec_of(7, WIDTH), wanted)
         assert isinstance(tree, Rows)
         below, computed = tree.parts
         assert isinstance(below, Gather)
@@ -230,21 +239,21 @@ class TestRows:
             (load("b"), 7 * WIDTH),
             (load("b"), 3 * WIDTH),
         ]
-        assert computed == cast("c")
+        assert computed == noisy("c")
         assert list(tree.runs) == [(0, 0, 1), (1, 0, 1), (0, 1, 2), (ZEROS, 0, 1), (1, 1, 1), (0, 3, 1)]
         assert tree.access is Access.ELEMENTWISE
-        assert list(tree.needs(WIDTH, 3 * WIDTH)) == [(below, WIDTH, 2 * WIDTH), (load("c", dtype=DType.F32), 0, WIDTH)]
+        assert list(tree.needs(WIDTH, 3 * WIDTH)) == [(below, WIDTH, 2 * WIDTH), (load("c"), 0, WIDTH)]
 
     def test_rows_of_a_computed_part_out_of_order_are_made_at_one_go(self) -> None:
-        tree = rows([cast("a")], spec_of(3, WIDTH), Runs.of_rows([0] * 3, [4, 2, 3]))
+        tree = rows([noisy("a")], spec_of(3, WIDTH), Runs.of_rows([0] * 3, [4, 2, 3]))
         assert tree.access is Access.REDUCE
         [need] = tree.needs(0, 3 * WIDTH)
-        assert need == (load("a", dtype=DType.F32), 2 * WIDTH, 5 * WIDTH)
+        assert need == (load("a"), 2 * WIDTH, 5 * WIDTH)
         assert rows([constant()], spec_of(3, WIDTH), Runs.of_rows([0] * 3, [3, 2, 3])).access is Access.ELEMENTWISE
 
     def test_parts_that_share_an_input_are_made_at_one_go(self) -> None:
-        scaled = Cast(cast("a"), DType.BF16)
-        assert rows([cast("a"), scaled], spec_of(2, WIDTH), Runs.of_rows([0, 1], [0, 1])).access is Access.REDUCE
+        scaled = Scale(noisy("a"), 0.5, DType.BF16)
+        assert rows([noisy("a"), scaled], spec_of(2, WIDTH), Runs.of_rows([0, 1], [0, 1])).access is Access.REDUCE
 
     def test_a_part_that_is_seen_as_a_whole_is_read_as_a_whole(self) -> None:
         pair = (load("b"), load("c"))
@@ -258,9 +267,34 @@ class TestRows:
         ]
 
     def test_scratch_and_units_are_those_of_the_parts(self) -> None:
-        x, a, b = load("x"), load("a", 2, WIDTH), load("b", 8, 2)
-        low = LowRank(x, a, b, 1.0, dtype=DType.BF16)
+        low = LowRank(load("x"), load("a", 2, 8), load("b", WIDTH, 2), 1.0, True, DType.BF16)
         tree = rows([low, load("y")], spec_of(3, WIDTH), Runs.of_rows([0, 1, 0], [1, 4, 2]))
         assert tree.scratch_bytes == low.scratch_bytes > 0
         assert tree.chunk_bytes == low.chunk_bytes + 8
         assert tree.unit == WIDTH
+
+    def test_where_a_row_is_made_of_the_same_rows_only_these_are_read(self) -> None:
+        wanted = Runs.of_rows([0] * 3, [6, 2, 4])
+
+        def selected(part: Load, *shape: int) -> Stored:
+            return gathered([part], TensorSpec(part.spec.name, part.spec.dtype, (3, *shape)), wanted)
+
+        x, a, b, m = load("x"), load("a", 2, WIDTH), load("b", 8, 2), load("m", 8)
+        low = LowRank(x, a, b, 1.0, dtype=DType.BF16, magnitude=m)
+        tree = rows([Scale(low, 0.5, DType.BF16)], spec_of(3, WIDTH), wanted)
+        inner = LowRank(selected(x, WIDTH), a, selected(b, 2), 1.0, dtype=DType.BF16, magnitude=selected(m))
+        assert tree == Scale(inner, 0.5, DType.BF16)
+        assert tree.access is Access.ELEMENTWISE
+        transposed = LowRank(x, load("a", 2, 8), load("b", WIDTH, 2), 1.0, True, DType.BF16)
+        assert rows([transposed], spec_of(3, WIDTH), wanted) == Rows((transposed,), spec_of(3, WIDTH), wanted)
+
+    def test_parts_end_to_end_are_looked_into(self) -> None:
+        inner = Concat((load("a", 2, WIDTH), noisy("b"), load("c", 1, WIDTH)), spec_of(11, WIDTH))
+        tree = rows([inner], spec_of(4, WIDTH), Runs.of_rows([0] * 4, [10, 5, 1, 4]))
+        assert isinstance(tree, Rows)
+        below, computed = tree.parts
+        assert [below.origin(row * WIDTH)[0].model for row in range(2)] == ["c", "a"]  # type: ignore[attr-defined]
+        assert computed == noisy("b")
+        assert list(tree.runs) == [(0, 0, 1), (1, 3, 1), (0, 1, 1), (1, 2, 1)]
+        nested = rows([tree, load("d")], spec_of(2, WIDTH), Runs.of_rows([0, 1], [3, 0]))
+        assert list(loads(nested)) == [load("d", 1, WIDTH), load("b")]

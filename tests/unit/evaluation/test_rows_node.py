@@ -20,6 +20,7 @@ from mergekit_ray.core.expressions import (
     Load,
     LowRank,
     Merge,
+    Noise,
     Rows,
     Scale,
     gathered,
@@ -185,7 +186,7 @@ def test_rows_that_are_not_taken_may_be_anything() -> None:
 
 def test_scratch_does_not_grow_with_the_number_of_runs() -> None:
     inputs = Inputs()
-    part = Scale(inputs.load("m", random(0, (4000, 8))), 0.5, DType.BF16)
+    part = Noise(inputs.load("m", random(0, (4000, 8))), "normal", 0.5, "key", DType.BF16)
     wanted = [(0, (row * 1237) % 4000) for row in range(4000)]
     tree = rows([part], TensorSpec("new", DType.BF16, (4000, 8)), runs_of(wanted))
     pool = ComputePool(1)

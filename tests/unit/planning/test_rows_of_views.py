@@ -7,14 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import (
-    BlockScaled,
-    Concat,
     Expression,
-    Gather,
-    LowRank,
-    Rows,
     loads,
     rows,
 )
@@ -28,6 +24,7 @@ from support.fake_checkpoints import checkpoint, llama, llama_shapes
 from support.memory_inputs import Inputs, evaluate
 from support.references.rows import mapping, runs_of, taken
 
+ELEMENTWISE, REDUCE = Access.ELEMENTWISE, Access.REDUCE
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS, WIDTH, NEW_ROWS = 10, 4, 37
 FACTORS = {"model.embed_tokens.lora_embedding_A": (2, ROWS), "model.embed_tokens.lora_embedding_B": (WIDTH, 2)}
@@ -48,33 +45,33 @@ def quantised() -> Weights:
     return weights_of("m0", checkpoint("/codes", shapes, config), "model /codes")
 
 
-CASES: dict[str, tuple[Callable[[], Weights], str, type[Expression]]] = {
-    "stored": (lambda: StoredWeights("m0", llama("/base")), EMBEDDING, Gather),
-    "LoRA of an embedding": (lambda: adapted(FACTORS), EMBEDDING, LowRank),
-    "LoRA of a head": (lambda: adapted(HEAD_FACTORS), HEAD, LowRank),
+CASES: dict[str, tuple[Callable[[], Weights], str, Access]] = {
+    "stored": (lambda: StoredWeights("m0", llama("/base")), EMBEDDING, ELEMENTWISE),
+    "LoRA of an embedding": (lambda: adapted(FACTORS), EMBEDDING, REDUCE),
+    "LoRA of a head": (lambda: adapted(HEAD_FACTORS), HEAD, ELEMENTWISE),
     "DoRA": (
         lambda: adapted(HEAD_FACTORS | {"lm_head.lora_magnitude_vector.weight": (ROWS,)}, use_dora=True),
         HEAD,
-        LowRank,
+        ELEMENTWISE,
     ),
     "DoRA of an embedding": (
         lambda: adapted(FACTORS | {"model.embed_tokens.lora_magnitude_vector.weight": (WIDTH,)}, use_dora=True),
         EMBEDDING,
-        LowRank,
+        REDUCE,
     ),
     "whole module": (
         lambda: adapted({"model.embed_tokens.weight": (ROWS, WIDTH)}, modules_to_save=["embed_tokens"]),
         EMBEDDING,
-        Gather,
+        ELEMENTWISE,
     ),
     "single rows": (
         lambda: adapted(
             {"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, WIDTH)}, trainable_token_indices=[3, 8, 4]
         ),
         EMBEDDING,
-        Concat,
+        ELEMENTWISE,
     ),
-    "8-bit floats in blocks": (quantised, HEAD, BlockScaled),
+    "8-bit floats in blocks": (quantised, HEAD, REDUCE),
 }
 
 
@@ -93,15 +90,17 @@ def filled(expression: Expression) -> Inputs:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("in_order", [False, True])
 def test_rows_of_a_view(case: str, in_order: bool) -> None:
-    make, name, kind = CASES[case]
+    make, name, access = CASES[case]
     whole = make().expression(name)
     wanted = mapping(4, [ROWS], NEW_ROWS)
     if in_order:
         wanted = sorted(wanted)
     tree = rows([whole], TensorSpec(name, whole.spec.dtype, (NEW_ROWS, WIDTH)), runs_of(wanted))
-    assert isinstance(tree, Gather) if kind is Gather else isinstance(tree, Rows) and isinstance(tree.parts[0], kind)
+    assert in_order or tree.access is access
     inputs = filled(whole)
     expected = taken([evaluate(whole, inputs)], wanted, tree.spec.shape)
     assert expected.std() > 0
     assert torch.equal(evaluate(tree, inputs), expected)
+    if tree.access is ELEMENTWISE:
+        assert torch.equal(evaluate(tree, inputs, window=3 * WIDTH), expected)
     assert torch.equal(evaluate(tree, inputs, chunk_elements=5, num_threads=2), expected)
