@@ -14,6 +14,7 @@ from mergekit_ray.core.expressions.base import (
     expression_kind,
     from_json,
     most,
+    needed,
     spec_from_json,
     spec_to_json,
     stored,
@@ -80,14 +81,25 @@ class Rows(Expression):
     def access(self) -> Access:
         """The most that any part needs.
 
-        The whole at once if parts share inputs, which are then read once; or if rows of what is read are taken in
-        another order than they have there, so that there is no telling which ones a window needs.
+        The whole at once if parts share inputs that are read run by run, so that they are read once; or if rows of what
+        is read are taken in another order than they have there, so that there is no telling which ones a window needs.
         """
-        shared = Counter(leaf for part in self.parts for leaf in stored(part))
-        is_scattered = any(any(True for _ in stored(self.parts[index])) for index in self.runs.turns)
-        is_whole = is_scattered or any(count > 1 for count in shared.values())
+        scattered = (self.parts[index] for index in self.runs.turns)
+        is_whole = self._shares_runs() or any(any(True for _ in stored(part)) for part in scattered)
         own = Access.REDUCE if is_whole else Access.ELEMENTWISE
         return most([own, *(part.access for part in self.parts)])
+
+    def _shares_runs(self) -> bool:
+        """Whether several parts have an input that is not read as a whole for each row, as a LoRA's first factor is."""
+        leaves = [set(stored(part)) for part in self.parts]
+        uses = Counter(leaf for of_part in leaves for leaf in of_part)
+        shared = {leaf for leaf, count in uses.items() if count > 1}
+        for part, of_part in zip(self.parts, leaves, strict=True):
+            if of_part & shared:
+                of_row = needed(part, 0, self.row_elements)
+                if any(of_row.get(leaf) != (0, leaf.spec.num_elements) for leaf in of_part & shared):
+                    return True
+        return False
 
     @property
     def unit(self) -> int:

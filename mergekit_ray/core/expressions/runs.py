@@ -169,6 +169,8 @@ class Runs:
         import numpy as np  # noqa: PLC0415 - as above
 
         used = sorted(set(self.table[:, 0].tolist()) - {ZEROS})
+        if used == list(range(len(used))):
+            return used, self
         found = self.table.copy()
         is_read = found[:, 0] != ZEROS
         found[is_read, 0] = np.searchsorted(used, found[is_read, 0])

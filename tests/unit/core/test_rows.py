@@ -254,6 +254,19 @@ class TestRows:
     def test_parts_that_share_an_input_are_made_at_one_go(self) -> None:
         scaled = Scale(noisy("a"), 0.5, DType.BF16)
         assert rows([noisy("a"), scaled], spec_of(2, WIDTH), Runs.of_rows([0, 1], [0, 1])).access is Access.REDUCE
+        ends = [
+            Noise(Concat((load(name), noisy("a")), spec_of(16, WIDTH)), "normal", 1.0, name, DType.BF16)
+            for name in "bc"
+        ]
+        assert rows(ends, spec_of(2, WIDTH), Runs.of_rows([0, 1], [0, 9])).access is Access.REDUCE
+
+    def test_parts_may_share_what_is_read_as_a_whole_anyhow(self) -> None:
+        a = load("a", 2, WIDTH)
+        low, high = (LowRank(load(x), a, load(f"b of {x}", 8, 2), 1.0, dtype=DType.BF16) for x in "xy")
+        tree = rows([low, high], spec_of(4, WIDTH), Runs.of_rows([0, 1, 0, 1], [5, 5, 0, 0]))
+        assert isinstance(tree, Rows)
+        assert tree.access is Access.ELEMENTWISE
+        assert len(list(tree.needs(0, 12))) == 6
 
     def test_a_part_that_is_seen_as_a_whole_is_read_as_a_whole(self) -> None:
         pair = (load("b"), load("c"))
