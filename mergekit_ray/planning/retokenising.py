@@ -88,7 +88,6 @@ class _Retokenising:
             _check_rows(models[reference])
 
     def run(self, template: str | None) -> Retokenised:
-        donors = self._tokenizers[self._donor]
         target = self._with_given(self._target())
         tokens = self._tokens(target)
         holders = self._holders()
@@ -106,7 +105,7 @@ class _Retokenising:
         for reference in self._merged:
             if reference in places:
                 models[reference] = self._seen(reference, chosen, places, target)
-        is_donors = target.ids == donors.ids and self._like == self._donor
+        is_donors = target is self._tokenizers[self._donor]
         if is_donors and all(models[reference] is self._models[reference] for reference in self._merged):
             return Retokenised(models, target)
         files = {} if is_donors else self._files(target, template)
@@ -118,12 +117,6 @@ class _Retokenising:
         """The tokenizer that was asked for."""
         if self._options.source == "union":
             return united([self._tokenizers[reference] for reference in self._merged])
-        if self._options.source == "base" and self._base is None:
-            raise PlanError(
-                "the tokenizer is to be the base model's, and the recipe names no base_model",
-                where="tokenizer",
-                remedy="add base_model, or name the model whose tokenizer it is to be",
-            )
         return self._tokenizers[self._like]
 
     @property
