@@ -39,6 +39,7 @@ from mergekit_ray.config.fields import (
 from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource, tokenizer_findings, tokenizer_of
 from mergekit_ray.config.yaml_source import YamlPath
 from mergekit_ray.core.shown import preformatted
 from mergekit_ray.core.sizes import counted
@@ -159,6 +160,7 @@ class MoeRecipe(RecipeModel):
         dtype: dtype of the stored weights. By default, the base model's.
         backbone: a dense recipe for the tensors outside the feed-forward layers, in place of ``base_model``
             (Branch-Train-MiX, arXiv 2403.07816).
+        tokenizer_source, tokenizer, chat_template: as in a dense recipe, over ``base_model`` and the experts' models.
         expert_layout: one tensor for each expert and projection, or all experts of a layer packed into one.
         allow_identical_experts: accept experts that no router can tell apart, to be trained afterwards.
         name, output, seed, compute_dtype: as in a dense recipe.
@@ -178,6 +180,9 @@ class MoeRecipe(RecipeModel):
     architecture: Name | None = None
     dtype: FloatDType | None = None
     backbone: DenseRecipe | None = None
+    tokenizer_source: TokenizerSource = None
+    tokenizer: TokenizerOptions | None = None
+    chat_template: str | None = None
     expert_layout: Literal["separate", "packed"] = "separate"
     add_to_base: bool = False
     allow_identical_experts: bool = False
@@ -200,6 +205,9 @@ class MoeRecipe(RecipeModel):
             architecture: str | None = ...,
             dtype: DTypeLike | None = ...,
             backbone: DenseRecipe | Mapping[str, Any] | None = ...,
+            tokenizer_source: ModelLike | None = ...,
+            tokenizer: TokenizerOptions | Mapping[str, Any] | None = ...,
+            chat_template: str | None = ...,
             expert_layout: Literal["separate", "packed"] = ...,
             add_to_base: bool = ...,
             allow_identical_experts: bool = ...,
@@ -225,6 +233,11 @@ class MoeRecipe(RecipeModel):
         if not info.context:
             raise_findings(moe_findings(self))
         return self
+
+    @property
+    def vocabulary(self) -> TokenizerOptions | None:
+        """See `tokenizer_of`; that of the backbone is its own."""
+        return tokenizer_of(self.tokenizer, self.tokenizer_source)
 
     @property
     def num_active(self) -> int:
@@ -279,7 +292,11 @@ def moe_findings(recipe: MoeRecipe) -> list[Finding]:
         )
     if recipe.gate_mode.needs_prompts:
         findings += _prompt_findings(recipe)
+    findings += tokenizer_findings(recipe.tokenizer, recipe.tokenizer_source)
     if recipe.backbone is not None:
+        for key in ("tokenizer_source", "tokenizer", "chat_template"):
+            if getattr(recipe, key) is not None and _speaks_of_tokens(recipe.backbone):
+                findings.append(Finding((key,), f"`{key}` here and in the backbone", "keep one of them"))
         findings += [finding.below(("backbone",)) for finding in structure_findings(recipe.backbone)]
     return findings
 
@@ -287,11 +304,20 @@ def moe_findings(recipe: MoeRecipe) -> list[Finding]:
 def _addition_findings(recipe: MoeRecipe) -> list[Finding]:
     """What a recipe that adds to a Mixture of Experts cannot say."""
     what = "`add_to_base` keeps everything of base_model and only adds experts"
-    changes = {"shared_experts": recipe.shared_experts, "backbone": recipe.backbone}
+    changes = {
+        "shared_experts": recipe.shared_experts,
+        "backbone": recipe.backbone,
+        "tokenizer_source": recipe.tokenizer_source,
+        "tokenizer": recipe.tokenizer,
+    }
     found = [Finding((key,), what, f"remove `{key}`") for key, value in changes.items() if value]
     if recipe.expert_layout == "packed":
         found.append(Finding(("expert_layout",), what, "remove `expert_layout`: the base model's is kept"))
     return found
+
+
+def _speaks_of_tokens(recipe: DenseRecipe) -> bool:
+    return recipe.vocabulary is not None or recipe.chat_template is not None
 
 
 def _prompt_findings(recipe: MoeRecipe) -> list[Finding]:

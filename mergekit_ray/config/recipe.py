@@ -34,7 +34,7 @@ from mergekit_ray.config.fields import (
 from mergekit_ray.config.findings import Finding, did_you_mean
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.settings import Level
-from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource
+from mergekit_ray.config.tokenizer import TokenizerOptions, TokenizerSource, tokenizer_findings, tokenizer_of
 from mergekit_ray.config.yaml_source import YamlPath
 from mergekit_ray.core.shown import preformatted
 from mergekit_ray.core.sizes import counted
@@ -274,10 +274,8 @@ class DenseRecipe(RecipeModel):
 
     @property
     def vocabulary(self) -> TokenizerOptions | None:
-        """What ``tokenizer`` or ``tokenizer_source`` asks for; None if the donor's tokenizer is to be copied."""
-        if self.tokenizer is None and self.tokenizer_source is not None:
-            return TokenizerOptions(source=self.tokenizer_source)
-        return self.tokenizer
+        """See `tokenizer_of`."""
+        return tokenizer_of(self.tokenizer, self.tokenizer_source)
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """Every model that is merged or a base, once each: the recipe's ``base_model`` first, then as listed."""
@@ -326,9 +324,7 @@ def structure_findings(recipe: DenseRecipe) -> list[Finding]:
         for index, piece in enumerate(group):
             if isinstance(piece, SliceRecipe):
                 findings += _uneven(piece, (*path, index))
-    if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
-        hint = "keep `tokenizer: {source: ...}`, which says more"
-        findings.append(Finding(("tokenizer_source",), "`tokenizer_source` beside `tokenizer`", hint))
+    findings += tokenizer_findings(recipe.tokenizer, recipe.tokenizer_source)
     return findings + _source_findings(recipe)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, Wi
 
 from mergekit_ray.config.accepted import ModelLike
 from mergekit_ray.config.fields import RecipeModel
-from mergekit_ray.config.findings import did_you_mean, found
+from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.reference import ModelReference
 
 _WORDS = ("union", "base")
@@ -160,3 +160,16 @@ class TokenizerOptions(RecipeModel):
         named: list[object] = [self.source, *(entry.source for entry in (self.tokens or {}).values())]
         models = [source.model if isinstance(source, ModelTokenEmbedding) else source for source in named]
         return tuple(dict.fromkeys(model for model in models if isinstance(model, ModelReference)))
+
+
+def tokenizer_of(tokenizer: TokenizerOptions | None, source: str | ModelReference | None) -> TokenizerOptions | None:
+    """What the keys ``tokenizer`` and ``tokenizer_source`` ask for; None if the donor's tokenizer is to be copied."""
+    return TokenizerOptions(source=source) if tokenizer is None and source is not None else tokenizer
+
+
+def tokenizer_findings(tokenizer: TokenizerOptions | None, source: str | ModelReference | None) -> list[Finding]:
+    """Whether both keys are given."""
+    if tokenizer is None or source is None:
+        return []
+    hint = "keep `tokenizer: {source: ...}`, which says more"
+    return [Finding(("tokenizer_source",), "`tokenizer_source` beside `tokenizer`", hint)]

@@ -61,20 +61,18 @@ def check_plannable(recipe: Recipe) -> Recipe:
 
 def referenced_models(recipe: Recipe) -> list[ModelReference]:
     """Every model whose files are needed, in order of appearance; the donor first."""
-    dense = _dense_of(recipe)
-    found: dict[ModelReference, None] = {recipe.donor: None}
-    if isinstance(recipe, MoeRecipe):
-        found |= dict.fromkeys(recipe.model_references())
-    elif dense is not None:
-        found |= dict.fromkeys(_merged(dense))
-    if dense is not None and dense.vocabulary is not None:
-        found |= dict.fromkeys(dense.vocabulary.model_references())
-    return list(found)
+    merged = recipe.model_references() if isinstance(recipe, MoeRecipe) else _merged(recipe)
+    vocabulary = _speaks_of_tokens(recipe).vocabulary
+    more = () if vocabulary is None else vocabulary.model_references()
+    return list(dict.fromkeys([recipe.donor, *merged, *more]))
 
 
-def _dense_of(recipe: Recipe) -> DenseRecipe | None:
-    """The recipe of what stands outside of experts."""
-    return recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
+def _speaks_of_tokens(recipe: Recipe) -> Recipe:
+    """The part of a recipe that says what tokenizer it is to be: a mixture's backbone, if that does."""
+    backbone = recipe.backbone if isinstance(recipe, MoeRecipe) else None
+    if backbone is not None and (backbone.vocabulary is not None or backbone.chat_template is not None):
+        return backbone
+    return recipe
 
 
 def _experts(recipe: Recipe, models: Mapping[ModelReference, Model]) -> list[Model]:
@@ -114,7 +112,7 @@ def make_plan(
     recipe = check_plannable(recipe)
     stored_models = models_of(checkpoints, wide=recipe.compute_dtype is ComputeDType.FLOAT64)
     warnings = check_agreement(recipe, stored_models, allow_conflicts=allow_config_conflicts)
-    tokenizer = tokenizer_of(_dense_of(recipe), recipe.donor, stored_models)
+    tokenizer = tokenizer_of(_speaks_of_tokens(recipe), recipe.donor, stored_models)
     models = tokenizer.models
     donor = models[recipe.donor]
     donor_config = donor.checkpoint.config
@@ -237,9 +235,9 @@ def recipe_as_data(recipe: Recipe, template: str | None = None) -> dict[str, Any
     """
     data = recipe.to_data()
     data.pop("output", None)
-    dense = data.get("backbone", data)
-    if template is not None and dense["chat_template"].strip() not in (AUTO, *NAMED):
-        dense["chat_template"] = template
+    part = data if "chat_template" in data else data.get("backbone", {})
+    if template is not None and part["chat_template"].strip() not in (AUTO, *NAMED):
+        part["chat_template"] = template
     _sort_parameters(data)
     return data
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mergekit_ray.checkpoint.side_files import is_tokenizer_file, is_vocabulary_file
+from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ModelError, PlanError
@@ -61,12 +62,12 @@ class OutputTokenizer:
 
 
 def tokenizer_of(
-    recipe: DenseRecipe | None, donor: ModelReference, models: Mapping[ModelReference, Model]
+    recipe: DenseRecipe | MoeRecipe, donor: ModelReference, models: Mapping[ModelReference, Model]
 ) -> OutputTokenizer:
     """Build the tokenizer and the chat template that a recipe asks for, and see the models with its tokens.
 
     Args:
-        recipe: of what stands outside of experts; None if that is one model's.
+        recipe: which says what tokenizer it is to be: a mixture's backbone, if that says so.
         donor: whose files the output gets.
         models: every model that is named, as it is stored.
 
@@ -74,7 +75,7 @@ def tokenizer_of(
         ModelError, PlanError: see `retokenised`; or a chat template that is broken.
         CheckpointError, StorageError: a tokenizer could not be read.
     """
-    if recipe is None or (recipe.vocabulary is None and recipe.chat_template is None):
+    if recipe.vocabulary is None and recipe.chat_template is None:
         return OutputTokenizer(models)
     merged = list(dict.fromkeys([donor, *recipe.model_references()]))
     warnings: list[str] = []

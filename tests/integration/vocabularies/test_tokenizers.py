@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import save_file
 
 import mergekit_ray
-from mergekit_ray.core.errors import ModelError, PlanError
+from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
 from mergekit_ray.operations.verify import verify
 from mergekit_ray.storage.opening import open_source
 from support.models import config_of, contents, load, logits, tensors_of
@@ -290,6 +290,21 @@ def test_a_backbone_gets_common_tokens(folders: dict[str, Path], tmp_path: Path)
     assert config_of(tmp_path / "out")["vocab_size"] == 263
     torch.testing.assert_close(rows_of(tmp_path / "out")[START], rows_of(folders["chat"])[START])
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def test_a_mixture_gets_the_experts_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
+    experts = [{"source_model": str(folders[name])} for name in ("chat", "tools")]
+    given = {"base_model": str(folders["base"]), "gate_mode": "random", "experts": experts, "tokenizer_source": "union"}
+    mergekit_ray.merge(given, tmp_path / "out")
+    for name in (EMBEDDING, HEAD):
+        rows, own = rows_of(tmp_path / "out", name), rows_of(folders["base"], name)
+        chat, tools = (rows_of(folders[each], name) for each in ("chat", "tools"))
+        assert torch.equal(rows["he"], own["he"])
+        assert torch.equal(rows[PAD], tools[PAD])
+        torch.testing.assert_close(rows[END], (chat[END] + tools[END]) / 2)
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+    with pytest.raises(ConfigError, match="`tokenizer_source` here and in the backbone"):
+        mergekit_ray.plan({**given, "backbone": recipe(folders, "base", "chat", tokenizer_source="union")})
 
 
 def test_ids_follow_their_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
