@@ -51,8 +51,11 @@ def what_transformers_said(error: Exception, folder: Path, checkpoint: Checkpoin
     return str(error).replace(str(folder), checkpoint.reference)
 
 
-def converted(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ``tokenizer.json`` would hold, of a model that has a vocabulary in another form.
+def converted(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
+    """What ``tokenizer.json`` would hold, of a model that has a vocabulary in another form, and its special tokens.
+
+    Returns:
+        The content; and what the tokenizer's class, if not the settings, calls each special token: ``bos_token``.
 
     Raises:
         ModelError: transformers cannot convert it; it names the files and says why.
@@ -61,7 +64,9 @@ def converted(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     names = ", ".join(sorted(filter(is_vocabulary_file, side_files(checkpoint))))
     try:
-        found: dict[str, Any] = json.loads(loaded_by_transformers(checkpoint).backend_tokenizer.to_str())
+        loaded = loaded_by_transformers(checkpoint)
+        found: dict[str, Any] = json.loads(loaded.backend_tokenizer.to_str())
+        special = {key: str(token) for key, token in loaded.special_tokens_map.items()}
     except ImportError as error:
         raise PlanError(
             f"there is no tokenizer.json, only {names}, which transformers converts; it cannot be imported ({error})",
@@ -78,4 +83,4 @@ def converted(checkpoint: Checkpoint) -> dict[str, Any]:
             remedy="install what transformers asks for (pip install sentencepiece tiktoken protobuf), or load the "
             "tokenizer where that works and save it beside the model with save_pretrained()",
         ) from error
-    return found
+    return found, special

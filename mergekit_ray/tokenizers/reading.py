@@ -114,7 +114,8 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if TOKENIZER in files:
         data = content(*files[TOKENIZER])
     else:
-        data, places[TOKENIZER] = converted(checkpoint), checkpoint.reference
+        (data, special), places[TOKENIZER] = converted(checkpoint), checkpoint.reference
+        settings[CONFIG] = {**special, **settings.get(CONFIG, {})}
         checked(TOKENIZER, data, checkpoint.reference)
     tokenizer = Tokenizer(checkpoint.reference, str(kind_of(data["model"])), data, settings)
     _check_agreement(tokenizer, places)

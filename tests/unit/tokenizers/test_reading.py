@@ -109,9 +109,13 @@ def test_a_vocabulary_and_merges_are_converted(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|e|>"})
     )
-    found = read(opened(tmp_path))
+    found, own = read(opened(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert found.kind == "BPE"
-    assert found.ids == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert found.ids == own.get_vocab()
+    assert found.special == {
+        f"{key}_id": own.convert_tokens_to_ids(text) for key, text in own.special_tokens_map.items()
+    }
+    assert found.special["bos_token_id"] == own.bos_token_id  # which only the class names
     (tmp_path / "new").mkdir()
     for name, text in files_of(found).items():
         (tmp_path / "new" / name).write_text(text)
