@@ -23,6 +23,8 @@ from mergekit_ray.core.expressions.base import (
 from mergekit_ray.core.expressions.runs import Runs
 from mergekit_ray.core.tensors import TensorSpec
 
+_FLOAT64_BYTES = 8
+
 
 @expression_kind("rows")
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,11 @@ class Rows(Expression):
                 if any(of_row.get(leaf) != (0, leaf.spec.num_elements) for leaf in of_part & shared):
                     return True
         return False
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Beside those of the parts, their rows side by side, twice, before they come to their places."""
+        return super(Rows, self).chunk_bytes + 2 * _FLOAT64_BYTES
 
     @property
     def unit(self) -> int:

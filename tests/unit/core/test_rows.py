@@ -283,7 +283,7 @@ class TestRows:
         low = LowRank(load("x"), load("a", 2, 8), load("b", WIDTH, 2), 1.0, True, DType.BF16)
         tree = rows([low, load("y")], spec_of(3, WIDTH), Runs.of_rows([0, 1, 0], [1, 4, 2]))
         assert tree.scratch_bytes == low.scratch_bytes > 0
-        assert tree.chunk_bytes == low.chunk_bytes + 8
+        assert tree.chunk_bytes == low.chunk_bytes + 3 * 8
         assert tree.unit == WIDTH
 
     def test_where_a_row_is_made_of_the_same_rows_only_these_are_read(self) -> None:

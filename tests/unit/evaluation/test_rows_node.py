@@ -30,6 +30,7 @@ from mergekit_ray.core.plan import OutputTensor
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.evaluation.evaluate import Evaluation
 from mergekit_ray.evaluation.host import HostEvaluation
+from mergekit_ray.evaluation.nodes.generated import NoiseNode
 from mergekit_ray.evaluation.pool import ComputePool
 from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 from mergekit_ray.evaluation.strategy import Strategy, choose
@@ -191,9 +192,30 @@ def test_scratch_does_not_grow_with_the_number_of_runs() -> None:
     tree = rows([part], TensorSpec("new", DType.BF16, (4000, 8)), runs_of(wanted))
     pool = ComputePool(1)
     out = torch.empty(32_000, dtype=torch.bfloat16)
-    Evaluation(tree, inputs.pieces(tree), pool).fill(0, 32_000, out)
+    Evaluation(tree, inputs.pieces(tree), pool, chunk_elements=512).fill(0, 32_000, out)
     assert sum(pool.scratch.held_elements.values()) <= 8 * 8
     assert tree.spec.dtype is DTYPES[out.dtype]
+
+
+@pytest.mark.parametrize(("step", "count"), [(1, 2), (2, 2), (3, 300)])
+def test_rows_of_a_part_that_lie_near_each_other_are_computed_at_once(
+    step: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row, or every other; not every third, for which three times as many would be computed."""
+    inputs, calls, fill = Inputs(), [], NoiseNode.fill
+
+    def counted(node: NoiseNode, start: int, stop: int, out: torch.Tensor) -> None:
+        calls.append((start, stop))
+        fill(node, start, stop, out)
+
+    a, b = random(0, (300, 8)), random(1, (900, 8))
+    parts = [inputs.load("a", a), Noise(inputs.load("b", b), "normal", 0.0, "key", DType.BF16)]
+    wanted = [(row % 2, row // 2 * (step if row % 2 else 1)) for row in range(600)]
+    spec = TensorSpec("new", DType.BF16, (600, 8))
+    tree = rows(parts, spec, runs_of(wanted))
+    monkeypatch.setattr(NoiseNode, "fill", counted)
+    assert torch.equal(evaluate(tree, inputs, chunk_elements=300 * 8), taken([a, b], wanted, spec.shape))
+    assert len(calls) == count
 
 
 def test_windows_hold_whole_rows() -> None:
