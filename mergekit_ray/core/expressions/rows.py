@@ -44,7 +44,7 @@ class Rows(Expression):
     runs: Runs
 
     def __post_init__(self) -> None:
-        """Check that the runs fill the result from rows that are there.
+        """Check that the runs fill the result from rows that the parts have.
 
         Raises:
             ValueError: see `Runs.row_elements`.

@@ -50,7 +50,7 @@ class Request(TypedDict):
 
     Attributes:
         template: its text.
-        variables: ``bos_token`` and the like, where the tokenizer has them.
+        variables: such as ``bos_token``, where the tokenizer has it.
         cpu_seconds: of processor time, after which the process is ended.
     """
 
