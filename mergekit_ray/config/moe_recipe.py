@@ -160,7 +160,7 @@ class MoeRecipe(RecipeModel):
         dtype: dtype of the stored weights. By default, the base model's.
         backbone: a dense recipe for the tensors outside the feed-forward layers, in place of ``base_model``
             (Branch-Train-MiX, arXiv 2403.07816).
-        tokenizer_source, tokenizer, chat_template: as in a dense recipe, over ``base_model`` and the experts' models.
+        tokenizer_source, tokenizer, chat_template: as in a dense recipe, over all models.
         expert_layout: one tensor for each expert and projection, or all experts of a layer packed into one.
         allow_identical_experts: accept experts that no router can tell apart, to be trained afterwards.
         name, output, seed, compute_dtype: as in a dense recipe.

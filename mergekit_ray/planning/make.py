@@ -36,7 +36,7 @@ from mergekit_ray.planning.moe.lower import lower_moe
 from mergekit_ray.planning.output_config import output_config, without_beyond
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import leftover_warnings, quantisation_of, weights_of
-from mergekit_ray.planning.tokenizer import check_tokenizers, tokenizer_of
+from mergekit_ray.planning.tokenizer import check_tokenizers, part_on_tokens, tokenizer_of
 from mergekit_ray.planning.towers import set_tower
 from mergekit_ray.planning.weights import Weights
 from mergekit_ray.tokenizers.chat.templates import AUTO, NAMED
@@ -62,17 +62,9 @@ def check_plannable(recipe: Recipe) -> Recipe:
 def referenced_models(recipe: Recipe) -> list[ModelReference]:
     """Every model whose files are needed, in order of appearance; the donor first."""
     merged = recipe.model_references() if isinstance(recipe, MoeRecipe) else _merged(recipe)
-    vocabulary = _speaks_of_tokens(recipe).vocabulary
+    vocabulary = part_on_tokens(recipe).vocabulary
     more = () if vocabulary is None else vocabulary.model_references()
     return list(dict.fromkeys([recipe.donor, *merged, *more]))
-
-
-def _speaks_of_tokens(recipe: Recipe) -> Recipe:
-    """The part of a recipe that says what tokenizer it is to be: a mixture's backbone, if that does."""
-    backbone = recipe.backbone if isinstance(recipe, MoeRecipe) else None
-    if backbone is not None and (backbone.vocabulary is not None or backbone.chat_template is not None):
-        return backbone
-    return recipe
 
 
 def _experts(recipe: Recipe, models: Mapping[ModelReference, Model]) -> list[Model]:
@@ -112,7 +104,7 @@ def make_plan(
     recipe = check_plannable(recipe)
     stored_models = models_of(checkpoints, wide=recipe.compute_dtype is ComputeDType.FLOAT64)
     warnings = check_agreement(recipe, stored_models, allow_conflicts=allow_config_conflicts)
-    tokenizer = tokenizer_of(_speaks_of_tokens(recipe), recipe.donor, stored_models)
+    tokenizer = tokenizer_of(recipe, stored_models)
     models = tokenizer.models
     donor = models[recipe.donor]
     donor_config = donor.checkpoint.config
@@ -133,8 +125,10 @@ def make_plan(
     lowering.files |= tokenizer.files
     warnings += tokenizer.warnings
     if not tokenizer.is_built:
-        merged = list(lowering.vocabulary.values())
-        warnings += check_tokenizers(donor, merged, _experts(recipe, models), ignore=unsafe_ignore_tokenizers)
+        sharing = list(lowering.vocabulary.values())
+        embedding = donor.anatomy.embedding
+        rows = lowering.vocab_size or (0 if embedding is None else donor.weights.specs[embedding].shape[0])
+        warnings += check_tokenizers(donor, sharing, _experts(recipe, models), rows, ignore=unsafe_ignore_tokenizers)
     if not lowering.expressions:
         raise PlanError("the recipe makes no tensors", remedy="check its slices and modules against the models")
     stem = DIFFUSERS_STEM if is_of_diffusers(donor.checkpoint.config) else STEM

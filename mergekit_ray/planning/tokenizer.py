@@ -61,37 +61,37 @@ class OutputTokenizer:
         return name == _OLD_TEMPLATE or name.startswith(_MORE_TEMPLATES)
 
 
-def tokenizer_of(
-    recipe: DenseRecipe | MoeRecipe, donor: ModelReference, models: Mapping[ModelReference, Model]
-) -> OutputTokenizer:
+def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference, Model]) -> OutputTokenizer:
     """Build the tokenizer and the chat template that a recipe asks for, and see the models with its tokens.
 
     Args:
-        recipe: which says what tokenizer it is to be: a mixture's backbone, if that says so.
-        donor: whose files the output gets.
+        recipe: validated.
         models: every model that is named, as it is stored.
 
     Raises:
         ModelError, PlanError: see `retokenised`; or a chat template that is broken.
         CheckpointError, StorageError: a tokenizer could not be read.
     """
-    if recipe.vocabulary is None and recipe.chat_template is None:
+    part = part_on_tokens(recipe)
+    if part.vocabulary is None and part.chat_template is None:
         return OutputTokenizer(models)
+    donor = recipe.donor
     merged = list(dict.fromkeys([donor, *recipe.model_references()]))
     warnings: list[str] = []
     template = None
-    if recipe.chat_template is not None:
-        template, warnings = _template(recipe.chat_template, [models[reference] for reference in merged])
+    if part.chat_template is not None:
+        template, warnings = _template(part.chat_template, [models[reference] for reference in merged])
     rows, files = None, {}
     tokens: Tokenizer | None = None
-    if recipe.vocabulary is not None:
-        built = retokenised(recipe.vocabulary, models, merged, recipe.base_model, template)
+    if part.vocabulary is not None:
+        base = part.base_model or recipe.base_model
+        built = retokenised(part.vocabulary, models, merged, base, template)
         models, rows, files, tokens = built.models, built.rows, dict(built.files), built.tokenizer
     if template is not None:
         tokens = tokens or read_tokenizer(models[donor].checkpoint)
         files = files or _with_template(tokens, template)
         special = tokens.settings.get(_SETTINGS, {}) if tokens is not None else {}
-        is_models = recipe.vocabulary is None and (recipe.chat_template or "").strip() == AUTO
+        is_models = part.vocabulary is None and (part.chat_template or "").strip() == AUTO
         warnings += check_template(
             template,
             None if tokens is None or is_models else tokens.ids,
@@ -99,7 +99,15 @@ def tokenizer_of(
             eos=_content(special.get("eos_token")),
             where="chat_template",
         )
-    return OutputTokenizer(models, recipe.vocabulary is not None, rows, files, template, warnings)
+    return OutputTokenizer(models, part.vocabulary is not None, rows, files, template, warnings)
+
+
+def part_on_tokens(recipe: DenseRecipe | MoeRecipe) -> DenseRecipe | MoeRecipe:
+    """The part of a recipe that says what tokenizer it is to be: a mixture's backbone, if that does."""
+    backbone = recipe.backbone if isinstance(recipe, MoeRecipe) else None
+    if backbone is not None and (backbone.vocabulary is not None or backbone.chat_template is not None):
+        return backbone
+    return recipe
 
 
 def _template(wanted: str, models: Sequence[Model]) -> tuple[str | None, list[str]]:
@@ -133,7 +141,7 @@ def _content(token: object) -> str | None:
 
 
 def check_tokenizers(
-    donor: Model, models: Sequence[Model], experts: Sequence[Model] = (), *, ignore: bool = False
+    donor: Model, models: Sequence[Model], experts: Sequence[Model], num_rows: int, *, ignore: bool = False
 ) -> list[str]:
     """Check that rows which are merged are the same tokens' rows.
 
@@ -141,49 +149,71 @@ def check_tokenizers(
         donor: whose tokenizer the output gets.
         models: whose rows are in the output.
         experts: models of which only layers are, which get the donor's tokens.
+        num_rows: of the output's embedding.
         ignore: warn, in place of an error.
 
     Returns:
         Warnings.
 
     Raises:
-        PlanError: an id is one token in the donor's tokenizer, and another in a model's.
+        PlanError: an id is one token in one model's tokenizer, and another in another's.
         CheckpointError, StorageError: a tokenizer could not be read.
     """
-    others = {
-        model.reference: model
-        for model in (*models, *experts)
-        if model.reference != donor.reference and _has_tokenizer(donor) and _has_tokenizer(model)
-    }
-    own: Tokenizer | None = None
-    found: list[str] = []
-    for reference, model in others.items():
-        try:
-            if same_files(donor.checkpoint, model.checkpoint):
-                continue
-            theirs = read_tokenizer(model.checkpoint)
-            own = own or read_tokenizer(donor.checkpoint)
-        except (ModelError, PlanError) as error:
-            found.append(
-                f"the tokenizers of {donor.reference} and {reference} cannot be compared, so an id may be a "
-                f"different token in each: {error.where}: {error.what}"
-            )
-            continue
-        if own is None or theirs is None or (told := difference(own, theirs)) is None:
-            continue
-        if model in models:
-            found += _merged_with_padding((donor, own, told.only_a), (model, theirs, told.only_b))
-        if told.num_other:
-            message = _other_tokens(donor.reference, told)
-            if not ignore:
-                raise PlanError(
-                    message,
-                    where=f"model {reference}",
-                    remedy="bring the models to common tokens: `tokenizer: {source: union}`; or pass "
-                    "`unsafe_ignore_tokenizers=True` to merge rows of different tokens",
+    sharing = {model.key: model for model in (donor, *models, *experts) if _has_tokenizer(model)}
+    warnings: list[str] = []
+    read: dict[str, Tokenizer | None] = {}
+
+    def tokens_of(model: Model) -> Tokenizer | None:
+        if model.key not in read:
+            try:
+                read[model.key] = read_tokenizer(model.checkpoint)
+            except (ModelError, PlanError) as error:
+                read[model.key] = None
+                warnings.append(
+                    f"the tokenizer of {model.reference} cannot be compared with others, so an id may be a different "
+                    f"token there: {error.where}: {error.what}"
                 )
-            found.append(f"{reference}: {message}")
-    return found
+        return read[model.key]
+
+    known: list[Model] = []
+    for model in sharing.values():
+        if not any(_has_same_files(other, model) for other in known):
+            for other in known:
+                warnings += _compared((other, tokens_of(other)), (model, tokens_of(model)), num_rows, ignore=ignore)
+            known.append(model)
+    return warnings
+
+
+def _has_same_files(one: Model, two: Model) -> bool:
+    try:
+        return same_files(one.checkpoint, two.checkpoint)
+    except ModelError:
+        return False  # what is wrong with one of them is told when it is read
+
+
+def _compared(
+    one: tuple[Model, Tokenizer | None], two: tuple[Model, Tokenizer | None], num_rows: int, *, ignore: bool
+) -> list[str]:
+    """Warnings of how two models' tokens differ.
+
+    Raises:
+        PlanError: an id is another token in each, unless that is to be ignored.
+    """
+    (model, tokenizer), (other, theirs) = one, two
+    if tokenizer is None or theirs is None or (told := difference(tokenizer, theirs, num_rows)) is None:
+        return []
+    warnings = _merged_with_padding((model, tokenizer, told.only_a), (other, theirs, told.only_b))
+    if not told.num_other:
+        return warnings
+    message = _other_tokens(model.reference, told)
+    if not ignore:
+        raise PlanError(
+            message,
+            where=f"model {other.reference}",
+            remedy="bring the models to common tokens: `tokenizer: {source: union}`; or pass "
+            "`unsafe_ignore_tokenizers=True` to merge rows of different tokens",
+        )
+    return [*warnings, f"{other.reference}: {message}"]
 
 
 def _other_tokens(donor: ModelReference, told: Difference) -> str:

@@ -56,11 +56,19 @@ def same_files(a: Checkpoint, b: Checkpoint) -> bool:
     return all(_same(of_a, of_b, name) for name in sorted(names, key=lambda name: of_a[name][1].num_bytes))
 
 
-def difference(a: Tokenizer, b: Tokenizer) -> Difference | None:
-    """How the ids of two tokenizers differ; None if each means the same token in both."""
+def difference(a: Tokenizer, b: Tokenizer, num_rows: int | None = None) -> Difference | None:
+    """How the ids of two tokenizers differ; None if each means the same token in both.
+
+    Args:
+        a: a tokenizer.
+        b: another one.
+        num_rows: how many ids count, from 0 on; all if None.
+    """
     if a.ids == b.ids:
         return None
-    of_a, of_b = a.names(), b.names()
+    of_a, of_b = (_below(each.names(), num_rows) for each in (a, b))
+    if of_a == of_b:
+        return None
     other = sorted(number for number in of_a.keys() & of_b.keys() if of_a[number] != of_b[number])
     return Difference(
         num_other=len(other),
@@ -68,6 +76,10 @@ def difference(a: Tokenizer, b: Tokenizer) -> Difference | None:
         only_a=tuple(sorted(of_a.keys() - of_b.keys())),
         only_b=tuple(sorted(of_b.keys() - of_a.keys())),
     )
+
+
+def _below(names: Mapping[int, str], num_rows: int | None) -> Mapping[int, str]:
+    return names if num_rows is None else {number: token for number, token in names.items() if number < num_rows}
 
 
 def _same(of_a: _Files, of_b: _Files, name: str) -> bool:

@@ -238,6 +238,26 @@ class TestWithoutAKey:
         plan = mergekit_ray.plan(given, unsafe_ignore_tokenizers=True)
         assert any("1 id means another token" in warning for warning in plan.warnings)
 
+    def test_models_are_compared_with_each_other_too(self, folders: dict[str, Path]) -> None:
+        """The base only lends its tokenizer, which has neither of the two tokens."""
+        given = recipe(folders, "chat", "tools", base_model="base")
+        with pytest.raises(
+            PlanError, match=rf"2 ids mean other tokens than in {folders['chat']}: 261 is '<\|im_start\|>'"
+        ):
+            mergekit_ray.plan(given)
+        own = {**given, "merge_method": "task_arithmetic"}
+        assert mergekit_ray.plan(own).config["vocab_size"] == 261  # their rows are cut
+
+    def test_tokens_in_the_padding_of_another_are_told(self, folders: dict[str, Path]) -> None:
+        [warning] = mergekit_ray.plan(recipe(folders, "padded", "chat")).warnings[:1]
+        assert f"{folders['chat']} has 2 tokens, the first '{START}', where {folders['padded']} has padding" in warning
+
+    def test_a_damaged_tokenizer_is_told(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        odd = shutil.copytree(folders["base"], tmp_path / "odd")
+        (odd / "tokenizer.json").write_text("{}")
+        warnings = mergekit_ray.plan(recipe({**folders, "odd": odd}, "base", "odd", "base")).warnings
+        assert len([w for w in warnings if f"the tokenizer of {odd} cannot be compared with others" in w]) == 1
+
     def test_tokens_at_the_end_are_cut_or_kept_as_before(self, folders: dict[str, Path]) -> None:
         assert mergekit_ray.plan(recipe(folders, "base", "chat")).config["vocab_size"] == 261
 
