@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError, MergeError
-from mergekit_ray.core.expressions import ZEROS, Cast, Expression, Gather, gathered, rows, stored
+from mergekit_ray.core.expressions import ZEROS, Cast, Expression, Gather, Merge, gathered, rows, stored
 from mergekit_ray.core.plan import InputModel, Shard
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.windows import FIXED_BYTES, batches
@@ -237,3 +237,37 @@ def test_what_is_not_finite_is_named_where_it_is_stored(tmp_path: Path, index: i
     worker.close()
     assert caught.value.where == "model org/b, tensor 't0'"
     assert part == 1
+
+
+WEIGHTED: Any = ({"weight": 0.3, "density": 0.6}, {"weight": 0.7, "density": 0.4})
+METHODS: dict[str, tuple[dict[str, Any], Any, bool]] = {
+    "linear": ({}, ({"weight": 0.3}, {"weight": 0.6}), False),
+    "ties": ({}, WEIGHTED, True),
+    "slerp": ({"t": 0.3}, ({},), True),
+}
+
+
+@pytest.mark.parametrize("budget", ["tiny", "ample"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_writes_the_bytes_of_that_of_models_in_the_new_order(tmp_path: Path, method: str, budget: str) -> None:
+    parameters, of_models, has_base = METHODS[method]
+    spec = TensorSpec("new", DType.BF16, (NEW_ROWS, WIDTH))
+    models: list[list[InputModel]] = [[], []]
+    leaves: list[list[Expression]] = [[], []]
+    for index in range(len(of_models) + has_base):
+        x, wanted = random(index, NUM_ROWS, WIDTH), scattered(index, NUM_ROWS)
+        in_file = big_model(tmp_path / f"m{index}", x)
+        in_order = big_model(tmp_path / f"new{index}", taken([x], wanted, spec.shape))
+        models[0].append(in_file)
+        models[1].append(in_order)
+        leaves[0].append(gathered([load_of(in_file, "t0")], spec, runs_of(wanted)))
+        leaves[1].append(load_of(in_order, "t0"))
+    written = []
+    for used, inputs in zip(models, leaves, strict=True):
+        base = inputs.pop() if has_base else None
+        merge = Merge(method, spec, tuple(inputs), base, parameters, of_models, ("",) * len(inputs))
+        output = tmp_path / f"out{len(written)}"
+        worker = make_worker({model.key: model for model in used}, output, memory_bytes=BUDGETS[budget])
+        written.append(worker.run(shard_of(("w", merge))).sha256)
+        worker.close()
+    assert written[0] == written[1]
