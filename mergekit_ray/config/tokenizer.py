@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
@@ -58,6 +59,8 @@ TokenSource: TypeAlias = ZeroEmbedding | ModelTokenEmbedding | ModelReference
 def _parse_token_source(value: object) -> TokenSource | None:
     if value is None or isinstance(value, ZeroEmbedding | ModelTokenEmbedding | ModelReference):
         return value
+    if value == "zero":
+        raise ValueError("'zero' is a kind of source, not a model\nwrite `{kind: zero}`; for a folder, ./zero")
     if not isinstance(value, Mapping) or "kind" not in value:
         return ModelReference.from_data(value)
     kind = value["kind"]
@@ -88,6 +91,9 @@ def _parse_tokenizer_source(value: object) -> str | ModelReference | None:
         word = value.strip()
         if word in _WORDS:
             return word
+        if near := difflib.get_close_matches(word, _WORDS, n=1, cutoff=0.75):
+            hint = f"did you mean {near[0]!r}? For a folder, write ./{word}"
+            raise ValueError(f"{word!r} is neither union nor base\n{hint}")
         # mergekit's first spelling of a model here, still found in recipes.
         return ModelReference.parse(word.removeprefix("model:"))
     return ModelReference.from_data(value)
