@@ -146,8 +146,11 @@ def held_bytes(leaf: Stored, run: tuple[int, int]) -> int:
 
 
 def is_scattered(tensor: OutputTensor, mapped: AbstractSet[str]) -> bool:
-    """Whether a window has rows from all over a tensor that is not in a file of the ``mapped`` models."""
-    return any(
+    """Whether a window has rows from all over a tensor that is not in a file of the ``mapped`` models.
+
+    A tensor that is one window anyhow has them once.
+    """
+    return tensor.expression.access is Access.ELEMENTWISE and any(
         leaf.parts[index].model not in mapped and turns > _MAX_TURNS
         for leaf in stored(tensor.expression)
         if isinstance(leaf, Gather)

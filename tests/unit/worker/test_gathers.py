@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError, MergeError
-from mergekit_ray.core.expressions import ZEROS, Cast, Expression, Gather, Merge, gathered, rows, stored
-from mergekit_ray.core.plan import InputModel, Shard
-from mergekit_ray.core.tensors import TensorSpec
-from mergekit_ray.planning.windows import FIXED_BYTES, batches
+from mergekit_ray.core.expressions import ZEROS, Cast, Expression, Gather, Load, Merge, gathered, rows, stored
+from mergekit_ray.core.plan import InputModel, OutputTensor, Plan, Shard
+from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.planning.windows import FIXED_BYTES, batches, comfortable_memory, is_scattered
 from mergekit_ray.storage.local.store import LocalSource, LocalStore
 from mergekit_ray.storage.protocols import MappedRange
 from mergekit_ray.worker import gathers
@@ -177,6 +177,22 @@ def test_windows_of_scattered_rows_are_as_large_as_the_budget_allows(case: Case)
     [[whole]] = batches(shard, FIXED_BYTES + 3 * tensor.spec.num_bytes)
     assert whole.num_elements == tensor.spec.num_elements
     assert len(list(batches(shard, FIXED_BYTES + 3 * tensor.spec.num_bytes, case.inputs.keys()))) > 1, "of mapped files"
+    at_once = Merge("slerp", tensor.spec, (tensor.expression,) * 2, None, {"t": 0.5}, ({}, {}), ("", ""))
+    assert not is_scattered(OutputTensor(tensor.spec, at_once, 0, tensor.spec.num_bytes), frozenset())
+    assert is_scattered(tensor, frozenset())
+
+
+def test_the_usual_budget_has_room_for_windows_of_scattered_rows() -> None:
+    spec = TensorSpec("w", DType.BF16, (20_000, 8192))
+    load = Load("a", spec, Location("f", 0, spec.num_bytes))
+    inputs = {"a": InputModel("a", "org/a", "s3://bucket/a", {})}
+    asked = []
+    for step in (1, 7919):
+        runs = runs_of([(0, (row * step + 1) % 20_000) for row in range(20_000)])
+        plan = Plan(inputs, (shard_of(("w", gathered([load], spec, runs))),), {}, (), {}, 0)
+        asked.append(comfortable_memory(plan))
+    assert asked[0] < FIXED_BYTES + spec.num_bytes, "in order but for one row"
+    assert asked[1] > FIXED_BYTES + 2 * spec.num_bytes, "one window that is read, one that is written"
 
 
 @pytest.mark.parametrize("far", [True, False])
