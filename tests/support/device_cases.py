@@ -242,6 +242,11 @@ def rows_in_order(inputs: Inputs) -> Expression:
     return rows(parts, TensorSpec("out", DType.BF16, (121, 301)), runs_of([*wanted, (ZEROS, 0)]))
 
 
+def rows_of_an_embedding(inputs: Inputs) -> Expression:
+    adapted = low_rank(inputs, transposed=True, has_magnitude=False)
+    return rows([adapted], TensorSpec("out", DType.BF16, (150, 301)), runs_of(mapping(3, [67], 150, zeros=0.0)))
+
+
 def rows_out_of_order(inputs: Inputs) -> Expression:
     parts = [Scale(inputs.load("x", normal(13, (90, 301))), 0.3, DType.BF16), gathered_rows(inputs)]
     return rows(parts, TensorSpec("out", DType.BF16, (150, 301)), runs_of(mapping(2, [90, 260], 150)))
@@ -277,6 +282,7 @@ KIND_CASES: dict[str, Callable[[Inputs], Expression]] = {
     "gather": gathered_rows,
     "rows in order": rows_in_order,
     "rows out of order": rows_out_of_order,
+    "rows of a LoRA, transposed": rows_of_an_embedding,
     "normal noise": lambda inputs: noisy(inputs, "normal"),
     "uniform noise": lambda inputs: noisy(inputs, "uniform"),
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions.base import Expression, Stored, expression_kind, from_json, most, to_json
+from mergekit_ray.core.expressions.runs import Runs
 from mergekit_ray.core.tensors import TensorSpec
 
 _FLOAT64_BYTES = 8
@@ -32,6 +33,8 @@ class LowRank(Expression):
         transposed: the matrix is stored as inputs by outputs: GPT-2's ``Conv1D``, embeddings.
         dtype: of the result, to which it is rounded once.
         magnitude: norm of each output of the layer, 1-D; None for a plain LoRA.
+        selected: if ``transposed``, the column of ``a`` for each row of ``x``, as runs of part 0, where these are an
+            embedding's rows in the order of another vocabulary; None if they are in that of ``a``.
     """
 
     x: Expression
@@ -41,6 +44,20 @@ class LowRank(Expression):
     transposed: bool = False
     dtype: DType = DType.F32
     magnitude: Expression | None = None
+    selected: Runs | None = None
+
+    def __post_init__(self) -> None:
+        """Check the columns that are selected.
+
+        Raises:
+            ValueError: they are not as many as ``x`` has rows, or not there; or they would not be used.
+        """
+        if self.selected is None:
+            return
+        if not self.transposed or self.magnitude is not None or (self.selected.table[:, 0] != 0).any():
+            raise ValueError("columns of the first factor are selected of transposed factors that have no magnitude")
+        columns = TensorSpec(self.a.spec.name, self.a.spec.dtype, self.a.spec.shape[1:])
+        self.selected.row_elements(replace(columns, shape=self.x.spec.shape[:1]), [columns])
 
     @property
     def spec(self) -> TensorSpec:
@@ -82,6 +99,8 @@ class LowRank(Expression):
         """The factors in float64, but for the one that has a row for each of ``x``."""
         below = sum(child.scratch_bytes for child in self.children())
         held = self.a.spec.num_elements + (2 * self.b.spec.num_elements if self.transposed else 0)
+        if self.selected is not None:
+            held += self.a.spec.shape[0] * self.x.spec.shape[0]
         return below + held * _FLOAT64_BYTES
 
     @property
@@ -101,12 +120,13 @@ class LowRank(Expression):
             self.transposed,
             self.dtype.value,
             None if self.magnitude is None else to_json(self.magnitude),
+            *([] if self.selected is None else [self.selected.to_json()]),
         ]
 
     @classmethod
     def from_data(cls, data: list[Any]) -> Self:
         """Inverse of `to_data`."""
-        x, a, b, scale, transposed, dtype, magnitude = data
+        x, a, b, scale, transposed, dtype, magnitude, *selected = data
         return cls(
             x=from_json(x),
             a=from_json(a),
@@ -115,4 +135,5 @@ class LowRank(Expression):
             transposed=transposed,
             dtype=DType(dtype),
             magnitude=None if magnitude is None else from_json(magnitude),
+            selected=Runs.from_json(*selected) if selected else None,
         )

@@ -92,6 +92,13 @@ def _selected(x: Expression, row: Integers) -> Expression | None:
             if matrix is None or b is None or (magnitude is None) != (x.magnitude is None):
                 return None
             return replace(x, x=matrix, b=b, magnitude=magnitude)
+        case LowRank(magnitude=None):
+            matrix = _selected(x.x, row)
+            if matrix is None:
+                return None
+            # A column of one factor for each row.
+            columns = row if x.selected is None else x.selected.rows(0, x.selected.num_rows)[1][row]
+            return replace(x, x=matrix, selected=Runs.of_rows(0 * row, columns))
         case Concat() if all(part.spec.shape[1:] == x.spec.shape[1:] for part in x.parts):
             runs = Runs.of((index, 0, part.spec.shape[0]) for index, part in enumerate(x.parts))
             return _selected(Rows(x.parts, x.spec, runs), row)

@@ -136,6 +136,7 @@ class LowRankNode:
         self._x = compilation.compile(node.x)
         self._a, self._b = compilation.compile(node.a), compilation.compile(node.b)
         self._magnitude = None if node.magnitude is None else compilation.compile(node.magnitude)
+        self._selected = node.selected
         self._pool = compilation.pool
         self._guard = guard
         self._left = self._right = self._factors = torch.empty(0)
@@ -148,6 +149,9 @@ class LowRankNode:
         if self._transposed:
             # (b @ a)ᵀ = aᵀ @ bᵀ
             self._left, self._right = self._whole(self._a).t(), self._whole(self._b).t().contiguous()
+            if self._selected is not None:
+                _, columns = self._selected.rows(0, self._rows)
+                self._left = self._left[torch.from_numpy(columns).to(self._pool.device)]
             if self._magnitude is not None:
                 self._factors = self._whole(self._magnitude) / self._column_norms()
         else:

@@ -280,7 +280,8 @@ class TestRows:
         ]
 
     def test_scratch_and_units_are_those_of_the_parts(self) -> None:
-        low = LowRank(load("x"), load("a", 2, 8), load("b", WIDTH, 2), 1.0, True, DType.BF16)
+        norms = load("m", WIDTH)
+        low = LowRank(load("x"), load("a", 2, 8), load("b", WIDTH, 2), 1.0, True, DType.BF16, norms)
         tree = rows([low, load("y")], spec_of(3, WIDTH), Runs.of_rows([0, 1, 0], [1, 4, 2]))
         assert tree.scratch_bytes == low.scratch_bytes > 0
         assert tree.chunk_bytes == low.chunk_bytes + 3 * 8
@@ -298,8 +299,32 @@ class TestRows:
         inner = LowRank(selected(x, WIDTH), a, selected(b, 2), 1.0, dtype=DType.BF16, magnitude=selected(m))
         assert tree == Scale(inner, 0.5, DType.BF16)
         assert tree.access is Access.ELEMENTWISE
-        transposed = LowRank(x, load("a", 2, 8), load("b", WIDTH, 2), 1.0, True, DType.BF16)
-        assert rows([transposed], spec_of(3, WIDTH), wanted) == Rows((transposed,), spec_of(3, WIDTH), wanted)
+
+    def test_of_a_transposed_lora_columns_are_selected(self) -> None:
+        x, a, b = load("x"), load("a", 2, 9), load("b", WIDTH, 2)
+        low = LowRank(x, a, b, 1.0, True, DType.BF16)
+        tree = rows([low], spec_of(3, WIDTH), Runs.of_rows([0] * 3, [6, 2, 4]))
+        matrix = gathered([x], TensorSpec("of x", DType.BF16, (3, WIDTH)), Runs.of_rows([0] * 3, [6, 2, 4]))
+        assert tree == LowRank(matrix, a, b, 1.0, True, DType.BF16, None, Runs.of_rows([0] * 3, [6, 2, 4]))
+        assert tree.access is Access.ELEMENTWISE
+        assert tree.scratch_bytes == low.scratch_bytes + 2 * 3 * 8
+        assert from_json(json.loads(json.dumps(to_json(tree)))) == tree
+        again = rows([tree], spec_of(2, WIDTH), Runs.of_rows([0] * 2, [2, 0]))
+        assert isinstance(again, LowRank)
+        assert again.selected == Runs.of_rows([0] * 2, [4, 6])
+        with_norms = LowRank(x, a, b, 1.0, True, DType.BF16, load("m", WIDTH))
+        whole = rows([with_norms], spec_of(3, WIDTH), Runs.of_rows([0] * 3, [6, 2, 4]))
+        assert whole == Rows((with_norms,), spec_of(3, WIDTH), Runs.of_rows([0] * 3, [6, 2, 4]))
+
+    @pytest.mark.parametrize("selected", [[9], [0, 1]])
+    def test_columns_that_are_not_there_are_refused(self, selected: list[int]) -> None:
+        parts = load("x", 1, WIDTH), load("a", 2, 9), load("b", WIDTH, 2)
+        with pytest.raises(ValueError, match=r"takes row 9|its runs have 2 rows"):
+            LowRank(*parts, 1.0, True, DType.BF16, None, Runs.of_rows([0] * len(selected), selected))
+        with pytest.raises(ValueError, match="transposed factors that have no magnitude"):
+            LowRank(*parts, 1.0, False, DType.BF16, None, Runs.of_rows([0], [0]))
+        with pytest.raises(ValueError, match="transposed factors that have no magnitude"):
+            LowRank(*parts, 1.0, True, DType.BF16, None, Runs.of_rows([ZEROS], [0]))
 
     def test_parts_end_to_end_are_looked_into(self) -> None:
         inner = Concat((load("a", 2, WIDTH), noisy("b"), load("c", 1, WIDTH)), spec_of(11, WIDTH))

@@ -47,7 +47,7 @@ def quantised() -> Weights:
 
 CASES: dict[str, tuple[Callable[[], Weights], str, Access]] = {
     "stored": (lambda: StoredWeights("m0", llama("/base")), EMBEDDING, ELEMENTWISE),
-    "LoRA of an embedding": (lambda: adapted(FACTORS), EMBEDDING, REDUCE),
+    "LoRA of an embedding": (lambda: adapted(FACTORS), EMBEDDING, ELEMENTWISE),
     "LoRA of a head": (lambda: adapted(HEAD_FACTORS), HEAD, ELEMENTWISE),
     "DoRA": (
         lambda: adapted(HEAD_FACTORS | {"lm_head.lora_magnitude_vector.weight": (ROWS,)}, use_dora=True),
