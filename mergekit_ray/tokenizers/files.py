@@ -134,7 +134,7 @@ def _check_tokenizer(found: Mapping[str, Any], where: str) -> None:
         fail(f"a tokenizer of the kind {shown(str(model.get('type')))} is not known; known: {', '.join(KINDS)}", where)
     vocabulary = model.get("vocab")
     if kind == "Unigram":
-        _check_pieces(vocabulary, where)
+        _check_pieces(vocabulary, model.get("unk_id"), where)
     else:
         _check_ids(vocabulary, where, "`vocab`")
     if kind == "BPE":
@@ -175,7 +175,7 @@ def _check_id(token: str, number: object, where: str) -> None:
         fail(f"{shown(token)} has the id {number}; ids are from 0 to {MAX_IDS - 1}", where)
 
 
-def _check_pieces(pieces: Any, where: str) -> None:
+def _check_pieces(pieces: Any, unknown: object, where: str) -> None:
     if not isinstance(pieces, list) or not pieces:
         fail("`vocab` is not a list of pieces and their scores", where)
     if len(pieces) > MAX_IDS:
@@ -186,6 +186,8 @@ def _check_pieces(pieces: Any, where: str) -> None:
                 pass
             case _:
                 fail(f"the piece with the id {number} is not a text with a score", where)
+    if unknown is not None and (type(unknown) is not int or not 0 <= unknown < len(pieces)):
+        fail("`unk_id` is not the id of a piece", where)
 
 
 def _check_merges(merges: Any, where: str) -> None:

@@ -76,7 +76,7 @@ def _extended(
     added: Mapping[str, Mapping[str, Any]],
     *,
     scores: Mapping[str, float] | None = None,
-    merges: Sequence[tuple[str, str]] = (),
+    merges: Sequence[Any] = (),
 ) -> Tokenizer:
     """A tokenizer with more tokens.
 
@@ -116,13 +116,12 @@ def _extended(
     return Tokenizer(first.reference, first.kind, data, _settings(first.settings, entries))
 
 
-def _appended(merges: Sequence[Any], more: Sequence[tuple[str, str]]) -> list[Any]:
+def _appended(merges: Sequence[Any], more: Sequence[Any]) -> list[Any]:
     """Merges in the form of the first ones, ``"a b"`` or ``["a", "b"]``; a part with a space needs the second."""
-    if set(map(type, merges)) <= {str}:
-        if not any(" " in left or " " in right for left, right in more):
-            return [*merges, *(f"{left} {right}" for left, right in more)]
-        merges = [merge.split(" ") for merge in merges]
-    return [*merges, *([left, right] for left, right in more)]
+    of_text = set(map(type, merges)) <= {str}
+    if of_text and not any(isinstance(merge, list) and " " in merge[0] + merge[1] for merge in more):
+        return [*merges, *(merge if isinstance(merge, str) else " ".join(merge) for merge in more)]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in (*merges, *more)]
 
 
 def _settings(
@@ -136,15 +135,12 @@ def _settings(
     return found
 
 
-def _new_merges(first: Tokenizer, other: Tokenizer, new: set[str]) -> list[tuple[str, str]]:
+def _new_merges(first: Tokenizer, other: Tokenizer, new: set[str]) -> list[Any]:
     """Merges of the other one that make a new token of tokens that both or the union have, in its order."""
     _merges(first)  # a damaged one is found here rather than by whoever loads the result
     known = first.vocabulary.keys() | new
-    return [
-        (left, right)
-        for left, right, made in zip(*_merges(other), strict=True)
-        if made in new and left in known and right in known
-    ]
+    merges = zip(other.data["model"]["merges"], *_merges(other), strict=True)
+    return [merge for merge, left, right, made in merges if made in new and left in known and right in known]
 
 
 def _merges(tokenizer: Tokenizer) -> tuple[list[str], list[str], list[str]]:

@@ -13,7 +13,7 @@ import pytest
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.tokenizers.comparing import Difference, difference, same_files
-from support.tiny_tokenizers import byte_level, data_of, edited, opened, read, save, with_added
+from support.tokenizers.tiny import byte_level, data_of, edited, opened, read, save, with_added
 
 
 class Watched(LocalSource):

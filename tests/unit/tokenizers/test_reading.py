@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ from transformers import AutoTokenizer
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
-from mergekit_ray.core.errors import MergekitRayError, ModelError
+from mergekit_ray.core.errors import MergekitRayError, ModelError, PlanError
 from mergekit_ray.tokenizers.reading import read_tokenizer
 from mergekit_ray.tokenizers.uniting import united, with_tokens
 from mergekit_ray.tokenizers.writing import files_of
 from support.failures.hostile_values import changed
-from support.texts import TEXTS
-from support.tiny_tokenizers import KINDS, byte_level, data_of, opened, read, save, unigram, with_added
+from support.tokenizers.texts import TEXTS
+from support.tokenizers.tiny import KINDS, byte_level, data_of, opened, read, save, unigram, with_added
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
@@ -134,6 +136,33 @@ def test_what_transformers_cannot_convert_is_refused_by_name(name: str, tmp_path
     assert "save_pretrained" in str(caught.value)
 
 
+def test_without_transformers_the_remedy_is_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(PlanError, match=r"only tokenizer\.model, which transformers converts") as caught:
+        read_tokenizer(opened(tmp_path))
+    assert "pip install mergekit-ray[moe]" in str(caught.value)
+
+
+def test_no_library_is_needed_where_there_is_a_tokenizer_json(tmp_path: Path) -> None:
+    save(tmp_path, json.dumps(SMALL))
+    code = """
+import sys
+from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.storage.local.store import LocalSource
+from mergekit_ray.tokenizers import comparing, reading, uniting, writing
+
+source = LocalSource(sys.argv[1])
+checkpoint = Checkpoint(source, "x", {}, {}, {}, source.list())
+found = reading.read_tokenizer(checkpoint)
+writing.files_of(uniting.united([found, uniting.with_tokens(found, ["new"])]))
+assert comparing.same_files(checkpoint, checkpoint) and comparing.difference(found, found) is None
+assert not {"transformers", "tokenizers", "torch"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     (tmp_path / "tokenization_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
@@ -167,6 +196,8 @@ DAMAGED = {
         (with_model(continuing_subword_prefix=7), "`continuing_subword_prefix` is not a text"),
         (with_model(type="Unigram", vocab=[["a", 0.0], ["b", "x"]]), "id 1 is not a text with a score"),
         (with_model(type="Unigram", vocab=[]), "not a list of pieces"),
+        (with_model(type="Unigram", vocab=[["a", 0.0]], unk_id=1), "`unk_id` is not the id of a piece"),
+        (with_model(type="Unigram", vocab=[["a", 1e31]]), "id 0 is not a text with a score"),
         (json.dumps({**SMALL, "added_tokens": [{"id": 7, **token("X")}]}), "gives the token 'X' the id 7, .* the id 3"),
         (json.dumps({**SMALL, "added_tokens": [{"id": 3, "content": 3}]}), "no `content`"),
         (json.dumps({**SMALL, "added_tokens": [{"id": 3, **token("X"), "special": 1}]}), "`special` .* neither true"),

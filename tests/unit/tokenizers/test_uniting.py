@@ -18,9 +18,9 @@ from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.tokenizers.reading import Tokenizer
 from mergekit_ray.tokenizers.uniting import united, with_tokens
 from mergekit_ray.tokenizers.writing import files_of
-from support import texts
-from support.texts import TEXTS
-from support.tiny_tokenizers import (
+from support.tokenizers import texts
+from support.tokenizers.texts import TEXTS
+from support.tokenizers.tiny import (
     KINDS,
     byte_fallback,
     byte_level,

@@ -13,8 +13,8 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.tokenizers.reading import Tokenizer
 from mergekit_ray.tokenizers.uniting import united
 from mergekit_ray.tokenizers.writing import files_of, remapped_ids
-from support.texts import TEXTS
-from support.tiny_tokenizers import KINDS, byte_level, opened, read, save, with_added
+from support.tokenizers.texts import TEXTS
+from support.tokenizers.tiny import KINDS, byte_level, opened, read, save, with_added
 
 
 def written(files: dict[str, str], folder: Path) -> Any:

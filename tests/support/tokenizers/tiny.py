@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, trained on `support.texts`, and their files.
+"""Small tokenizers of every kind, trained on `support.tokenizers.texts`, and their files.
 
 Training twice does not always give the same tokenizer, so each is trained once. Tests change copies: see `edited`.
 """
@@ -17,7 +17,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.tokenizers import reading
-from support.texts import TEXTS
+from support.tokenizers.texts import TEXTS
 
 BYTES: Final = [f"<0x{number:02X}>" for number in range(256)]
 
