@@ -239,7 +239,8 @@ class AdapterFit:
             listed = ", ".join(f"{name}: {count}" for name, count in rows.items())
             raise self._fault(
                 f"it resizes only a part of the vocabulary ({listed} rows)",
-                "save the adapter with PEFT's save_embedding_layers=True",
+                # With factors of the embedding alone, PEFT saves no head, whatever it is asked for.
+                f"save the adapter with PEFT's save_embedding_layers=True, or {_MERGE_WITH_PEFT}",
             )
         changed = copy.deepcopy(dict(self.config))
         for part in stating(changed, "vocab_size") or [cast(dict[str, Any], language_config(changed))]:

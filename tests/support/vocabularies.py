@@ -69,9 +69,13 @@ def save_model(
     rows = tokenizer.get_vocab_size() + padding
     made = transformers.LlamaConfig(vocab_size=rows, **{**sizes, **ids, "tie_word_embeddings": False, **config})
     transformers.LlamaForCausalLM(made).to(dtype).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
+    return save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> Path:
+    """Puts a tokenizer of the tokenizers library beside a model."""
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
     return folder
 
 
