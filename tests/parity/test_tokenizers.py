@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from parity.conftest import Program
-from support.vocabularies import (
+from support.tokenizers.models import (
     BYTES,
     EMBEDDING,
     HEAD,

@@ -12,7 +12,7 @@ import transformers
 import mergekit_ray
 from mergekit_ray.core.errors import ConfigError, PlanError
 from support.models import contents
-from support.vocabularies import byte_level, save_model
+from support.tokenizers.models import byte_level, save_model
 
 CONVERSATION = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hell"}]
 OWN = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"

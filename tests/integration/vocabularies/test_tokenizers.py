@@ -17,7 +17,7 @@ from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
 from mergekit_ray.operations.verify import verify
 from mergekit_ray.storage.opening import open_source
 from support.models import config_of, contents, load, logits, tensors_of
-from support.vocabularies import BYTES, EMBEDDING, HEAD, byte_level, ids_of, rows_of, save_model
+from support.tokenizers.models import BYTES, EMBEDDING, HEAD, byte_level, ids_of, rows_of, save_model
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 

@@ -17,7 +17,7 @@ from mergekit_ray.operations.verify import verify
 from mergekit_ray.storage.opening import open_source
 from support.adapters import make_adapter, quiet
 from support.models import config_of, contents, load, logits, tensors_of
-from support.vocabularies import EMBEDDING, HEAD, byte_level, ids_of, rows_of, save_model, save_tokenizer
+from support.tokenizers.models import EMBEDDING, HEAD, byte_level, ids_of, rows_of, save_model, save_tokenizer
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CHAT = byte_level([START, END])
