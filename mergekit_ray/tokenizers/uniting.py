@@ -151,11 +151,9 @@ def _merges(tokenizer: Tokenizer) -> tuple[list[str], list[str], list[str]]:
     """
     model, vocabulary = tokenizer.data["model"], tokenizer.vocabulary
     merges: list[Any] = model["merges"]
-    if all(
-        isinstance(merge, str) for merge in merges
-    ):  # no lists are made of them: collecting garbage would take longer
-        left = [merge[: merge.index(" ")] for merge in merges]
-        right = [merge[merge.index(" ") + 1 :] for merge in merges]
+    if set(map(type, merges)) == {str}:  # all at once, which is much faster than one by one
+        halves = " ".join(merges).split(" ")
+        left, right = halves[::2], halves[1::2]
     else:
         left, right = ([merge[side] for merge in merges] for side in (0, 1))
     cut = len(model.get("continuing_subword_prefix") or "")
