@@ -14,6 +14,8 @@ from mergekit_ray.config.findings import Finding, did_you_mean, found
 from mergekit_ray.config.reference import ModelReference
 
 _WORDS = ("union", "base")
+_MAX_MULTIPLE = 1 << 20
+"""More rows than any vocabulary has: what is beyond is a mistake that would take all memory."""
 
 
 class ZeroEmbedding(RecipeModel):
@@ -149,7 +151,7 @@ class TokenizerOptions(RecipeModel):
 
     source: TokenizerSource = "union"
     tokens: dict[str, TokenEmbedding] | None = None
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=_MAX_MULTIPLE)] | None = None
 
     if TYPE_CHECKING:
 
