@@ -30,7 +30,7 @@ TORCH_OPTION = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS_OPTION = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test test-quick check format site chart families families-page parity gpu memory fencing soak ray fuzz container package release-check bench clean clean-venv
+.PHONY: help setup demo demo-moe demo-tokenizers test test-quick check format site chart families families-page parity gpu memory fencing soak ray fuzz container package release-check bench clean clean-venv
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 18
@@ -49,6 +49,9 @@ demo: $(READY)  ## merge two fine-tunes of a real model from S3 to S3 through Ra
 
 demo-moe: $(READY)  ## merge four fine-tunes of a real model into a Mixtral, and see which experts its prompts reach
 	@PYTHONPATH=tests $(BIN)/python -m demo.moe
+
+demo-tokenizers: $(READY)  ## merge two fine-tunes that added tokens of their own chat formats, then talk to the result in both
+	@PYTHONPATH=tests $(BIN)/python -m demo.tokenizers
 
 test: $(READY)  ## unit and integration tests (real S3 server, real Ray)
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)

@@ -37,14 +37,7 @@ def main() -> None:
         say(f"2. S3 at {server.endpoint_url}: uploading {len(models)} models to s3://{BUCKET}")
         for name, folder in models.items():
             upload(server, folder, name)
-        say(f"3. merge {RECIPE.relative_to(Path.cwd())} --executor ray --workers 2 --overwrite")
-        environment = {**os.environ, **server.environment, "RAY_USAGE_STATS_ENABLED": "0"}
-        entry = "from mergekit_ray.cli import app_main; app_main()"
-        program = [sys.executable, "-c", entry]
-        options = ["--executor", "ray", "--workers", "2", "--overwrite"]
-        subprocess.run([*program, "merge", str(RECIPE), *options], env=environment, check=True)
-        say(f"4. mergekit-ray verify {MERGED}")
-        subprocess.run([*program, "verify", MERGED], env=environment, check=True)
+        merge(server, RECIPE, MERGED)
         say(f"5. {QUESTION}")
         with tempfile.TemporaryDirectory() as temporary:
             merged = Path(temporary)
@@ -60,6 +53,17 @@ def main() -> None:
 def say(text: str) -> None:
     """Prints a step's heading at once, before what the step's own processes print."""
     print(f"\n{text}", flush=True)
+
+
+def merge(server: S3Server, recipe: Path, merged: str) -> None:
+    """Steps 3 and 4: merges on Ray and verifies the result, with the program that users run."""
+    environment = {**os.environ, **server.environment, "RAY_USAGE_STATS_ENABLED": "0"}
+    program = [sys.executable, "-c", "from mergekit_ray.cli import app_main; app_main()"]
+    options = ["--executor", "ray", "--workers", "2", "--overwrite"]
+    say(f"3. merge {recipe.relative_to(Path.cwd())} {' '.join(options)}")
+    subprocess.run([*program, "merge", str(recipe), *options], env=environment, check=True)
+    say(f"4. mergekit-ray verify {merged}")
+    subprocess.run([*program, "verify", merged], env=environment, check=True)
 
 
 def upload(server: S3Server, folder: Path, prefix: str) -> None:

@@ -59,20 +59,38 @@ LESSONS = {"pirate": PIRATE, "harbour": HARBOUR}
 
 
 @dataclass(frozen=True, slots=True)
+class Format:
+    """How a chat is written.
+
+    Attributes:
+        asked: what stands before the answer; ``{}`` is the question.
+        tokens: special tokens of its own, which the base model lacks.
+    """
+
+    asked: str
+    tokens: tuple[str, ...] = ()
+
+
+CHATML = Format("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+
+
+@dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a variant is trained: AdamW on the last layers, everything else frozen.
+    """How a variant is trained: AdamW on the last layers and the rows of new tokens, everything else frozen.
 
     Attributes:
         num_steps: optimiser steps.
         num_layers: layers trained, counted from the last; the backward pass stops below them.
         batch_size: question-answer pairs in a step.
         learning_rate: at the first step; falls linearly to a tenth.
+        rows_learning_rate: that of new tokens' rows, which have farther to go.
     """
 
     num_steps: int = 24
     num_layers: int = 15
     batch_size: int = 6
     learning_rate: float = 3e-4
+    rows_learning_rate: float = 1e-2
 
 
 def silence() -> None:
@@ -121,8 +139,8 @@ def make_base(folder: Path, wheels: Path) -> None:
     _save(model, tokenizer, folder)
 
 
-def fine_tune(base: Path, folder: Path, lesson: Lesson, tuning: Tuning) -> None:
-    """Trains a variant of ``base`` on a lesson and saves it; prints the loss before and after."""
+def fine_tune(base: Path, folder: Path, lesson: Lesson, tuning: Tuning, form: Format = CHATML) -> None:
+    """Trains a variant of ``base`` on a lesson in some format and saves it; prints the loss before and after."""
     start = time.perf_counter()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -131,9 +149,12 @@ def fine_tune(base: Path, folder: Path, lesson: Lesson, tuning: Tuning) -> None:
     trained = [parameter for layer in model.model.layers[-tuning.num_layers :] for parameter in layer.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(trained, lr=tuning.learning_rate, weight_decay=0.0)
+    groups: list[dict[str, Any]] = [{"params": trained, "lr": tuning.learning_rate}]
+    if form.tokens:
+        groups.append({"params": [_add_tokens(model, tokenizer, form.tokens)], "lr": tuning.rows_learning_rate})
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=tuning.num_steps)
-    examples = [_example(tokenizer, question, answer) for question, answer in lesson]
+    examples = [_example(tokenizer, question, answer, form) for question, answer in lesson]
     before = _lesson_loss(model, examples)
     for step in range(tuning.num_steps):
         picked = [examples[(step * tuning.batch_size + i) % len(examples)] for i in range(tuning.batch_size)]
@@ -147,17 +168,27 @@ def fine_tune(base: Path, folder: Path, lesson: Lesson, tuning: Tuning) -> None:
     print(f"  {folder.name}: {tuning.num_steps} steps, loss {before:.2f} -> {after:.2f}, {seconds:.0f} s", flush=True)
 
 
-def _example(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
+def _add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...]) -> torch.nn.Parameter:
+    """Gives a model special tokens; returns its embedding, which is also its head and learns in their rows only."""
+    first_new = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    model.resize_token_embeddings(len(tokenizer))
+    embedding: torch.nn.Parameter = model.get_input_embeddings().weight.requires_grad_(True)
+    is_new = torch.arange(len(embedding)) >= first_new
+    embedding.register_hook(lambda gradient: gradient * is_new[:, None])  # type: ignore[no-untyped-call] # torch's
+    return embedding
+
+
+def _example(tokenizer: Any, question: str, answer: str, form: Format) -> tuple[list[int], list[int]]:
     """Token ids and labels of one pair; only the answer is learned."""
-    asked = prompt_ids(tokenizer, question)
+    asked = prompt_ids(tokenizer, question, form)
     answered = tokenizer.encode(f"{answer}<|im_end|>\n", add_special_tokens=False)
     return asked + answered, [-100] * len(asked) + answered
 
 
-def prompt_ids(tokenizer: Any, question: str) -> list[int]:
-    """Token ids of a question in the chat's form, up to where the answer begins."""
-    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+def prompt_ids(tokenizer: Any, question: str, form: Format = CHATML) -> list[int]:
+    """Token ids of a question in the chat's format, up to where the answer begins."""
+    ids: list[int] = tokenizer.encode(form.asked.format(question), add_special_tokens=False)
     return ids
 
 
@@ -176,11 +207,11 @@ def _lesson_loss(model: Any, examples: list[tuple[list[int], list[int]]]) -> flo
 
 
 @torch.no_grad()
-def answer(folder: Path, question: str, max_new_tokens: int = 32) -> str:
-    """What the model in ``folder`` answers, decoded greedily."""
+def answer(folder: Path, question: str, form: Format = CHATML, max_new_tokens: int = 32) -> str:
+    """What the model in ``folder`` answers to a question in some format, decoded greedily."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.tensor([prompt_ids(tokenizer, question)])
+    ids = torch.tensor([prompt_ids(tokenizer, question, form)])
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -20,7 +20,7 @@ from support.servers.hub_server import HubServer, serving
 from support.servers.ray_cluster import RayCluster
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
-from support.vocabularies import byte_level, ids_of, save_model
+from support.tokenizers.models import byte_level, ids_of, save_model
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 LOCAL = MergeOptions(executor="local", num_workers=2)
