@@ -18,6 +18,7 @@ from mergekit_ray.core.spelling import nearest
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.token_rows import NO_ROW, Holder, RetokenisedWeights, Row, TokenRows
 from mergekit_ray.tokenizers.chat.templates import stored_template
+from mergekit_ray.tokenizers.files import shown
 from mergekit_ray.tokenizers.reading import Tokenizer, read_tokenizer
 from mergekit_ray.tokenizers.uniting import united, with_tokens
 from mergekit_ray.tokenizers.writing import files_of, remapped_ids
@@ -37,12 +38,14 @@ class Retokenised:
         tokenizer: the tokens.
         rows: of every embedding; None if the models already are like that.
         files: of the tokenizer, by name; empty if the donor's can be copied.
+        warnings: what the user should know.
     """
 
     models: Mapping[ModelReference, Model]
     tokenizer: Tokenizer
     rows: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 def retokenised(
@@ -107,9 +110,9 @@ class _Retokenising:
                 models[reference] = self._seen(reference, chosen, places, target)
         is_donors = target is self._tokenizers[self._donor]
         if is_donors and all(models[reference] is self._models[reference] for reference in self._merged):
-            return Retokenised(models, target)
+            return Retokenised(models, target, warnings=self._warnings())
         files = {} if is_donors else self._files(target, template)
-        return Retokenised(models, target, len(tokens), files)
+        return Retokenised(models, target, len(tokens), files, self._warnings())
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +165,21 @@ class _Retokenising:
                 found[reference] = Holder(model, ids, rows, reference in self._merged)
         return found
 
+    def _warnings(self) -> list[str]:
+        """Of ids beyond the rows, which a tokenizer's files give and nobody could use."""
+        found = []
+        for reference in self._merged:
+            tokens, rows = self._tokenizers[reference].names(), _num_rows(self._models[reference])
+            lost = sorted(number for number in tokens if number >= rows)
+            if lost:
+                beyond = (
+                    f"{counted(len(lost), 'token')} with an id beyond them, first {shown(tokens[lost[0]])} ({lost[0]})"
+                )
+                found.append(
+                    f"{reference} has {counted(rows, 'row')}, and {beyond}: it is merged as a model that lacks them"
+                )
+        return found
+
     def _given(
         self,
         token: str,
@@ -207,9 +225,13 @@ class _Retokenising:
     def _check_all_given(self, chosen: TokenRows) -> None:
         lost = chosen.without_source
         if lost:
-            named = ", ".join(map(repr, lost[:_MAX_NAMED])) + (", ..." if len(lost) > _MAX_NAMED else "")
+            knows = next(reference for reference, tokenizer in self._tokenizers.items() if lost[0] in tokenizer.ids)
+            ids, rows = self._tokenizers[knows].ids, _num_rows(self._models[knows])
+            lost = [token for token in lost if token in ids]
+            named = ", ".join(map(shown, lost[:_MAX_NAMED])) + (", ..." if len(lost) > _MAX_NAMED else "")
+            itself = f", which itself has {counted(rows, 'row')} only" if ids[lost[0]] >= rows else ""
             raise PlanError(
-                f"no model has a row for {counted(len(lost), 'token')} of the tokenizer of {self._like}: {named}",
+                f"no model has a row for {counted(len(lost), 'token')} of the tokenizer of {knows}{itself}: {named}",
                 where="tokenizer",
                 remedy="merge a model that has them, or say under `tokens` where their rows come from",
             )

@@ -87,6 +87,7 @@ def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference
         base = part.base_model or recipe.base_model
         built = retokenised(part.vocabulary, models, merged, base, template)
         models, rows, files, tokens = built.models, built.rows, dict(built.files), built.tokenizer
+        warnings += built.warnings
     if template is not None:
         tokens = tokens or read_tokenizer(models[donor].checkpoint)
         files = files or _with_template(tokens, template)

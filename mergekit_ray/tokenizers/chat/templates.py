@@ -109,8 +109,11 @@ def stored_template(checkpoint: Checkpoint) -> str | None:
     """
     beside = [checkpoint, *([checkpoint.adapter.checkpoint] if isinstance(checkpoint, AdaptedCheckpoint) else [])]
     sources = {file.name: each.source for each in beside for file in each.side_files}
+    sizes = {file.name: file.num_bytes for each in beside for file in each.side_files}
     if FILE_NAME in sources:
         where = f"{sources[FILE_NAME].uri}/{FILE_NAME}"
+        if sizes[FILE_NAME] > MAX_TEMPLATE_BYTES:
+            raise CheckpointError(_too_large(sizes[FILE_NAME]), where=where, remedy=_REMEDY)
         return _decoded(sources[FILE_NAME].read(FILE_NAME, max_bytes=MAX_TEMPLATE_BYTES), where)
     for name in (_TOKENIZER_CONFIG, _PROCESSOR_FILE):
         if name in sources:
