@@ -14,7 +14,7 @@ import torch
 import mergekit_ray
 from mergekit_ray.core.errors import MergekitRayError
 from support.models import config_of
-from support.vocabularies import byte_level, ids_of, rows_of, save_model, unigram, wordpiece
+from support.tokenizers.models import byte_level, ids_of, rows_of, save_model, unigram, wordpiece
 
 START, END = "<|im_start|>", "<|im_end|>"
 LARGE = "{{ messages }}" + "x" * 10_000_000
