@@ -92,6 +92,8 @@ def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference
         tokens = tokens or read_tokenizer(models[donor].checkpoint)
         files = files or _with_template(tokens, template)
         special = tokens.settings.get(_SETTINGS, {}) if tokens is not None else {}
+        if tokens is None:
+            warnings.append(f"chat_template: {donor} has no tokenizer that could use it")
         is_models = part.vocabulary is None and (part.chat_template or "").strip() == AUTO
         warnings += check_template(
             template,

@@ -92,7 +92,7 @@ def _from_file(path: str, where: str, read_file: Callable[[str], str] | None) ->
     raise ConfigError(
         f"the chat template {path!r} cannot be read: {reason}",
         where=where,
-        remedy="give the path relative to the recipe's folder",
+        remedy="correct the path; like those of models, it starts at the directory you run in",
     )
 
 
