@@ -76,11 +76,11 @@ FILES: dict[str, tuple[Edit, str]] = {
     "two tokens of one id": (set_id("he", 257), "'he' and 'll' have the same id, 257"),
     "an added token's id taken": (
         lambda data: data["added_tokens"][-1].update(id=261),
-        "tokenizer.json gives the token '<|im_end|>' the id 261, but it is loaded with the id 262",
+        "tokenizer.json: gives the token '<|im_end|>' the id 261, but it is loaded with the id 262",
     ),
     "an added token's id beyond": (
         lambda data: data["added_tokens"][-1].update(id=5000),
-        "tokenizer.json gives the token '<|im_end|>' the id 5000, but it is loaded with the id 262",
+        "tokenizer.json: gives the token '<|im_end|>' the id 5000, but it is loaded with the id 262",
     ),
     "an endless id": (set_id("he", 1 << 40), "'he' has the id 1099511627776; ids are from 0 to 16777215"),
     "no model": (lambda data: data.pop("model"), "there is no `model` with a vocabulary"),
@@ -162,7 +162,6 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "WordPiece and Unigram": (("words", "pieces"), {}, "PIECES is a Unigram that writes spaces as"),
     "no tokenizer": (("base", "bare"), {}, "model BARE: there is no tokenizer beside the model"),
     "a base without": (("base", "chat"), {"base_model": "BARE"}, "model BARE: there is no tokenizer beside the model"),
-    "no base": (("base", "chat"), {"tokenizer_source": "base"}, "the recipe names no base_model"),
     "a source without": (("base", "chat"), {"tokenizer_source": "BARE"}, "model BARE: there is no tokenizer"),
     "a source that is not there": (("base", "chat"), {"tokenizer_source": "BASE-no"}, "BASE-no: no such folder"),
     "a row of another width": (
