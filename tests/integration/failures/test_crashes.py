@@ -25,6 +25,7 @@ from support.merging import Events, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
+from support.vocabularies import byte_level, save_model
 from support.waiting import DEADLINE_SECONDS
 
 LOCAL = MergeOptions(executor="local", num_workers=2)
@@ -140,6 +141,21 @@ def expected(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 def test_on_a_disk(name: str, recipe: dict[str, Any], expected: dict[str, bytes], tmp_path: Path) -> None:
     die_and_resume(recipe, str(tmp_path / "out"), BOUNDARIES[name], "local", {})
     assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("name", ["written in part", "recorded", "index not yet"])
+def test_of_models_brought_to_common_tokens(name: str, tmp_path: Path) -> None:
+    """The files of the tokenizer are made anew, and are the same."""
+    added = {"base": [], "chat": ["<|im_start|>", "<|im_end|>"], "tools": ["<|im_end|>", "<|pad|>"]}
+    base, *tuned = (
+        save_model(tmp_path / name, byte_level(tokens), len(name), num_hidden_layers=5)
+        for name, tokens in added.items()
+    )
+    given = recipe_of("ties", base, tuned, output={"max_shard_size": 3000}) | {"tokenizer_source": "union"}
+    expected = undisturbed(given, tmp_path / "expected")
+    die_and_resume(given, str(tmp_path / "out"), BOUNDARIES[name], "local", {})
+    assert contents(tmp_path / "out") == expected
+    assert b"<|pad|>" in expected["tokenizer.json"]
 
 
 @pytest.mark.s3
