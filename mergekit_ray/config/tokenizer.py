@@ -6,7 +6,15 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from mergekit_ray.config.accepted import ModelLike
 from mergekit_ray.config.fields import RecipeModel
@@ -162,6 +170,16 @@ class TokenizerOptions(RecipeModel):
             tokens: Mapping[str, TokenEmbedding | Mapping[str, Any]] | None = ...,
             pad_to_multiple_of: int | None = ...,
         ) -> None: ...
+
+    @field_validator("tokens")
+    @classmethod
+    def _can_be_written(cls, tokens: dict[str, TokenEmbedding] | None) -> dict[str, TokenEmbedding] | None:
+        for token in tokens or ():
+            try:
+                token.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{token!r} is not valid Unicode, and so no token") from None
+        return tokens
 
     def model_references(self) -> tuple[ModelReference, ...]:
         """The models that are named here, once each."""

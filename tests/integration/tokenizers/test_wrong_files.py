@@ -152,6 +152,11 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         "token_id 263 is beyond the 263 rows of",
     ),
     "the empty token": (("base",), tokenizer(tokens={"": {"source": {"kind": "zero"}}}), "the empty text"),
+    "half a character": (
+        ("base",),
+        tokenizer(tokens={"\ud800": {"source": {"kind": "zero"}}}),
+        r"tokenizer.tokens: '\ud800' is not valid Unicode",
+    ),
     "padded to nothing": (("base",), tokenizer(pad_to_multiple_of=0), "expected at least 1, found 0"),
     "padded without end": (("base",), tokenizer(pad_to_multiple_of=10**15), "expected at most 1048576"),
     "BPE and WordPiece": (
