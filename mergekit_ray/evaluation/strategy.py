@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mergekit_ray.core.expressions import Expression, Merge, is_copy
+from mergekit_ray.core.expressions import Approximated, Expression, Merge, is_copy
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.compiled import Compiled, compiled, objection
 from mergekit_ray.evaluation.device.names import CPU
@@ -65,6 +65,8 @@ def choose(expression: Expression, device: str, *, allow_non_finite: bool = Fals
 
 def _fixed_to_cpu(expression: Expression) -> str | None:
     """The name of a method in the tree that works on the CPU only, see `ElementwiseMethod.portable`."""
+    if isinstance(expression, Approximated):
+        return expression.method
     if isinstance(expression, Merge) and not is_portable(METHODS.get(expression.method)):
         return expression.method
     return next((found for child in expression.children() if (found := _fixed_to_cpu(child))), None)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import (
+    Approximated,
     BlockScaled,
     Cast,
     Concat,
@@ -85,11 +86,27 @@ def gathers(draw: Any) -> Gather:
     return Gather(tuple(parts), TensorSpec(draw(NAMES), dtype, (runs.num_rows, columns)), runs)
 
 
+@st.composite
+def approximations(draw: Any) -> Approximated:
+    dtype = draw(FLOATS)
+    n, m, d, e = (draw(st.integers(0, 4)) for _ in range(4))
+
+    def matrix(*shape: int) -> Load:
+        spec = TensorSpec(draw(NAMES), dtype, shape)
+        return Load(draw(NAMES), spec, Location(draw(NAMES), 0, spec.num_bytes))
+
+    donor = (matrix(n, e), matrix(m, e)) if draw(st.booleans()) else (None, None)
+    model = draw(st.sampled_from([None, matrix(n, d)]))
+    spec = TensorSpec(draw(NAMES), draw(FLOATS), (m, d))
+    return Approximated(draw(NAMES), spec, model, *donor, draw(PARAMETERS), draw(NAMES))
+
+
 LEAVES: st.SearchStrategy[Expression] = st.one_of(
     loads_of_files(),
     gathers(),
     literals(),
     codes(),
+    approximations(),
     st.builds(Constant, st.builds(TensorSpec, NAMES, FLOATS, SHAPES), st.floats(allow_nan=False, allow_infinity=False)),
 )
 

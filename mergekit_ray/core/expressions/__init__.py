@@ -13,6 +13,7 @@ weights. Every node knows the spec of its result and what must be read for any r
     LowRankFactors(x, rank, ...)         the best b and a for a matrix    SingularValues(x)
     Noise(x, distribution, scale, key)   x plus random numbers that are a function of key and index
     Constant(spec, value)   Literal(spec, values)   Concat(parts, spec)
+    Approximated(method, spec, ...)      rows of tokens that a model does not have
     BlockScaled(codes, scales, block)    8-bit floats times the scale of their block
     Mxfp4(blocks, scales, name)          4-bit floats in groups that share an exponent
 
@@ -20,6 +21,7 @@ A new kind is one module here (imported below, so that plans can be read back) a
 `evaluation.nodes`.
 """
 
+from mergekit_ray.core.expressions.approximated import Approximated
 from mergekit_ray.core.expressions.arithmetic import Cast, Merge, Scale
 from mergekit_ray.core.expressions.base import (
     Expression,
@@ -48,6 +50,7 @@ from mergekit_ray.core.expressions.selection import rows
 __all__ = [
     "NUM_NORMS",
     "ZEROS",
+    "Approximated",
     "BlockScaled",
     "Cast",
     "Concat",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from support.approximations import Array, approximate
+from support.references.approximations import Array, approximate
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,8 +13,8 @@ from mergekit_ray.methods.compiled import pursuit as loops
 from mergekit_ray.methods.shared import pursuit as driver
 from mergekit_ray.methods.shared.pursuit import Combinations, Screen, fastest_dtype, pursuit, squared_norms
 from mergekit_ray.methods.shared.stored_rows import Rows
-from support import approximations as reference
-from support.approximations import approximate
+from support.references import approximations as reference
+from support.references.approximations import approximate
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

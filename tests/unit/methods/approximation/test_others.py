@@ -12,7 +12,7 @@ import torch
 from mergekit_ray.core.approximation import APPROXIMATIONS
 from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.evaluation.noise import normal_numbers
-from support.approximations import approximate, method
+from support.references.approximations import approximate, method
 from support.waiting import DEADLINE_SECONDS
 
 NAMES = ["common_interpolation", "john_hewitt", "landmark_pca", "mean", "omp", "randn", "zero"]
