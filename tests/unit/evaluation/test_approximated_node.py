@@ -29,8 +29,8 @@ from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 from mergekit_ray.evaluation.strategy import Strategy, choose
 from mergekit_ray.planning.windows import Window, windows
-from support.references.approximations import approximate
 from support.memory_inputs import Inputs, evaluate
+from support.references.approximations import approximate
 
 SHARED, MISSING, MODEL_WIDTH, DONOR_WIDTH = 90, 41, 12, 20
 WITH_DONOR = ["common_interpolation", "landmark_pca", "omp"]
