@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from mergekit_ray.operations.reproduce import Reproduction, reproduce
     from mergekit_ray.operations.run_plan import MergeResult
     from mergekit_ray.operations.tensors import Tensors
+    from mergekit_ray.operations.transplant import transplant
     from mergekit_ray.operations.verify import Verification, VerifyOptions, verify
     from mergekit_ray.planning.extraction import Coverage
+    from mergekit_ray.planning.transplant.options import TransplantOptions
     from mergekit_ray.reporting.reporters import Reporter
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "Tensors",
     "TokenEmbedding",
     "TokenizerOptions",
+    "TransplantOptions",
     "Verification",
     "VerifyOptions",
     "ZeroEmbedding",
@@ -73,6 +76,7 @@ __all__ = [
     "merge",
     "plan",
     "reproduce",
+    "transplant",
     "verify",
 ]
 
@@ -94,8 +98,10 @@ _HOMES = {
     "operations.reproduce": ("Reproduction", "reproduce"),
     "operations.run_plan": ("MergeResult",),
     "operations.tensors": ("Tensors",),
+    "operations.transplant": ("transplant",),
     "operations.verify": ("Verification", "VerifyOptions", "verify"),
     "planning.extraction": ("Coverage",),
+    "planning.transplant.options": ("TransplantOptions",),
     "reporting.reporters": ("Reporter",),
 }
 

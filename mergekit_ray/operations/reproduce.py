@@ -26,12 +26,14 @@ from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.version import __version__
 from mergekit_ray.evaluation.device.names import CPU
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.operations.planned_transplant import planned
 from mergekit_ray.operations.prepare import make_routers
 from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import FileDigest, is_intact, listed_files, read_manifest
 from mergekit_ray.output.provenance import header_digest
 from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.planning.transplant.options import TransplantOptions
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
 from mergekit_ray.storage.opening import open_source
@@ -131,6 +133,8 @@ def reproduce(
 
 
 def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: MergeOptions) -> tuple[Plan, list[str]]:
+    if "transplant" in manifest["recipe"]:
+        return _transplant(manifest, records)
     recipe = check_plannable(load_recipe(dict(manifest["recipe"])))
     recipe = recipe.model_copy(update={"seed": manifest["seed"]})
     notes = _check_inputs(manifest["inputs"])
@@ -143,6 +147,16 @@ def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: Merg
         allow_config_conflicts=options.allow_config_conflicts,
         unsafe_ignore_tokenizers=options.unsafe_ignore_tokenizers,
     )
+    _check_read(plan, manifest["inputs"])
+    return _laid_out_as(plan, records), notes
+
+
+def _transplant(manifest: Mapping[str, Any], records: list[ShardRecord]) -> tuple[Plan, list[str]]:
+    wanted = dict(manifest["recipe"]["transplant"])
+    model, donor = (ModelReference.from_data(wanted.pop(name)) for name in ("model", "donor"))
+    notes = _check_inputs(manifest["inputs"])
+    checkpoints = _open_pinned([model, donor], manifest["inputs"])
+    plan = planned(model, donor, checkpoints, TransplantOptions(**wanted, seed=manifest["seed"]))
     _check_read(plan, manifest["inputs"])
     return _laid_out_as(plan, records), notes
 

@@ -55,6 +55,8 @@ def described(recipe: Mapping[str, Any]) -> str | None:
         kind = "a Mixture of Experts"
     elif isinstance(method, str) and method:
         kind = f"{'an' if method[0] in 'aeiou' else 'a'} {method} merge"
+    elif "transplant" in recipe:
+        kind = "a transplant"
     elif "modules" in recipe:
         kind = "a merge of modules"
     else:

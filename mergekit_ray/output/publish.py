@@ -86,13 +86,14 @@ def model_card(plan: Plan) -> str:
     front: dict[str, Any] = {"library_name": library, "tags": ["mergekit-ray", "merge"]}
     if on_hub:
         front = {"base_model": on_hub, **front}
-    method = plan.recipe.get("merge_method", "modules")
+    kind = "the merge method " if "transplant" not in plan.recipe else ""
+    method = plan.recipe.get("merge_method", "modules" if kind else "transplant")
     recipe = yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)
     listed = "\n".join(f"- {name}" for name in models)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# Merged model\n\n"
-        f"Made with mergekit-ray {__version__} by the merge method `{method}` from\n\n{listed}\n\n"
+        f"Made with mergekit-ray {__version__} by {kind}`{method}` from\n\n{listed}\n\n"
         f"{plan.num_parameters:,} parameters, {format_bytes(plan.num_bytes)}. Digests of every tensor and the exact "
         f"versions of the inputs are in `{MANIFEST_FILE}`.\n\n"
         f"## Recipe\n\n```yaml\n{recipe}```\n"

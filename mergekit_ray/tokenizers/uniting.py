@@ -170,7 +170,7 @@ def _merges(tokenizer: Tokenizer) -> tuple[list[str], list[str], list[str]]:
 
 def _check_alike(first: Tokenizer, other: Tokenizer) -> None:
     """See that the same text of a token means the same in both."""
-    if _manner(first) != _manner(other):
+    if manner(first) != manner(other):
         raise ModelError(
             f"the tokenizers cannot be united: that of {first.reference} is {_described(first)}, that of "
             f"{other.reference} is {_described(other)}",
@@ -178,8 +178,8 @@ def _check_alike(first: Tokenizer, other: Tokenizer) -> None:
         )
 
 
-def _manner(tokenizer: Tokenizer) -> tuple[str, bool, str, str, str]:
-    """How text becomes tokens: kind, whether by bytes, what a space becomes, marks within and at ends of words."""
+def manner(tokenizer: Tokenizer) -> tuple[str, bool, str, str, str]:
+    """How a tokenizer writes text: kind, whether by bytes, what a space becomes, marks within and at ends of words."""
     model, data = tokenizer.data["model"], tokenizer.data
     parts = [part for key in ("normalizer", "pre_tokenizer", "decoder") for part in _flat(data.get(key))]
     by_bytes = any(part.get("type") == "ByteLevel" for part in parts)
@@ -189,7 +189,7 @@ def _manner(tokenizer: Tokenizer) -> tuple[str, bool, str, str, str]:
 
 
 def _described(tokenizer: Tokenizer) -> str:
-    kind, by_bytes, space, within, end = _manner(tokenizer)
+    kind, by_bytes, space, within, end = manner(tokenizer)
     marks = [
         f"writes spaces as {shown(space)}" if space else "",
         f"begins what goes on within a word with {shown(within)}" if within else "",
