@@ -57,7 +57,7 @@ def hardly_trained(model: Model) -> frozenset[int]:
     Tokens that never occur keep what they began with, so rows close to those of tokens that cannot occur are suspect
     (S. Land and M. Bartolo 2024, "Fishing for Magikarp", https://arxiv.org/abs/2405.05417). Taken are the 2 % whose
     distance is the smallest, to the mean of rows without a token or for bytes that are in no text; or to zero, if there
-    are none. These themselves are always among them.
+    are none. These themselves are taken, too.
 
     Raises:
         ModelError: the embedding is not stored as it is.
@@ -82,7 +82,8 @@ def hardly_trained(model: Model) -> frozenset[int]:
         total += rows[here].sum(dim=0)
     middle = total / max(1, len(unused))
     distances = np.concatenate([(rows - middle).norm(dim=1).numpy() for _, rows in _read(model, load)])
-    count = max(1, len(distances) // _SHARE)
+    distances[unused] = np.inf
+    count = max(1, (len(distances) - len(unused)) // _SHARE)
     return frozenset(np.argsort(distances, kind="stable")[:count].tolist()) | frozenset(unused)
 
 

@@ -158,6 +158,8 @@ def piece_weights(scheme: str, count: int, *, is_head: bool) -> tuple[float, ...
         count: of pieces.
         is_head: for the head.
     """
+    if not count:
+        return ()
     match scheme:
         case "sum":
             found = [1.0] * count
