@@ -141,7 +141,7 @@ UnsafeIgnoreTokenizers = Annotated[
 ]
 
 
-def _parse_memory(text: str) -> int:
+def parse_memory(text: str) -> int:
     """Bytes of ``--memory``.
 
     Raises:
@@ -189,7 +189,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
             int | None,
             typer.Option(
                 "--memory",
-                parser=_parse_memory,
+                parser=parse_memory,
                 metavar="SIZE",
                 help="Memory of each worker, such as 4GB (default: what the plan needs).",
             ),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from mergekit_ray.cli.app import command
-from mergekit_ray.cli.options import Debug, LogFormat, LogFormatOption, Quiet, takes_merge_options
+from mergekit_ray.cli.options import Debug, LogFormat, LogFormatOption, Quiet, parse_memory, takes_merge_options
 from mergekit_ray.cli.running import told_errors
-from mergekit_ray.cli.usage import whole
+from mergekit_ray.cli.usage import number, one_of, whole
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.reporting.signals import listening
+
+_PLACES: Final = "[no|embed|lm_head|yes]"
 
 
 class Where(StrEnum):
@@ -71,18 +73,41 @@ def transplant_command(
     ] = "mean",
     prefix_match: Annotated[
         Where,
-        typer.Option("--prefix-match", help="Give a missing token the row of the longest token that it begins with."),
+        typer.Option(
+            "--prefix-match",
+            metavar=_PLACES,
+            help="Give a missing token the row of the longest token that it begins with.",
+        ),
     ] = Where.no,
     byte_match: Annotated[
-        Where, typer.Option("--byte-match", help="Take tokens for one byte as the same, however they are written.")
+        Where,
+        typer.Option(
+            "--byte-match",
+            parser=one_of(Where),
+            metavar=_PLACES,
+            help="Take tokens for one byte as the same, however they are written.",
+        ),
     ] = Where.no,
     magikarp: Annotated[
         bool, typer.Option("--magikarp", help="Leave out shared tokens that were hardly trained.")
     ] = False,
-    scale: Annotated[float, typer.Option("--new-vocab-scale", metavar="FACTOR", help="Scale approximated rows.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option("--new-vocab-scale", parser=number, metavar="FACTOR", help="Scale approximated rows.")
+    ] = 1.0,
     noise: Annotated[
-        float, typer.Option("--new-vocab-noise", metavar="STD", help="Add normal noise to approximated rows.")
+        float,
+        typer.Option("--new-vocab-noise", parser=number, metavar="STD", help="Add normal noise to approximated rows."),
     ] = 0.0,
+    max_shard_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-shard-size",
+            parser=parse_memory,
+            metavar="SIZE",
+            help="Of an output file (default: 2GB). Each is computed by one worker: if embedding and head are in two, "
+            "two workers share them.",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of random rows and of noise.")
     ] = 0,
@@ -114,6 +139,7 @@ def transplant_command(
             scale=scale,
             noise=noise,
             seed=seed,
+            **({} if max_shard_size is None else {"max_shard_size": max_shard_size}),
         )
         with voice.reporter() as told:
             result = transplant(model, donor, output, wanted, options, reporter=told, stop=signals.graceful())

@@ -192,6 +192,11 @@ def test_where_json_is_asked_for_errors_are_json(
         ("merge r.yml --executor rya", "--executor: expected local or ray, found 'rya'; did you mean 'ray'?"),
         ("extract-lora a b c --energy x", "--energy: expected a number, found 'x'"),
         ("extract-lora a b c --dtype int8", "--dtype: expected float32, bfloat16 or float16, found 'int8'"),
+        ("transplant a b c --k 0", "--k: expected at least 1, found 0"),
+        (
+            "transplant a b c --byte-match head",
+            "--byte-match: expected no, embed, lm_head or yes, found 'head'; did you mean 'lm_head'?",
+        ),
         ("plan r.yml --seed 1.5", "--seed: expected a whole number, found '1.5'"),
         ("verify m --sample -1", "--sample: expected at least 0, found -1"),
         ("merge r.yml --sed 3", "no such option: --sed; did you mean '--seed'?"),
@@ -224,7 +229,17 @@ def test_the_page_for_users_of_mergekit_has_the_same_table() -> None:
 
 
 def test_help_has_neither_braces_nor_ranges() -> None:
-    for command in ("merge", "plan", "validate", "verify", "attest", "reproduce", "extract-lora", "methods"):
+    for command in (
+        "merge",
+        "plan",
+        "validate",
+        "verify",
+        "attest",
+        "reproduce",
+        "extract-lora",
+        "transplant",
+        "methods",
+    ):
         shown = invoke(command, "--help").stdout
         assert not re.search(r"[{}]|x>=", shown), command
 

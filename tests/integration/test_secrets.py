@@ -97,6 +97,7 @@ COMMANDS: dict[str, Callable[[Path, str], list[str]]] = {
     "attest": lambda recipe, url: ["attest", url],
     "reproduce": lambda recipe, url: ["reproduce", url, "out"],
     "extract-lora": lambda recipe, url: ["extract-lora", url, url, url, "--rank", "2"],
+    "transplant": lambda recipe, url: ["transplant", url, url, url],
     "too many": lambda recipe, url: ["verify", "/tmp/a-long-path-of-a-model", f"/tmp/beyond/the/edge/{url}"],
 }
 
