@@ -59,18 +59,29 @@ class Program:
         return self._process.stdout.readline().strip()
 
 
-@pytest.fixture(scope="session")
-def mergekit() -> Iterator[Program]:
-    """mergekit in its own environment: the one that MERGEKIT_PYTHON names, or that ``make parity`` made."""
+def of_mergekit(script: str) -> Iterator[Program]:
+    """A script in mergekit's own environment: the one that MERGEKIT_PYTHON names, or that ``make parity`` made."""
     named = os.environ.get("MERGEKIT_PYTHON")
     python = Path(named or REPOSITORY / ".venv-mergekit/bin/python")
     if not python.exists():
         if named:
             pytest.fail(f"MERGEKIT_PYTHON names {python}, which does not exist")
         pytest.skip("mergekit is not there to compare with: `make parity` installs it apart and runs these tests")
-    program = Program(python, THEIRS)
+    program = Program(python, script)
     yield program
     program.close()
+
+
+@pytest.fixture(scope="session")
+def mergekit() -> Iterator[Program]:
+    """``mergekit-yaml``."""
+    yield from of_mergekit(THEIRS)
+
+
+@pytest.fixture(scope="session")
+def tokensurgeon() -> Iterator[Program]:
+    """``mergekit-tokensurgeon``."""
+    yield from of_mergekit("mergekit-tokensurgeon")
 
 
 @pytest.fixture(scope="session")
