@@ -25,7 +25,7 @@ from support.merging import Events, recipe_of, undisturbed
 from support.models import ModelLibrary, contents
 from support.servers.s3_bucket import Bucket
 from support.servers.s3_server import S3Server
-from support.vocabularies import byte_level, save_model
+from support.tokenizers.models import byte_level, save_model
 from support.waiting import DEADLINE_SECONDS
 
 LOCAL = MergeOptions(executor="local", num_workers=2)
