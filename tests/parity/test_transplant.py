@@ -15,7 +15,7 @@ import mergekit_ray
 from mergekit_ray import MergeOptions, TransplantOptions
 from parity.conftest import Program
 from support.models import tensors_of
-from support.vocabularies import BYTES, EMBEDDING, HEAD, byte_level, rows_of, save_model
+from support.tokenizers.models import BYTES, EMBEDDING, HEAD, byte_level, rows_of, save_model
 
 pytestmark = pytest.mark.parity
 

@@ -16,7 +16,7 @@ from mergekit_ray import MergeOptions, TransplantOptions
 from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
 from support.models import tensors_of
 from support.references.approximations import approximate, pursuit
-from support.vocabularies import BYTES, EMBEDDING, HEAD, byte_level, ids_of, save_model, unigram
+from support.tokenizers.models import BYTES, EMBEDDING, HEAD, byte_level, ids_of, save_model, unigram
 
 OURS = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "t")]
 THEIRS = [("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("o", "n"), ("l", "l"), ("ll", "o")]

@@ -70,7 +70,9 @@ def test_a_long_text_without_jinja_is_not_repeated() -> None:
 
 
 def test_a_file_that_cannot_be_read() -> None:
-    with pytest.raises(ConfigError, match=r"'no\.jinja' cannot be read: No such file or directory\n.*directory you run in"):
+    with pytest.raises(
+        ConfigError, match=r"'no\.jinja' cannot be read: No such file or directory\n.*directory you run in"
+    ):
         asked("no.jinja", {})
     with pytest.raises(ConfigError, match="the recipe is not, so there is no folder to look in"):
         asked("no.jinja")

@@ -11,8 +11,8 @@ from mergekit_ray.tokenizers.encoding import pieces_of
 from mergekit_ray.tokenizers.matching import matches
 from mergekit_ray.tokenizers.reading import Tokenizer, read_tokenizer
 from mergekit_ray.tokenizers.spelling import Spelling, byte_characters, spellings
-from support import tiny_tokenizers as tiny
-from support.vocabularies import byte_level, unigram, wordpiece
+from support.tokenizers import tiny
+from support.tokenizers.models import byte_level, unigram, wordpiece
 
 MERGES = [("t", "h"), ("Ġ", "th"), ("Ġth", "e"), ("Ã", "©"), ("h", "e")]
 """`` the`` and ``é``."""
