@@ -44,6 +44,7 @@ def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 INTERPOLATION = "common_interpolation"
+# mergekit 0.1.5 takes `-pm embed` for the head, and `-pm lm_head` for the embedding.
 CASES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "omp": ("model", "donor", {"k": 4}, ["--k", "4"]),
     "omp, one token": ("model", "donor", {"k": 1}, ["--k", "1"]),
@@ -59,7 +60,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         "model",
         "donor",
         {"method": "zero", "prefix_match": "lm_head"},
-        ["-a", "zero", "-pm", "lm_head"],
+        ["-a", "zero", "-pm", "embed"],
     ),
     **{
         f"interpolation, {metric}, {scheme}": (
