@@ -174,7 +174,7 @@ _DOCS: Final = Path(__file__).parent
 _CHAPTERS: Final = {
     "Start": ["tutorials/first-merge", "tutorials/70b-on-a-cluster", "from-mergekit"],
     "How to": [
-        *("recipes", "tokenizers", "moe", "lora", "python", "verify"),
+        *("recipes", "tokenizers", "transplant", "moe", "lora", "python", "verify"),
         *("storage", "cluster", "kubernetes", "container", "gpu", "operations", "new-store"),
     ],
     "Help": ["troubleshooting", "glossary"],
