@@ -48,7 +48,7 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise PlanError(
             f"routers made from prompts need transformers, which cannot be imported ({error})",
-            remedy="pip install mergekit-ray[moe], or choose `gate_mode: random`",
+            remedy="pip install 'mergekit-ray[moe]', or choose `gate_mode: random`",
         ) from error
     return transformers
 

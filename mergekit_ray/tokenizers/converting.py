@@ -71,7 +71,7 @@ def converted(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
         raise PlanError(
             f"there is no tokenizer.json, only {names}, which transformers converts; it cannot be imported ({error})",
             where=checkpoint.reference,
-            remedy="pip install mergekit-ray[moe], or save the tokenizer with transformers beside the model",
+            remedy="pip install 'mergekit-ray[moe]', or save the tokenizer with transformers beside the model",
         ) from error
     except BaseException as error:  # transformers raises whatever it meets, tokenizers panics, which are no Exceptions
         if isinstance(error, MergekitRayError | KeyboardInterrupt | SystemExit):

@@ -146,7 +146,7 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "transformers", None)
         error = failure(recipe_of(llama, PROMPTS))
         assert isinstance(error, PlanError)
-        assert "pip install mergekit-ray[moe]" in str(error)
+        assert "pip install 'mergekit-ray[moe]'" in str(error)
 
     def test_random_routers(self, llama: Path) -> None:
         with pytest.raises(ValueError, match="'random' makes no router from prompts"):

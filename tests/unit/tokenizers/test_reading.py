@@ -141,7 +141,7 @@ def test_without_transformers_the_remedy_is_to_install_it(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(PlanError, match=r"only tokenizer\.model, which transformers converts") as caught:
         read_tokenizer(opened(tmp_path))
-    assert "pip install mergekit-ray[moe]" in str(caught.value)
+    assert "pip install 'mergekit-ray[moe]'" in str(caught.value)
 
 
 def test_no_library_is_needed_where_there_is_a_tokenizer_json(tmp_path: Path) -> None:
