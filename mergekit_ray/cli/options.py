@@ -137,7 +137,8 @@ AllowConfigConflicts = Annotated[
     bool, typer.Option("--allow-config-conflicts", help="Accept models whose configs contradict each other.")
 ]
 UnsafeIgnoreTokenizers = Annotated[
-    bool, typer.Option("--unsafe-ignore-tokenizers", help="Merge embedding rows that are different tokens'.")
+    bool,
+    typer.Option("--unsafe-ignore-tokenizers", help="Merge embedding rows even if they belong to different tokens."),
 ]
 
 

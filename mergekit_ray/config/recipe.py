@@ -176,7 +176,7 @@ class DenseRecipe(RecipeModel):
         parameters: the method's parameters, wherever no closer level sets them.
         tokenizer_source: where the vocabulary comes from: ``union`` of all models' tokens, ``base`` or a model. By
             default, the donor's tokenizer is copied.
-        tokenizer: the same, with more to say: rows of single tokens, and padding.
+        tokenizer: the same with more settings: rows of single tokens, and padding.
         chat_template: ``auto`` for the one that most models have, a template's name, a file, or the template.
         name: free text.
         output: where the result goes, unless the command line says so.

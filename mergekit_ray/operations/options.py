@@ -23,7 +23,7 @@ class MergeOptions:
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.
         allow_config_conflicts: merge models whose configs contradict each other, with warnings.
-        unsafe_ignore_tokenizers: merge rows of embeddings that are different tokens', with warnings.
+        unsafe_ignore_tokenizers: merge rows of embeddings even if they belong to different tokens, with warnings.
         chunk_elements: elements computed at a time on the CPU; None for the default.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or one GPU by its number, ``cuda:1``.
 

@@ -96,7 +96,7 @@ def make_plan(
         checkpoints: the opened headers of every model of `referenced_models`.
         routing: makes routers from prompts, where the recipe has them; without it they are zero.
         allow_config_conflicts: merge models whose configs contradict each other, with warnings.
-        unsafe_ignore_tokenizers: merge rows of embeddings that are different tokens', with warnings.
+        unsafe_ignore_tokenizers: merge rows of embeddings even if they belong to different tokens, with warnings.
 
     Raises:
         ModelError, PlanError, CheckpointError: the models do not fit together, or the recipe does not fit them.

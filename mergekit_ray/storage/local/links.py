@@ -83,7 +83,7 @@ def check_written(root: Path, path: Path, *, itself: bool = False) -> None:
 def dangling_link(path: Path) -> Path | None:
     """The link on the way to a folder that leads nowhere; None if there is none."""
     way = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
-    # Unlike their like of pathlib these give False, no error, for what may not be looked at.
+    # Unlike the methods of pathlib, these give False, not an error, if permission is denied.
     links = (each for each in (way, *way.parents) if os.path.islink(each))  # noqa: PTH114
     return next((each for each in links if not os.path.exists(each)), None)  # noqa: PTH110
 
