@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenEmbedding, TokenizerOptions, ZeroEmbedding
     from mergekit_ray.core.dtypes import DType
     from mergekit_ray.core.plan import Plan
-    from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
+    from mergekit_ray.operations.extract_lora import extract_lora
+    from mergekit_ray.operations.extract_options import ExtractOptions
     from mergekit_ray.operations.extraction_report import ExtractResult
     from mergekit_ray.operations.inspect import Inspection, inspect
     from mergekit_ray.operations.merge import merge
@@ -88,7 +89,8 @@ _HOMES = {
     "config.tokenizer": ("ModelTokenEmbedding", "TokenEmbedding", "TokenizerOptions", "ZeroEmbedding"),
     "core.dtypes": ("DType",),
     "core.plan": ("Plan",),
-    "operations.extract_lora": ("ExtractOptions", "extract_lora"),
+    "operations.extract_lora": ("extract_lora",),
+    "operations.extract_options": ("ExtractOptions",),
     "operations.extraction_report": ("ExtractResult",),
     "operations.inspect": ("Inspection", "inspect"),
     "operations.merge": ("merge",),

@@ -62,7 +62,8 @@ def extract_lora_command(
         stop_on_signals(voice) as stop,
     ):
         from mergekit_ray.core.dtypes import DType
-        from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
+        from mergekit_ray.operations.extract_lora import extract_lora
+        from mergekit_ray.operations.extract_options import ExtractOptions
         from mergekit_ray.operations.extraction_report import lines, to_data
         from mergekit_ray.planning.extraction import Coverage
 

@@ -60,6 +60,9 @@ class _OurErrors:
     def _told(self) -> Iterator[None]:
         try:
             yield
+        except ConfigError as error:  # options that do not make one of `MergeOptions`
+            self._voice.fail(error)
+            raise typer.Exit(error.exit_code) from None
         except Exception as error:  # of click's, or of the copy of click that typer may bring
             # Without arguments, the error is the help.
             if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":

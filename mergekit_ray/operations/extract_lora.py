@@ -16,7 +16,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,7 @@ from mergekit_ray.core.expressions import (
 from mergekit_ray.core.plan import InputFile, InputModel, OutputTensor, Plan, Shard
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.tensors import Location, TensorSpec
+from mergekit_ray.operations.extract_options import ExtractOptions
 from mergekit_ray.operations.extraction_report import (
     BASE_SUFFIX,
     ExtractResult,
@@ -57,7 +58,7 @@ from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.occupant import files_told, occupant
 from mergekit_ray.output.places import check_apart
 from mergekit_ray.planning.agreement import check_pair
-from mergekit_ray.planning.extraction import Coverage, Extraction, Target, adapter_config, extraction
+from mergekit_ray.planning.extraction import Extraction, Target, adapter_config, extraction
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.make import inputs_of, models_of
 from mergekit_ray.planning.windows import comfortable_memory
@@ -73,37 +74,6 @@ _OWN_FILES = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", "README.md
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_LOCAL_WORKERS = 4
 _WORK_KEY = "work"
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractOptions:
-    """What is extracted.
-
-    Attributes:
-        rank: of every matrix; None if ``energy`` is given.
-        energy: share of each difference's squared norm that its factors must hold, above 0 and at most 1; the least
-            rank that does is taken.
-        coverage: which tensors.
-        dtype: that factors are stored in.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    coverage: Coverage = field(default_factory=Coverage)
-    dtype: DType = DType.F32
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            PlanError: neither or both of rank and energy, or out of range.
-        """
-        if (self.rank is None) == (self.energy is None):
-            raise PlanError("give either a rank or an energy", remedy="`rank=16`, or `energy=0.9`")
-        if self.rank is not None and self.rank < 1:
-            raise PlanError(f"a rank must be at least 1, not {self.rank}", remedy="`rank=16`")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise PlanError(f"an energy must be above 0 and at most 1, not {self.energy}", remedy="`energy=0.9`")
 
 
 def extract_lora(

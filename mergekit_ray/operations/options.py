@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mergekit_ray.core.arguments import check_fields, is_whole
 from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.evaluation.device.names import AUTO, check_device, resolve
 from mergekit_ray.executors.cluster import check_ray_device, wants_ray
@@ -45,22 +46,21 @@ class MergeOptions:
     def __post_init__(self) -> None:
         counts = ("num_workers", "memory_bytes", "chunk_elements")
         flags = ("overwrite", "allow_non_finite", "allow_config_conflicts", "unsafe_ignore_tokenizers")
-        checks: dict[str, tuple[bool, str]] = {
+        checks = {
             **{name: (_is_count(getattr(self, name)), "None or a positive integer") for name in counts},
             "executor": (self.executor in (None, "local", "ray"), "None, 'local' or 'ray'"),
             "address": (self.address is None or isinstance(self.address, str), "None or a string"),
             **{name: (isinstance(getattr(self, name), bool), "True or False") for name in flags},
             "device": (isinstance(self.device, str), "a string"),
         }
-        for name, (is_good, accepted) in checks.items():
-            if not is_good:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", where="MergeOptions", remedy=f"give {accepted}")
+        check_fields(self, checks)
+        check_device(self.device)
 
     def check(self) -> None:
         """Check that the options go together and that the device is there, before anything is read.
 
         Raises:
-            ConfigError: an address that nobody would connect to, or a device that is not there or has no such name.
+            ConfigError: an address that nobody would connect to, or a device that is not there.
         """
         if self.executor == "local" and self.address is not None:
             raise ConfigError(
@@ -69,7 +69,6 @@ class MergeOptions:
             )
         if self.device == AUTO:
             return
-        check_device(self.device)
         if wants_ray(self.executor, self.address):
             check_ray_device(self.device)
         else:
@@ -77,4 +76,4 @@ class MergeOptions:
 
 
 def _is_count(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    return value is None or is_whole(value, 1)

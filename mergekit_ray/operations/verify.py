@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Final
 from mergekit_ray.architectures.anatomy import anatomy
 from mergekit_ray.architectures.sizes import misfits
 from mergekit_ray.checkpoint.header import Header, read_header
+from mergekit_ray.core.arguments import check_fields, is_whole
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import index_name
@@ -61,11 +63,22 @@ class VerifyOptions:
         sample: digests of so many tensors, drawn at random, are compared; None for those of all tensors and files.
         seed: of the draw.
         finite: also check that no value read is NaN or infinite.
+
+    Raises:
+        ConfigError: a value that none of them can have.
     """
 
     sample: int | None = None
     seed: int = 0
     finite: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "sample": (self.sample is None or is_whole(self.sample, 0), "None or a whole number from 0 on"),
+            "seed": (is_whole(self.seed, -sys.maxsize), "a whole number"),
+            "finite": (isinstance(self.finite, bool), "True or False"),
+        }
+        check_fields(self, checks)
 
 
 @dataclass

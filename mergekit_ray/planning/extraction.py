@@ -14,6 +14,7 @@ from typing import Any
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.architectures.loaded_names import is_taken_for_expert, loaded_name
 from mergekit_ray.checkpoint.adapter import KEY_PREFIX
+from mergekit_ray.core.arguments import check_fields
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Expression, Merge
@@ -43,7 +44,7 @@ class Coverage:
         excluded: modules to leave alone, in the same way.
 
     Raises:
-        TypeError: a name stands for itself, where a tuple of names is meant.
+        ConfigError: a value that none of them can have, such as one name in place of a tuple of names.
     """
 
     embeddings: bool = False
@@ -51,9 +52,15 @@ class Coverage:
     excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        checks = {"embeddings": (isinstance(self.embeddings, bool), "True or False")}
         for key in ("saved", "excluded"):
-            if isinstance(getattr(self, key), str):
-                raise TypeError(f"Coverage.{key} is a tuple of names: write ({getattr(self, key)!r},)")
+            names = getattr(self, key)
+            is_tuple = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+            checks[key] = (
+                is_tuple,
+                f"a tuple of names: ({names!r},)" if isinstance(names, str) else "a tuple of names",
+            )
+        check_fields(self, checks)
 
 
 @dataclass(frozen=True, slots=True)

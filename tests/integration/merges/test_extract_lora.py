@@ -19,7 +19,8 @@ import mergekit_ray
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, MergekitRayError, ModelError, PlanError
 from mergekit_ray.operations import extract_lora as extraction
-from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
+from mergekit_ray.operations.extract_lora import extract_lora
+from mergekit_ray.operations.extract_options import ExtractOptions
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.planning.extraction import Coverage
 from support.adapters import EMBEDDING, HEAD, fresh, llama, passthrough, quiet, save_bases

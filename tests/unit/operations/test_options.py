@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import mergekit_ray
+from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, MergekitRayError
-from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
+from mergekit_ray.operations.extract_lora import extract_lora
+from mergekit_ray.operations.extract_options import ExtractOptions
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.reproduce import reproduce
+from mergekit_ray.operations.verify import VerifyOptions
+from mergekit_ray.planning.extraction import Coverage
 
 COUNTS = ("num_workers", "memory_bytes", "chunk_elements")
 NOWHERE = "/there/is/no/such/model"
@@ -36,7 +41,6 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device": "cuda"}, "device 'cuda'"),
         ({"device": "cuda:1", "executor": "local"}, "device 'cuda:1'"),
         ({"device": "cuda:1", "executor": "ray"}, "a GPU of its own"),
-        ({"device": "gpu"}, "'gpu' is not a device"),
     ],
 )
 @pytest.mark.usefixtures("without_gpu")
@@ -75,6 +79,33 @@ def test_sound_options_come_to_the_models(options: dict[str, Any]) -> None:
 def test_what_none_can_be_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"MergeOptions: {name} is {value!r}"):
         MergeOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: MergeOptions(device="gpu"), "'gpu' is not a device"),
+        (lambda: VerifyOptions(sample=-1), "VerifyOptions: sample is -1"),
+        (lambda: VerifyOptions(sample=True), "VerifyOptions: sample is True"),
+        (lambda: VerifyOptions(seed=0.5), "VerifyOptions: seed is 0.5"),  # type: ignore[arg-type]
+        (lambda: VerifyOptions(finite=None), "VerifyOptions: finite is None"),  # type: ignore[arg-type]
+        (lambda: ExtractOptions(rank="8"), "ExtractOptions: rank is '8'"),  # type: ignore[arg-type]
+        (lambda: ExtractOptions(energy="0.9"), "ExtractOptions: energy is '0.9'"),  # type: ignore[arg-type]
+        (lambda: ExtractOptions(rank=8, coverage=None), "ExtractOptions: coverage is None"),  # type: ignore[arg-type]
+        (lambda: ExtractOptions(rank=8, dtype=16), "ExtractOptions: dtype is 16"),  # type: ignore[arg-type]
+        (lambda: ExtractOptions(rank=8, dtype="bfloat"), "'bfloat'.*did you mean 'bfloat16'"),
+        (lambda: ExtractOptions(rank=8, dtype=DType.I8), "unknown dtype 'int8'"),
+        (lambda: Coverage(embeddings="yes"), "Coverage: embeddings is 'yes'"),  # type: ignore[arg-type]
+    ],
+)
+def test_options_are_checked_when_they_are_made(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bf16", "torch.bfloat16", "BF16", DType.BF16])
+def test_a_dtype_is_named_as_in_recipes(name: str | DType) -> None:
+    assert ExtractOptions(rank=8, dtype=name).dtype is DType.BF16
 
 
 def test_what_each_can_be_is_taken() -> None:

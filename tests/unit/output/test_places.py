@@ -222,7 +222,8 @@ class TestMerges:
         assert set(found.clear_last) == {MANIFEST_FILE, *ours}
 
     def test_an_adapter_is_not_extracted_into_a_model(self, models: list[Path]) -> None:
-        from mergekit_ray.operations.extract_lora import ExtractOptions, extract_lora
+        from mergekit_ray.operations.extract_lora import extract_lora
+        from mergekit_ray.operations.extract_options import ExtractOptions
 
         with pytest.raises(PlanError, match="is inside one of the inputs"):
             extract_lora(str(models[1]), str(models[0]), str(models[0] / "adapter"), ExtractOptions(rank=1))

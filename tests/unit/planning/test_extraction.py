@@ -9,7 +9,7 @@ import pytest
 
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import ModelError
+from mergekit_ray.core.errors import ConfigError, ModelError
 from mergekit_ray.core.expressions import Merge, loads
 from mergekit_ray.operations.extract_lora import rank_for
 from mergekit_ray.planning.agreement import check_pair
@@ -243,7 +243,7 @@ def test_what_peft_would_take_for_a_routed_expert_is_named_as_a_parameter() -> N
 @pytest.mark.parametrize("key", ["saved", "excluded"])
 def test_one_name_is_no_tuple_of_letters(key: str) -> None:
     given: dict[str, Any] = {key: "lm_head"}
-    with pytest.raises(TypeError, match=rf"Coverage\.{key} is a tuple of names: write \('lm_head',\)"):
+    with pytest.raises(ConfigError, match=rf"Coverage: {key} is 'lm_head'\n  give a tuple of names: \('lm_head',\)"):
         Coverage(**given)
 
 
