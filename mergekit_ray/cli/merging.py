@@ -120,8 +120,11 @@ def plan_command(
             loaded,
             seed=seed,
             routing=False,
-            allow_config_conflicts=allow_config_conflicts,
-            unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+            options=MergeOptions(
+                device="cpu",
+                allow_config_conflicts=allow_config_conflicts,
+                unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+            ),
         )
         if explain is not None:
             found = explained(planned, explain, device=device or "auto", allow_non_finite=allow_non_finite)

@@ -214,7 +214,7 @@ _FLAGS: Final = {
 }
 """What the command line calls Python's options."""
 
-_PYTHON_OPTION: Final = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
+_PYTHON_OPTION: Final = re.compile(r"`(?P<outer>options=MergeOptions\()?(?P<name>\w+)=(?P<value>[^`]*?)(?(outer)\))`")
 
 
 def in_flags(text: str) -> str:

@@ -11,8 +11,8 @@
     └── InternalError     1     a fault of mergekit-ray itself, to be reported; carries the traceback
 
 Every error says what happened (``what``), where (``where``: a file and line, a model, a tensor) and what to do
-(``remedy``), without credentials. It names options as Python has them, in backticks: `overwrite=True`. The command line
-tells them as its own. A traceback is only for ``--debug``.
+(``remedy``), without credentials. It names options as Python has them, in backticks: `rank=16`, and
+`options=MergeOptions(overwrite=True)`. The command line names its own instead. A traceback is only for ``--debug``.
 """
 
 from __future__ import annotations

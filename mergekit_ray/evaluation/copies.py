@@ -50,7 +50,8 @@ def check_copy_finite(leaf: Stored, data: Bytes, start: int, references: Mapping
             raise MergeError(
                 f"{_name(int(run[place]), int(exponent))} in the input, first at flat index {index}",
                 where=f"model {(references or {}).get(load.model, load.model)}, tensor {load.spec.name!r}",
-                remedy="use an undamaged checkpoint, or pass `allow_non_finite=True` to copy it as it is",
+                remedy="use an undamaged checkpoint, or pass `options=MergeOptions(allow_non_finite=True)` "
+                "to copy it as it is",
             )
 
 

@@ -60,7 +60,7 @@ class NonFiniteReport:
             "inputs are finite",
             where=f"tensor {self._expression.spec.name!r}",
             remedy="check weights and scales, choose a dtype with more range (bfloat16, float32), "
-            "or pass `allow_non_finite=True`",
+            "or pass `options=MergeOptions(allow_non_finite=True)`",
         )
 
     def raise_for_inputs(self) -> None:
@@ -84,7 +84,8 @@ class NonFiniteReport:
                 raise MergeError(
                     f"{found.value} in the input, first at flat index {index} ({found.count} such values read)",
                     where=f"model {self._references.get(load.model, load.model)}, tensor {load.spec.name!r}",
-                    remedy="use an undamaged checkpoint, or pass `allow_non_finite=True` to merge it as it is",
+                    remedy="use an undamaged checkpoint, or pass `options=MergeOptions(allow_non_finite=True)` "
+                    "to merge it as it is",
                 )
 
 

@@ -71,7 +71,7 @@ def connect(address: str | None) -> None:
         raise StorageError(
             f"cannot connect to Ray: {_said(error)}",
             where=place or "a new local Ray",
-            remedy="check the address, or use `executor='local'`",
+            remedy="check the address, or use `options=MergeOptions(executor='local')`",
         ) from error
 
 
@@ -140,7 +140,7 @@ def _check_listening(address: str) -> None:
         raise StorageError(
             f"cannot connect to Ray: {error}",
             where=address,
-            remedy="check the address and that the cluster is up, or use `executor='local'`",
+            remedy="check the address and that the cluster is up, or use `options=MergeOptions(executor='local')`",
         ) from error
 
 

@@ -29,6 +29,7 @@ from mergekit_ray.checkpoint.layout import encode_header, in_file_order
 from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.arguments import check_argument, options_or
 from mergekit_ray.core.cpus import available_cpus
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
@@ -105,7 +106,9 @@ def extract_lora(
     Raises:
         MergekitRayError: the models do not go together, or something failed; finished work is kept for the next run.
     """
-    chosen = options or MergeOptions()
+    chosen = options_or(MergeOptions(), options)
+    check_argument("wanted", wanted, ExtractOptions, "`wanted=ExtractOptions(rank=16)`")
+    check_argument("output", output, (str, os.PathLike), "a folder or URI")
     chosen.check()
     with visible(reporter, progress=progress) as tell:
         return _Extraction(os.fspath(output), wanted, chosen, tell, stop).run(tuned, base)
@@ -190,11 +193,11 @@ class _Extraction:
         foreign = sorted(present & {*_OWN_FILES, "config.json"} | set(models_there))
         if foreign and not resumes:
             if not self._options.overwrite or models_there:
+                replacing = "" if models_there else ", or pass `options=MergeOptions(overwrite=True)` to replace it"
                 raise PlanError(
                     occupant(manifest, is_finished=True) or files_told(foreign),
                     where=self._sink.uri,
-                    remedy="choose another output"
-                    + ("" if models_there else ", or pass `overwrite=True` to replace the adapter there"),
+                    remedy=f"choose another output{replacing}",
                 )
             self._sink.delete([ADAPTER_CONFIG_NAME])
             self._sink.delete([name for name in _OWN_FILES if name in present])

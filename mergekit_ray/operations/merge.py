@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.core.arguments import check_argument, options_or
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.operations.kept_routers import KeptRouters
@@ -52,7 +53,7 @@ def merge(
         MergekitRayError: nothing is published; finished shards are kept for the next run.
     """
     loaded = checked_recipe(recipe)
-    chosen = options or MergeOptions()
+    chosen = options_or(MergeOptions(), options)
     if device is not None:
         chosen = replace(chosen, device=device)
     chosen.check()
@@ -82,9 +83,11 @@ def _target_of(recipe: DenseRecipe | MoeRecipe, output: str | Path | None) -> st
     """Where the result goes: ``output``, or what the recipe says.
 
     Raises:
+        ConfigError: ``output`` is neither text nor a path.
         PlanError: neither names a place, or the recipe is of a kind that cannot be merged.
     """
     if output is not None:
+        check_argument("output", output, (str, os.PathLike), "a folder or URI")
         return os.fspath(output)
     path = check_plannable(recipe).output.path
     if path is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from mergekit_ray.core.arguments import options_or
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import loads, to_json
 from mergekit_ray.core.plan import OutputTensor, Plan
@@ -21,8 +22,7 @@ def plan(
     *,
     seed: int | None = None,
     routing: bool = True,
-    allow_config_conflicts: bool = False,
-    unsafe_ignore_tokenizers: bool = False,
+    options: MergeOptions | None = None,
 ) -> Plan:
     """Plan a merge: everything that would be written, from headers alone.
 
@@ -31,19 +31,20 @@ def plan(
         seed: overrides the recipe's.
         routing: make the routers of a Mixture of Experts from its prompts, which reads the base model. Without it they
             are zero in the plan: enough to see what would be written, not to write it.
-        allow_config_conflicts: as in `MergeOptions`.
-        unsafe_ignore_tokenizers: as in `MergeOptions`.
+        options: those of the merge: what is allowed, and where routers are computed (here on the CPU if None).
 
     Raises:
         MergekitRayError: the recipe is wrong, or the models are not there or do not fit together.
     """
+    chosen = options_or(MergeOptions(executor="local", device=CPU), options)
+    chosen.check()
     prepared = prepare(
         recipe,
         seed=seed,
-        allow_config_conflicts=allow_config_conflicts,
-        unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
+        allow_config_conflicts=chosen.allow_config_conflicts,
+        unsafe_ignore_tokenizers=chosen.unsafe_ignore_tokenizers,
     )
-    return prepared.routed(MergeOptions(executor="local", device=CPU)) if routing else prepared.plan
+    return prepared.routed(chosen) if routing else prepared.plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.arguments import check_argument, options_or
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
 from mergekit_ray.core.record import ShardRecord
@@ -104,7 +105,8 @@ def reproduce(
         PlanError: the model is at the output already.
         MergekitRayError: as `mergekit_ray.merge`.
     """
-    options = options or MergeOptions(device=CPU)
+    options = options_or(MergeOptions(device=CPU), options)
+    check_argument("output", output, (str, os.PathLike), "a folder or URI")
     options.check()
     if isinstance(manifest, str | Path):
         manifest = read_manifest(str(manifest))

@@ -14,7 +14,7 @@ from typing import Any, Final
 from mergekit_ray.architectures.anatomy import anatomy
 from mergekit_ray.architectures.sizes import misfits
 from mergekit_ray.checkpoint.header import Header, read_header
-from mergekit_ray.core.arguments import check_fields, is_whole
+from mergekit_ray.core.arguments import check_fields, is_whole, options_or
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import index_name
@@ -138,8 +138,9 @@ def verify(
         CheckpointError: there is no manifest, so there is nothing to compare with, or it is not one.
         StorageError: the store failed.
     """
+    chosen = options_or(VerifyOptions(), options)
     source = open_source(str(model)) if isinstance(model, str | Path) else model
-    return _Verifier(source, on_bytes, options or VerifyOptions()).run()
+    return _Verifier(source, on_bytes, chosen).run()
 
 
 class _Verifier:

@@ -115,7 +115,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
         raise PlanError(
             _occupant(sink, plan, foreign, manifest) or files_told(foreign),
             where=sink.uri,
-            remedy="choose another output, or pass `overwrite=True` to replace it",
+            remedy="choose another output, or pass `options=MergeOptions(overwrite=True)` to replace it",
         )
     is_model = work is None
     if is_staged or (is_model and not (ours or is_begun) and isinstance(sink, MovingSink)):

@@ -104,7 +104,8 @@ def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
         listed = [*found.conflicts[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
         raise ModelError(
             "no config.json can describe these models together:\n  " + "\n  ".join(listed),
-            remedy="use models of one architecture and size, or pass `allow_config_conflicts=True` to go on anyway",
+            remedy="use models of one architecture and size, or pass "
+            "`options=MergeOptions(allow_config_conflicts=True)` to go on anyway",
         )
     return [f"the models' configs differ: {line}; {told}" for line in (*found.conflicts, *found.remarks)]
 

@@ -272,7 +272,7 @@ def check_memory(plan: Plan, memory_bytes: int) -> None:
         f"({needed} bytes), {reserve}"
         + ("" if largest is None else f" and {format_bytes(needed - FIXED_BYTES)} for this tensor with its inputs"),
         where=None if largest is None else f"tensor {largest.tensor.spec.name!r}",
-        remedy=f"pass `memory_bytes={-(-needed // 1_000_000)}_000_000` or more",
+        remedy=f"pass `options=MergeOptions(memory_bytes={-(-needed // 1_000_000)}_000_000)` or more",
     )
 
 

@@ -275,7 +275,7 @@ def test_the_place_is_respected(tuned_llama: Tuned, tmp_path: Path) -> None:
     assert caught.value.what == (
         f"another extraction's adapter is there: what {models[0]} learnt beyond {models[1]}, rank 1"
     )
-    assert "`overwrite=True`" in str(caught.value.remedy)
+    assert "`options=MergeOptions(overwrite=True)`" in str(caught.value.remedy)
     extract_lora(*models, str(out), ExtractOptions(rank=2), MergeOptions(overwrite=True))
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
     with pytest.raises(PlanError, match="the output is one of the inputs"):

@@ -245,7 +245,7 @@ class TestTakenPlace:
             mergekit_ray.merge(recipe_of("linear", models.get("llama"), [models.get("llama", 1)]), out)
         assert caught.value.exit_code == 2
         assert str(out) in str(caught.value)
-        assert "`overwrite=True`" in str(caught.value)
+        assert "`options=MergeOptions(overwrite=True)`" in str(caught.value)
         assert contents(out) == before
 
     @pytest.mark.parametrize("is_finished", [True, False])

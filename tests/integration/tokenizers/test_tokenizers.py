@@ -235,7 +235,7 @@ class TestWithoutAKey:
         assert f"1 id means another token than in {other}: 261 is '<|x|>' and '<|y|>'" in str(caught.value)
         assert "tokenizer: {source: union}" in str(caught.value)
         assert "`unsafe_ignore_tokenizers=True`" in str(caught.value)
-        plan = mergekit_ray.plan(given, unsafe_ignore_tokenizers=True)
+        plan = mergekit_ray.plan(given, options=mergekit_ray.MergeOptions(unsafe_ignore_tokenizers=True))
         assert any("1 id means another token" in warning for warning in plan.warnings)
 
     def test_models_are_compared_with_each_other_too(self, folders: dict[str, Path]) -> None:

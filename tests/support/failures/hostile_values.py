@@ -166,7 +166,7 @@ def _planned(file: Path, *recipes: Mapping[str, Any]) -> Target:
         errors = []
         for recipe in recipes:
             try:
-                mergekit_ray.plan(recipe, allow_config_conflicts=True)  # which else ends most of them
+                mergekit_ray.plan(recipe, options=MergeOptions(allow_config_conflicts=True))  # else it ends most
             except MergekitRayError as error:
                 errors.append(error)
         for error in errors:

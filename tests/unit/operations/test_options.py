@@ -103,6 +103,35 @@ def test_options_are_checked_when_they_are_made(make: Callable[[], object], said
         make()
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda given: mergekit_ray.merge(RECIPE, "out", options=given),
+        lambda given: mergekit_ray.plan(RECIPE, options=given),
+        lambda given: extract_lora(NOWHERE, NOWHERE, "out", ExtractOptions(rank=2), given),
+        lambda given: reproduce({}, "out", given),
+    ],
+)
+def test_options_of_another_type_are_refused(run: Callable[[Any], object]) -> None:
+    with pytest.raises(ConfigError, match=r"`options=MergeOptions\(overwrite=True\)`"):
+        run({"overwrite": True})
+
+
+def test_other_arguments_of_another_type_are_refused() -> None:
+    wrong: Any = {"rank": 8}
+    with pytest.raises(ConfigError, match=r"wanted is \{'rank': 8\}\n  give `wanted=ExtractOptions"):
+        extract_lora(NOWHERE, NOWHERE, "out", wrong)
+    with pytest.raises(ConfigError, match=r"`options=VerifyOptions\(rank=8\)`"):
+        mergekit_ray.verify(NOWHERE, wrong)
+    for run in (
+        lambda: mergekit_ray.merge(RECIPE, wrong),
+        lambda: extract_lora(NOWHERE, NOWHERE, wrong, ExtractOptions(rank=2)),
+        lambda: reproduce({}, wrong),
+    ):
+        with pytest.raises(ConfigError, match=r"output is .*\n  give a folder or URI"):
+            run()
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "bf16", "torch.bfloat16", "BF16", DType.BF16])
 def test_a_dtype_is_named_as_in_recipes(name: str | DType) -> None:
     assert ExtractOptions(rank=8, dtype=name).dtype is DType.BF16

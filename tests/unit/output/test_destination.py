@@ -174,7 +174,7 @@ def test_another_plan_is_in_the_way(plan: Plan, sink: LocalStore) -> None:
     with pytest.raises(PlanError, match="this recipe's output with seed 0 is there, and the seed is 99 now") as caught:
         inspect(sink, other, overwrite=False)
     assert caught.value.where == sink.uri
-    assert "`overwrite=True`" in str(caught.value)
+    assert "`options=MergeOptions(overwrite=True)`" in str(caught.value)
     assert names(sink) == before
     found = inspect(sink, other, overwrite=True)
     assert (found.published, dict(found.done)) == (False, {})

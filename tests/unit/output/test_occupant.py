@@ -80,7 +80,7 @@ def test_a_merge_is_refused_in_words(plan: Plan, change: dict[str, Any], told: s
     with pytest.raises(PlanError) as caught:
         inspect(sink, plan, overwrite=False)
     assert caught.value.what == told
-    assert "`overwrite=True`" in str(caught.value.remedy)
+    assert "`options=MergeOptions(overwrite=True)`" in str(caught.value.remedy)
 
 
 def test_unfinished_work_says_whose_it_is(plan: Plan, tmp_path: Any) -> None:

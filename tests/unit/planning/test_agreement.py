@@ -43,7 +43,7 @@ def refusal(text: str, *checkpoints: Any) -> list[str]:
     """The lines of the error, but for the remedy."""
     with pytest.raises(ModelError) as caught:
         plan_of(text, *checkpoints)
-    assert "`allow_config_conflicts=True`" in str(caught.value.remedy)
+    assert "`options=MergeOptions(allow_config_conflicts=True)`" in str(caught.value.remedy)
     first, *lines = caught.value.what.splitlines()
     assert first == "no config.json can describe these models together:"
     return [line.strip() for line in lines]

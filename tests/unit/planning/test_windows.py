@@ -233,7 +233,8 @@ def test_a_budget_too_small_is_refused_with_tensor_and_bytes(sized: Sized) -> No
     assert "336 MB for the worker itself and " in caught.value.what
     assert f"{format_bytes(needed - FIXED_BYTES)} for this tensor with its inputs" in caught.value.what
     assert caught.value.remedy is not None
-    [enough] = [int(number) for number in re.findall(r"`memory_bytes=(\d+_000_000)`", caught.value.remedy)]
+    found = re.findall(r"`options=MergeOptions\(memory_bytes=(\d+_000_000)\)`", caught.value.remedy)
+    [enough] = [int(number) for number in found]
     check_memory(sized.plan, enough)
     with pytest.raises(PlanError):
         check_memory(sized.plan, enough - 10**6)

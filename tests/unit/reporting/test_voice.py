@@ -79,6 +79,8 @@ def test_only_what_keeps_its_work_is_resumed(command: str, told: str, monkeypatc
     ("python", "told"),
     [
         ("pass `overwrite=True` to", "pass --overwrite to"),
+        ("pass `options=MergeOptions(overwrite=True)` to", "pass --overwrite to"),
+        ("pass `options=MergeOptions(memory_bytes=12_000_000)`", "pass --memory 12MB"),
         ("pass `device='cuda:1'`", "pass --device cuda:1"),
         ("pass `memory_bytes=12_000_000` or more", "pass --memory 12MB or more"),
         ("less `memory_bytes=`, `num_workers=`", "less --memory, --workers"),
