@@ -54,7 +54,8 @@ class ExtractOptions:
         }
         check_fields(self, checks)
         try:
-            object.__setattr__(self, "dtype", DType.parse(getattr(self.dtype, "config_name", self.dtype)))
+            named = str(getattr(self.dtype, "config_name", self.dtype))
+            object.__setattr__(self, "dtype", DType.parse(named))
         except ValueError as error:
             raise ConfigError(str(error), where="ExtractOptions", remedy="give another `dtype=`") from None
         if (self.rank is None) == (self.energy is None):
