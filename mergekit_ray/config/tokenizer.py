@@ -17,8 +17,8 @@ from pydantic import (
 )
 
 from mergekit_ray.config.accepted import ModelLike
-from mergekit_ray.config.fields import RecipeModel
-from mergekit_ray.config.findings import Finding, did_you_mean, found
+from mergekit_ray.config.fields import RecipeModel, raise_findings
+from mergekit_ray.config.findings import Finding, details_of, did_you_mean, findings_of, found
 from mergekit_ray.config.reference import ModelReference
 
 _WORDS = ("union", "base")
@@ -82,10 +82,8 @@ def _parse_token_source(value: object) -> TokenSource | None:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {message}" if where else message) from None
+        raise_findings(findings_of(details_of(error), model))
+        raise
 
 
 def _dump_token_source(source: TokenSource | None) -> Any:
