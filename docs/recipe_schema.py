@@ -22,7 +22,7 @@ from pydantic.json_schema import models_json_schema
 from mergekit_ray.config.fields import OutputOptions
 from mergekit_ray.config.moe_recipe import ExpertRecipe, MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe, InputModel, ModuleRecipe, SliceRecipe, SliceSource
-from mergekit_ray.config.tokenizer import TokenEmbedding, TokenizerOptions
+from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenEmbedding, TokenizerOptions, ZeroEmbedding
 from mergekit_ray.core.registry import METHODS
 
 FILE: Final = Path(__file__).with_name("recipe.schema.json")
@@ -38,6 +38,8 @@ MODELS: Final[tuple[type[BaseModel], ...]] = (
     OutputOptions,
     TokenizerOptions,
     TokenEmbedding,
+    ModelTokenEmbedding,
+    ZeroEmbedding,
 )
 """What a recipe consists of, in the order of the reference page."""
 

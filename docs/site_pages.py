@@ -102,6 +102,8 @@ _TITLES: Final = {
     "OutputOptions": "`output`",
     "TokenizerOptions": "`tokenizer`",
     "TokenEmbedding": "An entry of `tokenizer.tokens`",
+    "ModelTokenEmbedding": "A token's `source` of `kind: model_token`",
+    "ZeroEmbedding": "A token's `source` of `kind: zero`",
 }
 _KINDS: Final[dict[str, str]] = {
     "Model": "model",

@@ -175,7 +175,7 @@ class DenseRecipe(RecipeModel):
         out_dtype: dtype of the stored weights where it differs from ``dtype``.
         parameters: the method's parameters, wherever no closer level sets them.
         tokenizer_source: where the vocabulary comes from: ``union`` of all models' tokens, ``base`` or a model. By
-            default, the donor's tokenizer is copied.
+            default, the tokenizer of ``base_model`` or of the first model is copied.
         tokenizer: the same with more settings: rows of single tokens, and padding.
         chat_template: ``auto`` for the one that most models have, a template's name, a file, or the template.
         name: free text.

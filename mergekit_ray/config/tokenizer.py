@@ -27,7 +27,11 @@ _MAX_MULTIPLE = 1 << 20
 
 
 class ZeroEmbedding(RecipeModel):
-    """A token whose embedding is all zeros."""
+    """A token whose embedding is all zeros.
+
+    Attributes:
+        kind: ``zero``; a recipe must say it.
+    """
 
     kind: Literal["zero"] = "zero"
 
@@ -36,6 +40,7 @@ class ModelTokenEmbedding(RecipeModel):
     """A token that takes the embedding of a model's token.
 
     Attributes:
+        kind: ``model_token``; a recipe must say it.
         model: whose embedding.
         token_id, token: which of its tokens; exactly one is given.
     """
@@ -124,7 +129,8 @@ class TokenEmbedding(RecipeModel):
     """Where one token's embedding comes from.
 
     Attributes:
-        source: a model, a model's token, zeros, or None for the base's row or the mean of those that have the token.
+        source: a model, a token of a model (``kind: model_token``), or zeros (``kind: zero``). Without it, the token has
+            the base's row, or the mean of the rows of those models that have the token.
         force: take it from there even for models that have the token.
     """
 

@@ -28,6 +28,7 @@ import mergekit_ray
 from docs import recipe_schema
 from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.cli import app
+from mergekit_ray.config.fields import RecipeModel
 from mergekit_ray.core.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -283,7 +284,11 @@ def test_the_site_describes_every_key(site: Path) -> None:
     for model in recipe_schema.MODELS:
         keys = {field.alias or name for name, field in model.model_fields.items()}
         assert keys <= words
-        assert keys - {"kind"} <= recipe_schema.descriptions(model).keys(), f"{model.__name__} leaves keys undescribed"
+        assert keys <= recipe_schema.descriptions(model).keys(), f"{model.__name__} leaves keys undescribed"
+
+
+def test_every_part_of_a_recipe_is_described() -> None:
+    assert set(RecipeModel.__subclasses__()) == set(recipe_schema.MODELS)
 
 
 def test_the_site_describes_every_name_of_the_package(site: Path) -> None:
