@@ -209,14 +209,16 @@ def _replace(app: Sphinx, name: str, content: list[str]) -> None:
 _TOGETHER: Final = re.compile(r"^ {4}\w+(?:, \w+)+(?=: )")
 
 
-def _join_names(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Names that a docstring describes together: napoleon would take the first for the type of the second."""
-    del app, what, name, obj, options
+def _not_types(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """What napoleon would take for a type: the first of names described together, a property's text up to a colon."""
+    del app, name, obj, options
     lines[:] = [_TOGETHER.sub(lambda match: match[0].replace(", ", "/"), line) for line in lines]
+    if what in ("attribute", "property"):
+        lines.insert(0, "\\")  # it looks into the first line only; this one, an escaped line break, is not shown
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("source-read", _replace)
-    app.connect("autodoc-process-docstring", _join_names, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _not_types, priority=400)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -129,8 +129,8 @@ class TokenEmbedding(RecipeModel):
     """Where one token's embedding comes from.
 
     Attributes:
-        source: a model, a token of a model (``kind: model_token``), or zeros (``kind: zero``). Without it, the token has
-            the base's row, or the mean of the rows of those models that have the token.
+        source: a model, a token of a model (``kind: model_token``), or zeros (``kind: zero``). Without it, the token
+            has the base's row, or the mean of the rows of those models that have the token.
         force: take it from there even for models that have the token.
     """
 

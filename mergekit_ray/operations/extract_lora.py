@@ -97,7 +97,7 @@ def extract_lora(
         wanted: ranks and coverage.
         options: how to run it.
         progress: without a reporter, show a live bar in a notebook or on a terminal.
-        reporter: told what happens in its place (`reporting.reporters.Reporter`).
+        reporter: told what happens in its place, a `mergekit_ray.Reporter`.
         stop: set it from another thread to stop; running it again resumes.
 
     Returns:

@@ -42,7 +42,7 @@ def merge(
         device: to compute on; overrides that of the options.
         options: how to run it.
         progress: without a reporter, show a live bar in a notebook or on a terminal.
-        reporter: told what happens in its place (`reporting.reporters.Reporter`).
+        reporter: told what happens in its place, a `mergekit_ray.Reporter`.
         stop: set it from another thread to stop the merge; running it again resumes. A context gives its event from
             the moment on that something is written.
 

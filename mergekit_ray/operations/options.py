@@ -18,8 +18,7 @@ class MergeOptions:
     Attributes:
         executor: ``local`` threads, ``ray`` actors, or None: Ray inside a Ray job or when an address is given.
         address: of the Ray cluster.
-        num_workers: shards in work at a time; None for `executors.local.local_workers`, and as many as the CPUs allow
-            on Ray.
+        num_workers: shards processed at a time; None for one or two here, and as many as the CPUs allow on Ray.
         memory_bytes: budget of each worker; None for what the plan needs to overlap its work.
         overwrite: replace another model that is at the output.
         allow_non_finite: let NaN and infinities pass.

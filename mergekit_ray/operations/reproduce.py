@@ -93,11 +93,11 @@ def reproduce(
     were. Each file must have the size and, where the manifest says it, the header that it had.
 
     Args:
-        manifest: its content, its file, or its model (see `read_manifest`).
+        manifest: its content, its file, or its model.
         output: folder or URI.
         options: how to run it; on the CPU if None, whose results do not depend on the machine.
         progress: without a reporter, show a live bar in a notebook or on a terminal.
-        reporter: told what happens in its place (`reporting.reporters.Reporter`).
+        reporter: told what happens in its place, a `mergekit_ray.Reporter`.
         stop: set it from another thread to stop; running it again resumes.
 
     Raises:

@@ -301,6 +301,14 @@ def test_the_site_describes_every_name_of_the_package(site: Path) -> None:
         assert f'id="mergekit_ray.{name}"' in page
 
 
+def test_the_site_shows_types_and_whole_sentences(site: Path) -> None:
+    page = read(site, "reference/python.html")
+    assert "options: MergeOptions | None = None" in page
+    assert "Whether values of this type can be averaged: float16" in page
+    assert "<function" not in page
+    assert "MergeResult" in page.partition("merge(recipe: ")[2].partition("\n")[0]
+
+
 def test_the_site_lists_every_moe_family(site: Path) -> None:
     page = read(site, "moe.html")
     for name in FAMILIES.names():
