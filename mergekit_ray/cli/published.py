@@ -31,7 +31,8 @@ def verify(
     out: PublishedModel,
     *,
     sample: Annotated[
-        int | None, typer.Option("--sample", parser=whole(0), metavar="N", help="Read only N tensors, drawn at random.")
+        int | None,
+        typer.Option("--sample", parser=whole(0), metavar="N", help="Read only N tensors, drawn at random; 0: none."),
     ] = None,
     seed: Annotated[
         int | None,
@@ -68,7 +69,8 @@ def verify(
                     format_bytes(found.num_bytes),
                     counted(found.num_files, "other file"),
                 )
-                tell(f"{out}: {', '.join(counts)}: all as written", err=False)
+                unread = " (but no tensor was read)" if sample == 0 else ""
+                tell(f"{out}: {', '.join(counts)}: all as written{unread}", err=False)
         if found.problems:
             raise typer.Exit(3)
 

@@ -204,7 +204,7 @@ def _is_file(text: str) -> bool:
 
 
 def _read_file(path: Path) -> Document:
-    name = str(path)
+    name = "-" if path == Path("/dev/stdin") else str(path)  # as the command line calls standard input
     try:
         with path.expanduser().open("rb") as file:
             content = file.read(MAX_TEXT_BYTES + 1)

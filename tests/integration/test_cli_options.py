@@ -256,7 +256,7 @@ def test_a_recipe_on_standard_input(command: str, recipe: Path, tmp_path: Path) 
         arguments, input=b"merge_method: linear\nmodles: []\n", capture_output=True, env=env, check=False
     )
     assert wrong.returncode == 2
-    assert b"/dev/stdin:2: modles: unknown key" in wrong.stderr
+    assert b"-:2: modles: unknown key" in wrong.stderr
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:

@@ -358,6 +358,8 @@ def test_the_command(out: Path, plan: Plan) -> None:
     assert done.exit_code == 0
     assert done.stderr.startswith("note: README.md: ")
     assert done.stdout.endswith("3 other files: all as written\n")
+    done = CliRunner().invoke(app, ["verify", str(out), "--sample", "0"])
+    assert done.stdout.endswith("3 other files: all as written (but no tensor was read)\n")
     flip(out, plan, names_of(plan)[0])
     done = CliRunner().invoke(app, ["verify", str(out), "--json"])
     assert done.exit_code == 3
