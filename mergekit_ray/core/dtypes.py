@@ -30,6 +30,9 @@ class DType(enum.Enum):
     F32 = "F32"
     F64 = "F64"
 
+    def __repr__(self) -> str:
+        return f"DType.{self.name}"
+
     @property
     def itemsize(self) -> int:
         """Bytes per element."""

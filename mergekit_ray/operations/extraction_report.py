@@ -86,7 +86,7 @@ class ExtractResult:
         rows = {
             "where": self.uri,
             "matrices": f"{len(ranks):,}",
-            "ranks": f"{min(ranks)} to {max(ranks)}" if ranks else "none",
+            "ranks": _ranks(ranks).partition(" ")[2] if ranks else "none",
             "stored whole": f"{len(self.saved):,}",
             "not covered": f"{len(self.uncovered) + len(self.unmatched):,}",
             "total loss": f"{self.error:.3g}",

@@ -76,7 +76,7 @@ class Inspection:
             "dtypes": ", ".join(f"{name} ({number:,})" for name, number in self.dtypes.items()),
             "embedding and head tied": "yes" if self.tied else "no",
             "quantisation": self.quantisation or "none",
-            "parameters": self._parameters(),
+            "parameters": "unknown" if self.num_parameters is None else f"{self.num_parameters:,}",
             "size": f"{format_bytes(self.num_bytes)} in {counted(self.num_files, 'file')}",
             **({"warnings": "\n".join(self.warnings)} if self.warnings else {}),
         }

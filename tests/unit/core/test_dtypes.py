@@ -60,3 +60,7 @@ def test_promotion_of_two_is_that_of_torch(pair: tuple[DType, DType]) -> None:
 def test_promotion_of_what_is_not_floating_is_refused(dtypes: list[DType]) -> None:
     with pytest.raises(ValueError, match="cannot promote"):
         promote(dtypes)
+
+
+def test_a_dtype_is_shown_as_python_writes_it() -> None:
+    assert [eval(repr(dtype), {"DType": DType}) for dtype in DType] == list(DType)  # our own names
