@@ -119,7 +119,7 @@ def test_runs_as_its_user_under_an_init(image: Image) -> None:
 
 
 def test_help_is_what_it_does_by_itself(image: Image) -> None:
-    assert "Usage: merge [OPTIONS] {RECIPE} [OUT]" in image.ok()
+    assert "Usage: merge [OPTIONS] RECIPE [OUT]" in image.ok()
     assert image.ok() == image.ok("merge", "--help")
 
 
