@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from mergekit_ray.core.errors import MergekitRayError, StorageError
 from mergekit_ray.core.plan import Shard
@@ -285,8 +285,9 @@ class RayExecutor:
         try:
             found = self._cluster.get(actor.ready)
         except RayActorError as error:
-            # Died: Ray restarts it. What it had in work says so for itself.
-            self._waiting.died(actor.name, error, [each.name for each in self._actors], self.num_workers)
+            # Ray restarts it. Its shards have outcomes of their own.
+            if not isinstance(error, ActorUnavailableError):  # nothing answers there, and Ray has not seen yet why
+                self._waiting.died(actor.name, error, [each.name for each in self._actors], self.num_workers)
             actor.ready = self._get_ready(actor)
             self._cluster.wait((), 0.1)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from mergekit_ray.core.errors import MergekitRayError, PlanError, StorageError
 from mergekit_ray.executors.driver import Job
@@ -128,6 +128,18 @@ def test_three_deaths_end_it_with_rays_reason() -> None:
         cast_.executor.wait(0)
     assert "--runtime-env" in (caught.value.remedy or "")
     assert not caught.value.retryable
+
+
+def test_a_worker_that_ray_takes_for_unreachable_is_waited_for() -> None:
+    """A lost node: calls fail at once, until Ray sees that it has gone and starts the actor elsewhere."""
+    cast_ = Cast(SMALL)
+    for i in range(20):
+        cast_.fake.answer(f"a.node {i}", ActorUnavailableError("connection refused", None))
+        cast_.executor.wait(0)
+    assert cast_.told == []
+    cast_.fake.answer("a.node 20", "10.0.0.2")
+    cast_.executor.wait(0)
+    assert cast_.executor.num_workers == 1
 
 
 def test_others_that_start_are_waited_for() -> None:
