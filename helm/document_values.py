@@ -24,10 +24,13 @@ _HEAD: Final = """\
 {description}
 
 ```
-helm install my-merge oci://ghcr.io/mergekit-ray/charts/mergekit-ray --version {version} \\
+helm install my-merge helm/mergekit-ray \\
+  --set image.repository=registry.example.com/mergekit-ray \\
   --set-file recipe.content=recipe.yml \\
   --set output=s3://bucket/merged
 ```
+
+Run this in a checkout, with an image that you have [built and pushed]({build}) to a registry your nodes can reach.
 
 Helm prints the commands that follow, resume and fetch the merge. Mode `rayjob`, the default, needs the KubeRay
 operator; `--set mode=job` does not.
@@ -42,6 +45,7 @@ The chart refuses misspelt values, recipes without an output, and merge methods 
 |---|---|---|---|
 """
 _DOCS: Final = "https://github.com/mergekit-ray/mergekit-ray/blob/main/docs/kubernetes.md"
+_BUILD: Final = "https://github.com/mergekit-ray/mergekit-ray/blob/main/docs/container.md#build"
 
 _KEY: Final = re.compile(r"(?P<indent> *)(?P<name>[A-Za-z0-9]+):")
 _MISSING: Final = object()
@@ -70,7 +74,7 @@ def page() -> str:
     rows = "".join(
         f"| `{value.path}` | {value.kind} | {_code(value.default)} | {_cell(value.meaning)} |\n" for value in values()
     )
-    return _HEAD.format(description=chart["description"], version=chart["version"], docs=_DOCS) + rows
+    return _HEAD.format(description=chart["description"], docs=_DOCS, build=_BUILD) + rows
 
 
 def schema() -> str:
