@@ -117,7 +117,9 @@ class Meter:
         # Counters go back when a worker is lost with what it had done.
         reading, writing = (max(0.0, bytes_ / (now - then)) for bytes_ in (read - read_then, written - written_then))
         left = max(0, self._total_bytes - read - written)
-        return Rates(reading, writing, left / (reading + writing) if reading + writing > 0 else None)
+        # Before the first byte is written, as while a method is compiled, the rate of reading says nothing of the rest.
+        is_known = reading + writing > 0 and (written > 0 or not left)
+        return Rates(reading, writing, left / (reading + writing) if is_known else None)
 
 
 def traffic(progress: Progress, plan: Plan, rates: Rates) -> str:

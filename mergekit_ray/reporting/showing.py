@@ -20,16 +20,17 @@ def visible(reporter: Reporter | None, *, progress: bool) -> Iterator[Reporter]:
     Args:
         reporter: the caller's own, if there is one.
         progress: without one, show a live bar where somebody can see it: in a notebook, or on a terminal.
+
+    Raises:
+        KeyboardInterrupt: as raised inside, with a note on how to resume, which Python shows with it.
     """
-    if reporter is not None:
-        yield reporter
-        return
-    live = _live() if progress else None
-    if live is None:
-        yield SilentReporter()
-        return
-    with contextlib.closing(live):
-        yield live
+    live = _live() if reporter is None and progress else None
+    try:
+        with contextlib.nullcontext() if live is None else contextlib.closing(live):
+            yield reporter or live or SilentReporter()
+    except KeyboardInterrupt as error:
+        error.add_note("stopped; finished shards are kept: run the same call again to resume")
+        raise
 
 
 def _live() -> LiveReporter | None:

@@ -29,6 +29,7 @@ from mergekit_ray.reporting.reporters import (
     line_of,
     traffic,
 )
+from mergekit_ray.reporting.showing import visible
 
 
 class Clock:
@@ -73,6 +74,22 @@ def test_a_lost_worker_makes_no_negative_rate(clock: Clock) -> None:
     meter.update(done(500))
     clock.now += 1
     assert meter.update(done(100)) == Rates(0.0, 0.0, None)
+
+
+def test_time_to_go_is_unknown_until_something_is_written(clock: Clock) -> None:
+    meter = Meter(1000, clock)
+    meter.update(done(0))
+    clock.now += 1
+    assert meter.update(done(900)).remaining is None
+    clock.now += 1
+    assert meter.update(done(900, 50)).remaining == 50 / (950 / 2)
+
+
+def test_an_interrupted_call_says_how_to_resume() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, visible(None, progress=False):
+        raise KeyboardInterrupt
+    [note] = caught.value.__notes__
+    assert "again to resume" in note
 
 
 def test_more_than_all_leaves_nothing_to_go(clock: Clock) -> None:
