@@ -105,7 +105,7 @@ class WorkingBranch:
             self._call("creating it", lambda api: api.create_repo(self.name, private=True, exist_ok=True))
         if head is None or not head.is_working:
             self._call("creating a branch", lambda api: api.create_branch(self.name, branch=BRANCH, exist_ok=True))
-        begun = look_up(self.name, BRANCH, self._policy)
+        begun = look_up(self.name, BRANCH, self._policy, is_written=True)
         if BASE_FILE not in (begun.files or {}):
             with contextlib.suppress(HeadMovedError):  # another process has begun it
                 operation = CommitOperationAdd(BASE_FILE, begun.commit.encode())
@@ -206,7 +206,7 @@ class WorkingBranch:
                 return
             if guard is not None:
                 guard()
-            main = look_up(self.name, _MAIN, self._policy)
+            main = look_up(self.name, _MAIN, self._policy, is_written=True)
             operations = self._difference(head, main, additions)
             if operations:
                 try:
@@ -231,12 +231,12 @@ class WorkingBranch:
 
     def _look(self) -> Head | None:
         try:
-            return Head(look_up(self.name, BRANCH, self._policy), is_working=True)
+            return Head(look_up(self.name, BRANCH, self._policy, is_written=True), is_working=True)
         except NotOnHubError as error:
             if not error.has_repository:
                 return None
         try:
-            return Head(look_up(self.name, _MAIN, self._policy), is_working=False)
+            return Head(look_up(self.name, _MAIN, self._policy, is_written=True), is_working=False)
         except NotOnHubError:
             return None
 
@@ -252,7 +252,7 @@ class WorkingBranch:
         kept = {name: listed for name, listed in head.files.items() if not is_note(name)}
         base_file = head.files.get(BASE_FILE)
         base = self.read(head, BASE_FILE, 0, base_file.stat.num_bytes).decode() if base_file else main.commit
-        before = look_up(self.name, base, self._policy).files or {}
+        before = look_up(self.name, base, self._policy, is_written=True).files or {}
         first = {name: listed.stat.version for name, listed in before.items()}
         ours: dict[str, tuple[str, ...]] = {name: (listed.stat.version,) for name, listed in kept.items()}
         ours |= {name: content_versions(data) for name, data in additions.items()}

@@ -251,11 +251,12 @@ def _unreachable(error: Exception, what: str, subject: Subject) -> StorageError:
         )
     if is_untrusted(error):
         return untrusted(what, subject.uri, "SSL_CERT_FILE")
+    without = f"fetch the model elsewhere (hf download {subject.name}) and set HF_HUB_OFFLINE=1"
     return StorageError(
         f"{what}: {type(error).__name__}",
-        where=subject.uri,
-        remedy="check the network, the proxy settings and HF_ENDPOINT, and run again; where there is no network, fetch "
-        f"the model elsewhere (hf download {subject.name}) and set HF_HUB_OFFLINE=1",
+        where=f"hf://{subject.name}" if subject.is_written else subject.uri,  # not the branch that is ours
+        remedy="check the network, the proxy settings and HF_ENDPOINT, and run again; where there is no network, "
+        + ("write to a folder" if subject.is_written else without),
         retryable=is_transient(error),
     )
 

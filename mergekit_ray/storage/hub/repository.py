@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -72,14 +72,20 @@ def subject_of(name: str, revision: str | None, file: str = "") -> Subject:
     return Subject(name, revision, f"{endpoint()}/{name}", file)
 
 
-def look_up(name: str, revision: str | None, policy: RetryPolicy) -> Repository:
+def look_up(name: str, revision: str | None, policy: RetryPolicy, *, is_written: bool = False) -> Repository:
     """Ask the Hub for the commit a revision stands for, and its files.
+
+    Args:
+        name: of the repository.
+        revision: a branch, tag or commit; None for the main branch.
+        policy: how often to try.
+        is_written: the repository is to be written to, for messages.
 
     Raises:
         ModelError: there is no such repository or revision, or it is not for this login.
         StorageError: the Hub cannot be reached or fails.
     """
-    subject = subject_of(name, revision)
+    subject = replace(subject_of(name, revision), is_written=is_written)
 
     def attempt() -> Repository:
         info = ask(lambda api: api.model_info(name, revision=revision, files_metadata=True, timeout=API_SECONDS))

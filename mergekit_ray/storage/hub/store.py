@@ -235,7 +235,7 @@ def open_output(uri: str) -> HubStore:
     """The repository at ``hf://org/name``, to be written. No request is made yet.
 
     Raises:
-        ConfigError: it has a revision, or HF_HUB_OFFLINE is set.
+        ConfigError: it has a revision or no owner, or HF_HUB_OFFLINE is set.
         ModelError: the name is not one the Hub could have.
     """
     from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
@@ -244,6 +244,12 @@ def open_output(uri: str) -> HubStore:
     if revision is not None:
         raise ConfigError(
             "a merge is published on the main branch", where=uri, remedy=f"write to hf://{name}, without a revision"
+        )
+    if "/" not in name:
+        raise ConfigError(
+            "a repository to write to needs its owner",
+            where=uri,
+            remedy=f"write to hf://USER/{name} or hf://ORG/{name}",
         )
     if is_offline():
         raise ConfigError(

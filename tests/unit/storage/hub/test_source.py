@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants, errors
 
-from mergekit_ray.core.errors import ModelError, StorageError
+from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.storage import open_source
 from mergekit_ray.storage.faults import ShortBodyError
 from mergekit_ray.storage.hub.branch import _without_address
@@ -15,6 +16,7 @@ from mergekit_ray.storage.hub.cache import HubCache, cached_snapshot
 from mergekit_ray.storage.hub.faults import BackingStoreError, Subject, explain, is_transient, with_retries
 from mergekit_ray.storage.hub.repository import _receive
 from mergekit_ray.storage.hub.requests import Gate, asked_seconds, gate_of, is_hub
+from mergekit_ray.storage.opening import open_sink
 from mergekit_ray.storage.ranges import Fetch
 from mergekit_ray.storage.transfers import RetryPolicy
 
@@ -182,6 +184,19 @@ def test_what_the_user_is_told(error: Exception, what: str, remedy: str) -> None
     assert remedy in (told.remedy or "")
     assert (told.where or "").startswith("hf://org/name")
     assert "sesame" not in str(told)
+
+
+def test_an_output_that_cannot_be_reached_is_not_to_be_fetched() -> None:
+    written = replace(SUBJECT, revision="work", is_written=True)
+    told = explain(httpx.ConnectError("no route"), doing="looking it up", subject=written, num_attempts=3)
+    assert told.where == "hf://org/name"
+    assert "write to a folder" in (told.remedy or "")
+    assert "hf download" not in (told.remedy or "")
+
+
+def test_an_output_needs_an_owner() -> None:
+    with pytest.raises(ConfigError, match="needs its owner\n  write to hf://USER/merged"):
+        open_sink("hf://merged")
 
 
 def test_an_error_of_the_store_is_stripped_of_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
