@@ -63,6 +63,16 @@ MERGEKIT_FLAGS: Final[dict[tuple[str, ...], str]] = {
 }
 """Options of mergekit's commands that ours lack, and what does the same here; docs/from-mergekit.md has them all."""
 
+_OF_EXTRACT_LORA: Final = frozenset(
+    {
+        *("--model", "--base-model", "--out-path", "--max-rank", "--sv-epsilon", "--distribute-scale", "--embed-lora"),
+        *("--save-module", "--exclude-regex", "-e", "--include-regex", "-i", "--skip-undecomposable"),
+    }
+)
+"""Of these, the options of mergekit-extract-lora: what they are here is no answer in another command."""
+
+_SHORT: Final = {"--verbose": "-v"}
+
 
 def whole(least: int | None = None) -> Callable[[str], int]:
     """A parser of whole numbers.
@@ -114,7 +124,7 @@ def wrong_arguments(error: Any, command: str) -> ConfigError:
     remedy = f"see `{command} --help`"
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption" and option:
-        here = _of_mergekit(option)
+        here = _of_mergekit(option, command)
         if here is not None:
             return ConfigError(f"{option} is an option of mergekit", remedy=f"here: {here}")
         return ConfigError(f"no such option: {option}{nearest(option, error.possibilities or ())}", remedy=remedy)
@@ -128,6 +138,9 @@ def wrong_arguments(error: Any, command: str) -> ConfigError:
     return ConfigError(message[:1].lower() + message[1:], remedy=remedy)
 
 
-def _of_mergekit(option: str) -> str | None:
+def _of_mergekit(option: str, command: str) -> str | None:
     name = re.sub("^--no-", "--", option)
+    name = _SHORT.get(name, name)
+    if name in _OF_EXTRACT_LORA and not command.endswith(" extract-lora"):
+        return None
     return next((here for flags, here in MERGEKIT_FLAGS.items() if name in flags), None)

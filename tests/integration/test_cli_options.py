@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from mergekit_ray.cli import app, tables
-from mergekit_ray.cli.usage import MERGEKIT_FLAGS
+from mergekit_ray.cli.usage import _OF_EXTRACT_LORA, MERGEKIT_FLAGS
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.version import __version__
 from support.commands.terminal import plain, run_on_terminal
@@ -216,9 +216,18 @@ def test_wrong_arguments_are_told_in_our_words(arguments: str, said: str) -> Non
 def test_options_of_mergekit_are_explained(flags: tuple[str, ...]) -> None:
     for flag in flags:
         for given in (flag, flag.replace("--", "--no-")):
-            done = invoke("merge", "recipe.yml", "out", given, "5")
+            done = invoke("extract-lora", "tuned", "base", "out", given, "5")
             told = f"error: {given} is an option of mergekit\n  here: {MERGEKIT_FLAGS[flags]}\n"
             assert (done.exit_code, done.stderr) == (2, told)
+            done = invoke("merge", "recipe.yml", "out", given, "5")
+            if _OF_EXTRACT_LORA.isdisjoint(flags):
+                assert (done.exit_code, done.stderr) == (2, told)
+            else:
+                assert f"error: no such option: {given}" in done.stderr  # which is no answer in `merge`
+
+
+def test_a_long_name_of_a_short_option_is_explained_too() -> None:
+    assert MERGEKIT_FLAGS[("-v",)] in invoke("merge", "recipe.yml", "out", "--verbose").stderr
 
 
 def test_the_page_for_users_of_mergekit_has_the_same_table() -> None:
