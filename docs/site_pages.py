@@ -20,6 +20,7 @@ import mergekit_ray
 from docs.recipe_schema import MODELS, build, descriptions
 from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.cli import app as cli
+from mergekit_ray.cli.app import HELP
 from mergekit_ray.cli.tables import methods_markdown
 
 _PART: Final = re.compile(r"<!-- site: (\w+) -->.*?<!-- /site -->", re.DOTALL)
@@ -49,12 +50,13 @@ def commands() -> str:
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
-    context = command.context_class(command, info_name=name)
+    context = command.context_class(command, info_name=name, **HELP)
     usage = command.get_usage(context).removeprefix("Usage: ").replace("{", "").replace("}", "")
     yield from ("```", re.sub(r"\s+", " ", usage), "```", "", _marked(inspect.cleandoc(command.help or "")))
     rows = [parameter.get_help_record(context) for parameter in command.get_params(context)]
     yield from ("", "| argument or option | default | meaning |", "|---|---|---|")
-    for names, said in filter(None, rows):
+    for named, said in filter(None, rows):
+        names = named.removesuffix(" <str>")  # click's word for the type of all arguments
         meaning, _, rest = said.partition("  [")
         notes = dict.fromkeys(filter(None, rest.rstrip("]").split("; ")))
         default = "".join("required" if note == "required" else f"`{note[9:]}`" for note in notes if note[0] in "rd")

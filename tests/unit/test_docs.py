@@ -271,6 +271,8 @@ def test_the_site_describes_every_method(site: Path) -> None:
 
 def test_the_site_describes_every_command(site: Path) -> None:
     page = read(site, "reference/commands.html")
+    assert "<str>" not in page
+    assert "-h, --help" in page
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
         assert f"mergekit-ray {name} " in page
