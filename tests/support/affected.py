@@ -19,7 +19,7 @@ from mergekit_ray.core.registry import Registry
 KNOWN = "MERGEKIT_RAY_KNOWN_TESTS"
 """Environment variable: the file that lists the tests of the tree without the entries, by their node ids."""
 
-_FOLDERS = ("tests/unit/architectures", "tests/unit/core", "tests/unit/test_docs.py")
+_FOLDERS = ("tests/unit/architectures", "tests/unit/core", "tests/unit/test_docs.py", "tests/unit/test_recipe_schema")
 _LISTS = re.compile(
     r"\.names\(\)|\bchoose\(|\bdescribe_methods\b|\bmethods_markdown\b|[\"']methods[\"']|\bsphinx\b|accepted: "
 )

@@ -133,13 +133,6 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "unknown key 'modle'",
             "did you mean 'model'?",
         ),
-        (
-            HEAD + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a/b}}}}\n",
-            4,
-            "tokenizer.tokens.x.source",
-            "either `token` or `token_id`",
-            "",
-        ),
         (HEAD + "base_model: a+b+c\n", 4, "base_model", "more than one LoRA", ""),
         (HEAD + "parameters: {normalize: 3}\n", 4, "parameters.normalize", "expected true or false, found 3", ""),
         (HEAD + "parameters: {weight: x}\n", 4, "parameters.weight", "expected a number, found 'x'", ""),
