@@ -71,7 +71,7 @@ def print_plan(plan: Plan) -> None:
     for model in models:
         where = [escape(model.uri)] if is_elsewhere else []
         inputs.add_row(escape(model.reference), *where, str(len(model.files)))
-    console.print(inputs)
+    _show(console, inputs)
     console.print()
 
     mapped = mapped_models(plan.inputs)
@@ -98,7 +98,7 @@ def print_plan(plan: Plan) -> None:
         format_bytes(plan.num_bytes),
         format_bytes(memory_needed(plan)),
     )
-    console.print(shards)
+    _show(console, shards)
     console.print()
     _say(
         console,
@@ -189,7 +189,7 @@ def print_methods() -> None:
     table = _table("method", "base model", "what it does")
     for method in describe_methods():
         table.add_row(method["name"], method["base"], escape(method["summary"]))
-    console.print(table)
+    _show(console, table)
     if console.is_terminal:
         console.print()
         _say(console, "`mergekit-ray methods NAME` shows the formula and the parameters of one.")
@@ -214,7 +214,7 @@ def print_method(name: str) -> None:
     ):
         if value:
             facts.add_row(f"  {label}", escape(value))
-    console.print(facts)
+    _show(console, facts)
     for paragraph in method["notes"].replace("``", "`").split("\n\n"):
         console.print()
         _say(console, _reflowed(paragraph), by=0)
@@ -225,7 +225,7 @@ def print_method(name: str) -> None:
     table = _table("parameter", "looked up", "default", "meaning")
     for parameter in method["parameters"]:
         table.add_row(parameter["name"], _scope(parameter), _default(parameter), escape(parameter["description"]))
-    console.print(table)
+    _show(console, table)
 
 
 def _reflowed(paragraph: str) -> str:
@@ -279,6 +279,13 @@ def _table(*texts: str, numbers: Sequence[str] = ()) -> Table:
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _show(console: Console, table: Table) -> None:
+    """Print a table without the spaces that fill its last column."""
+    with console.capture() as captured:
+        console.print(table)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _say(console: Console, text: str, by: int = INDENT) -> None:

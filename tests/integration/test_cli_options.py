@@ -226,6 +226,13 @@ def test_options_of_mergekit_are_explained(flags: tuple[str, ...]) -> None:
                 assert f"error: no such option: {given}" in done.stderr  # which is no answer in `merge`
 
 
+def test_tables_in_a_pipe_have_no_spaces_at_the_end_of_a_line(recipe: Path) -> None:
+    for arguments in (["plan", str(recipe)], ["methods"], ["methods", "ties"]):
+        lines = invoke(*arguments).stdout.splitlines()
+        assert len(lines) > 3
+        assert [line for line in lines if line != line.rstrip()] == []
+
+
 def test_a_long_name_of_a_short_option_is_explained_too() -> None:
     assert MERGEKIT_FLAGS[("-v",)] in invoke("merge", "recipe.yml", "out", "--verbose").stderr
 
