@@ -206,7 +206,8 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
 """Annotation and default of each option that becomes an attribute of `MergeOptions`."""
 
 _FLAGS: Final = {
-    **{name: f"--{name.replace('_', '-')}" for name in (*_MERGE_OPTIONS, "seed", "rank", "energy")},
+    **{name: f"--{name.replace('_', '-')}" for name in _MERGE_OPTIONS},
+    **{name: f"--{name.replace('_', '-')}" for name in ("seed", "rank", "energy", "byte_match", "magikarp")},
     "num_workers": "--workers",
     "memory_bytes": "--memory",
     "saved": "--modules-to-save",

@@ -73,7 +73,7 @@ def hardly_trained(model: Model) -> frozenset[int]:
             "whether tokens were trained is seen from the embedding as it is stored, and it is computed (an adapter, "
             "or codes)",
             where=f"model {model.reference}",
-            remedy="leave out --magikarp, or merge the adapter first",
+            remedy="leave out `magikarp=True`, or merge the adapter first",
         )
     unused = _unused(model, load.spec.shape[0])
     total = torch.zeros(load.spec.shape[1], dtype=torch.float64)

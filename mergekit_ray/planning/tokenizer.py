@@ -191,7 +191,7 @@ def _has_same_files(one: Model, two: Model) -> bool:
     try:
         return same_files(one.checkpoint, two.checkpoint)
     except ModelError:
-        return False  # what is wrong with one of them is told when it is read
+        return False  # reading it reports what is wrong
 
 
 def _compared(
@@ -214,7 +214,7 @@ def _compared(
             message,
             where=f"model {other.reference}",
             remedy="bring the models to common tokens: `tokenizer: {source: union}`; or pass "
-            "`unsafe_ignore_tokenizers=True` to merge rows of different tokens",
+            "`options=MergeOptions(unsafe_ignore_tokenizers=True)` to merge rows of different tokens",
         )
     return [*warnings, f"{other.reference}: {message}"]
 

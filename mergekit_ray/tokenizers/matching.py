@@ -15,7 +15,7 @@ class Matches:
 
     Attributes:
         same: tokens that stand for the same text.
-        by_byte: tokens that are there for the same byte.
+        by_byte: tokens of the same single byte.
         by_prefix: tokens that the donor's begins with, the longest of them.
     """
 

@@ -20,7 +20,7 @@ SCHEMES: Final = ("mean", "sum", "weighted_mean", "first_last")
 """How rows of pieces become one."""
 
 PLACES: Final = ("no", "embed", "lm_head", "yes")
-"""For which tensors tokens are matched in other ways: for none, the embedding, the head and its like, or both."""
+"""For which tensors tokens are matched in other ways: for none, the embedding, the head with its biases, or both."""
 
 
 def methods() -> list[str]:
@@ -39,7 +39,7 @@ class TransplantOptions:
         weights: of neighbours, of ``common_interpolation``; None for its default.
         subword: how ``subword`` puts pieces together, one of `SCHEMES`.
         prefix_match: where a missing token gets the row of the longest token that it begins with; one of `PLACES`.
-        byte_match: where tokens that are there for one byte are the same token, however they are written.
+        byte_match: where tokens of the same single byte match, however they are written.
         magikarp: leave out shared tokens that were hardly trained.
         scale: of approximated rows.
         noise: standard deviation of normal noise that is added to approximated rows.

@@ -104,7 +104,7 @@ def _check(tokens: Tokens, num_rows: int, model: Model, donor: Model) -> None:
             raise PlanError(
                 f"{model.reference} and {donor.reference} have no token in common, so there is nothing to approximate "
                 "rows from",
-                remedy="choose another donor, or --byte-match yes if one has tokens for single bytes",
+                remedy="choose another donor, or `byte_match='yes'` if one has tokens for single bytes",
             )
         lost = [row for row in rows.missing if row >= num_rows]
         if lost:

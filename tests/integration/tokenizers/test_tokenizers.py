@@ -234,7 +234,7 @@ class TestWithoutAKey:
             mergekit_ray.merge(given, tmp_path / "out")
         assert f"1 id means another token than in {other}: 261 is '<|x|>' and '<|y|>'" in str(caught.value)
         assert "tokenizer: {source: union}" in str(caught.value)
-        assert "`unsafe_ignore_tokenizers=True`" in str(caught.value)
+        assert "`options=MergeOptions(unsafe_ignore_tokenizers=True)`" in str(caught.value)
         plan = mergekit_ray.plan(given, options=mergekit_ray.MergeOptions(unsafe_ignore_tokenizers=True))
         assert any("1 id means another token" in warning for warning in plan.warnings)
 
