@@ -31,7 +31,7 @@ MERGEKIT_FLAGS: Final[dict[tuple[str, ...], str]] = {
     ): "not needed: reading, arithmetic and writing overlap; `--workers` says how many shards are processed at once",
     ("--out-shard-size",): "in the recipe: `output: {path: ./out, max_shard_size: 5GB}`",
     ("--random-seed",): "`--seed`, or `seed` in the recipe",
-    ("--copy-tokenizer",): "always: the tokenizer is copied from `base_model` or the first model",
+    ("--copy-tokenizer",): "always, unless the recipe asks for another tokenizer",
     ("--clone-tensors",): "not needed",
     ("--write-model-card", "--safe-serialization"): "always",
     ("--trust-remote-code",): "never: code of a model is copied, not run",
