@@ -42,6 +42,7 @@ class OutputTokenizer:
         rows: of embedding and head, where they are not those of the models.
         files: of the tokenizer and its chat template, by name; all others are the donor's.
         template: the chat template that the recipe asks for; None if it asks for none.
+        keeps_templates: whether the donor's additional chat templates fit.
         warnings: what the user should know.
     """
 
@@ -50,15 +51,16 @@ class OutputTokenizer:
     rows: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
+    keeps_templates: bool = True
     warnings: Sequence[str] = ()
 
     def replaces(self, name: str) -> bool:
         """Whether a file of the donor's has no place beside ``files``, which it would contradict."""
         if name in self.files or not self.files:
             return False
-        if "tokenizer.json" in self.files:
-            return is_tokenizer_file(name)
-        return name == _OLD_TEMPLATE or name.startswith(_MORE_TEMPLATES)
+        if name.startswith(_MORE_TEMPLATES):
+            return not self.keeps_templates
+        return is_tokenizer_file(name) if "tokenizer.json" in self.files else name == _OLD_TEMPLATE
 
 
 def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference, Model]) -> OutputTokenizer:
@@ -102,7 +104,9 @@ def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference
             eos=_content(special.get("eos_token")),
             where="chat_template",
         )
-    return OutputTokenizer(models, part.vocabulary is not None, rows, files, template, warnings)
+    source = None if part.vocabulary is None else part.vocabulary.source
+    keeps_templates = template is None and (source == donor or not isinstance(source, ModelReference))
+    return OutputTokenizer(models, part.vocabulary is not None, rows, files, template, keeps_templates, warnings)
 
 
 def part_on_tokens(recipe: DenseRecipe | MoeRecipe) -> DenseRecipe | MoeRecipe:

@@ -77,6 +77,16 @@ def test_the_recipes_own_replaces_all_others(key: dict[str, Any], models: list[P
     assert not any(name.startswith("additional_chat_templates") for name in files)
 
 
+def test_additional_templates_travel_with_their_tokenizer(models: list[Path], tmp_path: Path) -> None:
+    donor, other = models[1], save_model(tmp_path / "more", byte_level(["<|x|>"]), 9)
+    (donor / "additional_chat_templates").mkdir()
+    (donor / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    for source, is_kept in (("union", True), (str(donor), True), (str(other), False)):
+        out = tmp_path / f"out-{is_kept}-{source == 'union'}"
+        merged([donor, other], out, tokenizer_source=source)
+        assert ("additional_chat_templates/tool.jinja" in contents(out)) is is_kept
+
+
 def test_a_file(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jinja").write_text(OTHER)
