@@ -39,7 +39,7 @@ def test_a_reader_who_types_all_of_it_gets_what_it_says(models: ModelLibrary, tm
             elif not block["language"]:
                 for line in block["text"].splitlines():
                     program, *arguments = shlex.split(line)
-                    if program in ("git", "pip"):
+                    if program in ("git", "pip", "python3", ".", "cd"):  # what makes the environment
                         continue
                     ran = run_command(program, *arguments, cwd=tmp_path, env=known)
                     assert ran.returncode == (2 if line == REFUSED else 0), ran.stderr
