@@ -24,7 +24,7 @@ from mergekit_ray.tokenizers.chat.templates import (
     most_common,
 )
 from mergekit_ray.tokenizers.comparing import Difference, difference, same_files
-from mergekit_ray.tokenizers.files import tokenizer_files
+from mergekit_ray.tokenizers.files import TOKENIZER, tokenizer_files
 from mergekit_ray.tokenizers.reading import Tokenizer, read_tokenizer
 
 _OLD_TEMPLATE: Final = "chat_template.json"
@@ -171,15 +171,20 @@ def check_tokenizers(
     read: dict[str, Tokenizer | None] = {}
 
     def tokens_of(model: Model) -> Tokenizer | None:
-        if model.key not in read:
+        if model.key in read:
+            return read[model.key]
+        read[model.key] = None
+        why = "it has no tokenizer.json"  # transformers could make one, and takes longer than a small merge
+        if TOKENIZER in tokenizer_files(model.checkpoint):
             try:
                 read[model.key] = read_tokenizer(model.checkpoint)
-            except (ModelError, PlanError) as error:
-                read[model.key] = None
-                warnings.append(
-                    f"the tokenizer of {model.reference} cannot be compared with others, so an id may be a different "
-                    f"token there: {error.where}: {error.what}"
-                )
+            except ModelError as error:
+                why = f"{error.where}: {error.what}"
+        if read[model.key] is None:
+            warnings.append(
+                f"the tokenizer of {model.reference} cannot be compared with others, so an id may be a different token "
+                f"there: {why}"
+            )
         return read[model.key]
 
     known: list[Model] = []

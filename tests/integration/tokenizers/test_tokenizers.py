@@ -258,6 +258,20 @@ class TestWithoutAKey:
         warnings = mergekit_ray.plan(recipe({**folders, "odd": odd}, "base", "odd", "base")).warnings
         assert len([w for w in warnings if f"the tokenizer of {odd} cannot be compared with others" in w]) == 1
 
+    def test_nothing_is_converted_to_compare_it(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        """transformers takes longer to import than a small merge."""
+        odd = shutil.copytree(folders["chat"], tmp_path / "odd")
+        data = json.loads((odd / "tokenizer.json").read_text())
+        (odd / "tokenizer.json").unlink()
+        (odd / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
+        (odd / "merges.txt").write_text("\n".join(" ".join(merge) for merge in data["model"]["merges"]))
+        [warning] = [
+            each
+            for each in mergekit_ray.plan(recipe({**folders, "odd": odd}, "base", "odd")).warnings
+            if "compared" in each
+        ]
+        assert warning.endswith("it has no tokenizer.json")
+
     def test_tokens_at_the_end_are_cut_or_kept_as_before(self, folders: dict[str, Path]) -> None:
         assert mergekit_ray.plan(recipe(folders, "base", "chat")).config["vocab_size"] == 261
 
