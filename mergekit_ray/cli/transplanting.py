@@ -116,7 +116,7 @@ def transplant_command(
     log_format: LogFormatOption = LogFormat.text,
     debug: Debug = False,
 ) -> None:
-    """Give MODEL the tokenizer of DONOR and publish the result at OUT.
+    """Give MODEL the tokenizer of DONOR, as a new model at OUT.
 
     Embedding and head rows of tokens that both have are carried over. Those of the others are approximated.
     """
