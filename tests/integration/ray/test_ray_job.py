@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -104,9 +106,10 @@ class Submitted:
         assert not (out / "model.safetensors.index.json").exists()
 
     def go_on(self) -> None:
-        """Thaw the workers."""
+        """Thaw the workers. Ray may have ended one that had nothing to do."""
         for worker in self._frozen:
-            worker.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
 
     @property
     def status(self) -> str:
