@@ -258,7 +258,7 @@ def takes_merge_options(**defaults: Any) -> Callable[[Callable[..., None]], Call
             command(*args, options=MergeOptions(**chosen), **given)
 
         # What typer reads: the signature, and the annotations with the names evaluated.
-        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined] # what inspect reads
         wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return wrapped
 

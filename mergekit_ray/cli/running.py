@@ -42,18 +42,18 @@ class _OurErrors:
         parent = getattr(options.get("parent"), "command_path", "")
         self._path = f"{parent} {info_name}".strip()
         with self._told():
-            return super().make_context(info_name, args, *more, **options)  # type: ignore[misc]
+            return super().make_context(info_name, args, *more, **options)  # type: ignore[misc] # a mixin of click commands
 
     def invoke(self, ctx: Any) -> Any:
         with self._told():
-            return super().invoke(ctx)  # type: ignore[misc]
+            return super().invoke(ctx)  # type: ignore[misc] # a mixin of click commands
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc]
+        pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc] # a mixin of click commands
         return [re.sub(r"^\{(\w+)\}$", r"\1", piece) for piece in pieces]  # braces would be a choice
 
     def get_help(self, ctx: Any) -> str:
-        text: str = super().get_help(ctx)  # type: ignore[misc]
+        text: str = super().get_help(ctx)  # type: ignore[misc] # a mixin of click commands
         return _HEADING.sub("\x1b[1m\\g<0>\x1b[0m", text) if has_colour(sys.stdout) else text
 
     @contextlib.contextmanager

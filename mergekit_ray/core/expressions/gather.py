@@ -15,13 +15,13 @@ from mergekit_ray.core.expressions.base import (
     spec_to_json,
     to_json,
 )
-from mergekit_ray.core.expressions.runs import ZEROS, Runs
+from mergekit_ray.core.expressions.runs import ZEROS, OfRows, Runs
 from mergekit_ray.core.tensors import Location, TensorSpec
 
 
 @expression_kind("gather")
 @dataclass(frozen=True, slots=True)
-class Gather(Stored):
+class Gather(OfRows, Stored):
     """Rows of tensors as stored in files, end to end: an embedding in the order of another vocabulary.
 
     Made by `gathered`, which gives a `Load` where one suffices.
@@ -35,19 +35,6 @@ class Gather(Stored):
     parts: tuple[Load, ...]
     spec: TensorSpec
     runs: Runs
-
-    def __post_init__(self) -> None:
-        """Check that the runs fill the result from rows that the parts have.
-
-        Raises:
-            ValueError: see `Runs.row_elements`.
-        """
-        self.runs.row_elements(self.spec, [part.spec for part in self.parts])
-
-    @property
-    def row_elements(self) -> int:
-        """Elements of a row."""
-        return max(1, self.spec.num_elements // max(1, self.runs.num_rows))
 
     @property
     def read_from(self) -> tuple[Load, ...]:

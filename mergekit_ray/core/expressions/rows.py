@@ -20,7 +20,7 @@ from mergekit_ray.core.expressions.base import (
     stored,
     to_json,
 )
-from mergekit_ray.core.expressions.runs import Runs
+from mergekit_ray.core.expressions.runs import OfRows, Runs
 from mergekit_ray.core.tensors import TensorSpec
 
 _FLOAT64_BYTES = 8
@@ -28,7 +28,7 @@ _FLOAT64_BYTES = 8
 
 @expression_kind("rows")
 @dataclass(frozen=True, slots=True)
-class Rows(Expression):
+class Rows(OfRows, Expression):
     """Rows of any expressions, end to end: an embedding some of whose rows are computed.
 
     Made by `rows`, which gives something simpler where that suffices.
@@ -42,19 +42,6 @@ class Rows(Expression):
     parts: tuple[Expression, ...]
     spec: TensorSpec
     runs: Runs
-
-    def __post_init__(self) -> None:
-        """Check that the runs fill the result from rows that the parts have.
-
-        Raises:
-            ValueError: see `Runs.row_elements`.
-        """
-        self.runs.row_elements(self.spec, [part.spec for part in self.parts])
-
-    @property
-    def row_elements(self) -> int:
-        """Elements of a row."""
-        return max(1, self.spec.num_elements // max(1, self.runs.num_rows))
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """The runs of elements ``[start, stop)``: ``(part or ZEROS, its first element, its last + 1, where that is)``.

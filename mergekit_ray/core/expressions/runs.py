@@ -15,6 +15,8 @@ from mergekit_ray.core.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
+    from mergekit_ray.core.expressions.base import Expression
+
     Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 ZEROS: Final = -1
@@ -217,3 +219,31 @@ def _num_rows(spec: TensorSpec, size: int) -> int | None:
     if len(spec.shape) == 2 and spec.shape[0] == 1 and size == 1:
         return spec.shape[1]
     return (spec.shape or (1,))[0] if math.prod(spec.shape[1:]) == size else None
+
+
+class OfRows:
+    """What expressions that take rows of parts share: their ``parts``, ``spec`` and ``runs`` fit together."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def parts(self) -> Sequence[Expression]: ...  # noqa: D102 - see the class
+        @property
+        def spec(self) -> TensorSpec: ...  # noqa: D102 - see the class
+        @property
+        def runs(self) -> Runs: ...  # noqa: D102 - see the class
+
+    def __post_init__(self) -> None:
+        """Check that the runs fill the result from rows that the parts have.
+
+        Raises:
+            ValueError: see `Runs.row_elements`.
+        """
+        self.runs.row_elements(self.spec, [part.spec for part in self.parts])
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of a row."""
+        return max(1, self.spec.num_elements // max(1, self.runs.num_rows))

@@ -74,7 +74,7 @@ def retried(client: Any, policy: RetryPolicy) -> Any:
         if attempts < policy.max_attempts and is_transient(error):
             return policy.pause(attempts, _retry_after(error))
         if caught_exception is not None:
-            caught_exception.response = {"ResponseMetadata": {"RetryAttempts": attempts - 1}}  # type: ignore[attr-defined]
+            caught_exception.response = {"ResponseMetadata": {"RetryAttempts": attempts - 1}}  # type: ignore[attr-defined] # botocore's, untyped
         return None
 
     client.meta.events.register("needs-retry.s3", needs_retry, unique_id="mergekit-ray")

@@ -179,7 +179,7 @@ class TestGather:
     ) -> None:
         for make in (gathered, rows, Gather, Rows):
             with pytest.raises(ValueError, match=message):
-                make(tuple(parts), spec, Runs.of(runs))  # type: ignore[operator]
+                make(tuple(parts), spec, Runs.of(runs))  # type: ignore[operator] # either constructor
 
     def test_json_that_lies_is_refused(self) -> None:
         data = to_json(Gather((load("a"),), spec_of(2, WIDTH), Runs.of_rows([0, 0], [1, 0])))
@@ -331,7 +331,7 @@ class TestRows:
         tree = rows([inner], spec_of(4, WIDTH), Runs.of_rows([0] * 4, [10, 5, 1, 4]))
         assert isinstance(tree, Rows)
         below, computed = tree.parts
-        assert [below.origin(row * WIDTH)[0].model for row in range(2)] == ["c", "a"]  # type: ignore[attr-defined]
+        assert [below.origin(row * WIDTH)[0].model for row in range(2)] == ["c", "a"]  # type: ignore[attr-defined] # a Gather
         assert computed == noisy("b")
         assert list(tree.runs) == [(0, 0, 1), (1, 3, 1), (0, 1, 1), (1, 2, 1)]
         nested = rows([tree, load("d")], spec_of(2, WIDTH), Runs.of_rows([0, 1], [3, 0]))

@@ -118,8 +118,8 @@ def test_scaled_with_noise_and_from_what_is_computed() -> None:
     tree = case.tree("omp")
     doubled = replace(
         tree,
-        donor_shared=Scale(tree.donor_shared, 2.0, DType.F32),  # type: ignore[arg-type]
-        donor_missing=Cast(Scale(tree.donor_missing, 2.0, DType.F32), DType.F32),  # type: ignore[arg-type]
+        donor_shared=Scale(tree.donor_shared, 2.0, DType.F32),  # type: ignore[arg-type] # computed, not stored
+        donor_missing=Cast(Scale(tree.donor_missing, 2.0, DType.F32), DType.F32),  # type: ignore[arg-type] # computed, not stored
     )
     expected = case.expected("omp")
     found = evaluate(doubled, case.inputs, window=6 * MODEL_WIDTH)

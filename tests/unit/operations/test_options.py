@@ -87,15 +87,15 @@ def test_what_none_can_be_is_refused_by_name(name: str, value: Any) -> None:
         (lambda: MergeOptions(device="gpu"), "'gpu' is not a device"),
         (lambda: VerifyOptions(sample=-1), "VerifyOptions: sample is -1"),
         (lambda: VerifyOptions(sample=True), "VerifyOptions: sample is True"),
-        (lambda: VerifyOptions(seed=0.5), "VerifyOptions: seed is 0.5"),  # type: ignore[arg-type]
-        (lambda: VerifyOptions(finite=None), "VerifyOptions: finite is None"),  # type: ignore[arg-type]
-        (lambda: ExtractOptions(rank="8"), "ExtractOptions: rank is '8'"),  # type: ignore[arg-type]
-        (lambda: ExtractOptions(energy="0.9"), "ExtractOptions: energy is '0.9'"),  # type: ignore[arg-type]
-        (lambda: ExtractOptions(rank=8, coverage=None), "ExtractOptions: coverage is None"),  # type: ignore[arg-type]
-        (lambda: ExtractOptions(rank=8, dtype=16), "ExtractOptions: dtype is 16"),  # type: ignore[arg-type]
+        (lambda: VerifyOptions(seed=0.5), "VerifyOptions: seed is 0.5"),  # type: ignore[arg-type] # wrong on purpose
+        (lambda: VerifyOptions(finite=None), "VerifyOptions: finite is None"),  # type: ignore[arg-type] # wrong on purpose
+        (lambda: ExtractOptions(rank="8"), "ExtractOptions: rank is '8'"),  # type: ignore[arg-type] # wrong on purpose
+        (lambda: ExtractOptions(energy="0.9"), "ExtractOptions: energy is '0.9'"),  # type: ignore[arg-type] # wrong on purpose
+        (lambda: ExtractOptions(rank=8, coverage=None), "ExtractOptions: coverage is None"),  # type: ignore[arg-type] # wrong on purpose
+        (lambda: ExtractOptions(rank=8, dtype=16), "ExtractOptions: dtype is 16"),  # type: ignore[arg-type] # wrong on purpose
         (lambda: ExtractOptions(rank=8, dtype="bfloat"), "'bfloat'.*did you mean 'bfloat16'"),
         (lambda: ExtractOptions(rank=8, dtype=DType.I8), "unknown dtype 'int8'"),
-        (lambda: Coverage(embeddings="yes"), "Coverage: embeddings is 'yes'"),  # type: ignore[arg-type]
+        (lambda: Coverage(embeddings="yes"), "Coverage: embeddings is 'yes'"),  # type: ignore[arg-type] # wrong on purpose
     ],
 )
 def test_options_are_checked_when_they_are_made(make: Callable[[], object], said: str) -> None:

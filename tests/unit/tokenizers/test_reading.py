@@ -100,7 +100,7 @@ def test_an_adapter_that_brings_a_tokenizer_has_it(tmp_path: Path) -> None:
         checkpoint = brought
 
     attributes = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
-    adapted = AdaptedCheckpoint(**{**attributes, "side_files": []}, adapter=Adapter())  # type: ignore[arg-type]
+    adapted = AdaptedCheckpoint(**{**attributes, "side_files": []}, adapter=Adapter())  # type: ignore[arg-type] # fields by name
     assert "<|a|>" in read(adapted).ids
 
 

@@ -138,7 +138,7 @@ def far_worker(inputs: dict[str, InputModel], output: Path, memory_bytes: int) -
     sources = {key: FarSource(model.uri) for key, model in inputs.items()}
     far = {key: replace(model, uri=sources[key].uri) for key, model in inputs.items()}
     options = WorkerOptions(memory_bytes=memory_bytes)
-    return Worker(Resources(far, sources, options), LocalStore(output), "records"), sources  # type: ignore[arg-type]
+    return Worker(Resources(far, sources, options), LocalStore(output), "records"), sources  # type: ignore[arg-type] # sources of tests
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

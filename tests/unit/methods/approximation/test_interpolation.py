@@ -98,4 +98,4 @@ def test_what_is_not_finite() -> None:
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"metric": "manhattan"}, {"weights": "softmax"}, {"rank": 3}])
 def test_parameters_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        approximate("common_interpolation", normal(3, 4), normal(3, 4), normal(1, 4), **wrong)  # type: ignore[arg-type]
+        approximate("common_interpolation", normal(3, 4), normal(3, 4), normal(1, 4), **wrong)  # type: ignore[arg-type] # wrong on purpose

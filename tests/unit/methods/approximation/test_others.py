@@ -50,8 +50,8 @@ def test_rows_do_not_depend_on_the_cut(name: str) -> None:
     model, donor, missing = normal(500, 18, seed=1), normal(500, 30, seed=2), normal(21, 30, seed=3)
     uses_donor = APPROXIMATIONS.get(name).uses_donor
     rest = {"donor": donor, "missing": missing} if uses_donor else {}
-    whole = approximate(name, model, rows=21, **rest)  # type: ignore[arg-type]
-    assert torch.equal(approximate(name, model, rows=21, batch=4, **rest), whole)  # type: ignore[arg-type]
+    whole = approximate(name, model, rows=21, **rest)  # type: ignore[arg-type] # options by name
+    assert torch.equal(approximate(name, model, rows=21, batch=4, **rest), whole)  # type: ignore[arg-type] # options by name
 
 
 def test_zero_and_mean() -> None:
@@ -111,4 +111,4 @@ def test_what_is_not_finite_shows(name: str) -> None:
     model[3, 1] = float("nan")
     uses_donor = APPROXIMATIONS.get(name).uses_donor
     rest = {"donor": donor, "missing": missing} if uses_donor else {}
-    assert approximate(name, model, rows=2, **rest).isnan().any(dim=1).all()  # type: ignore[arg-type]
+    assert approximate(name, model, rows=2, **rest).isnan().any(dim=1).all()  # type: ignore[arg-type] # options by name
