@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
@@ -52,6 +52,40 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, set[int]]:
 def names_tokens(key: str) -> bool:
     """Whether a key of a config gives ids of single tokens."""
     return key.endswith(_SPECIAL)
+
+
+LISTS = (
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "force_words_ids",
+    "forced_decoder_ids",
+    "sequence_bias",
+)
+"""Keys of a generation config that list tokens, or runs of tokens."""
+
+
+def renumbered(key: str, value: Any, number: Callable[[int], int | None]) -> Any:
+    """One of the `LISTS` with other ids. What names a token that has none is left out.
+
+    Args:
+        key: which one.
+        value: a list: of ids, of lists of ids (of words, perhaps in further lists), of places with ids, or of lists of
+            ids with numbers. Anything else stays as it is.
+        number: the new id of an id; None if its token is gone.
+    """
+    if isinstance(value, list) and all(isinstance(each, list) for each in value):
+        if key == "forced_decoder_ids":
+            pairs = [(each, number(each[1])) for each in value if len(each) == 2 and type(each[1]) is int]
+            return [[each[0], new] for each, new in pairs if new is not None]
+        if key == "sequence_bias":
+            runs = [(renumbered("", each[0], number), each) for each in value if each]
+            return [[ids, *each[1:]] for ids, each in runs if len(ids) == len(each[0])]
+        words = [(renumbered("", each, number), each) for each in value]
+        return [ids for ids, each in words if len(ids) == len(each)]
+    if not isinstance(value, list) or not all(type(each) is int for each in value):
+        return value
+    return [each if each < 0 else new for each in value if each < 0 or (new := number(each)) is not None]
 
 
 def _special(config: Any) -> Iterator[tuple[str, Any]]:

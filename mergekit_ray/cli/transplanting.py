@@ -28,7 +28,7 @@ class Where(StrEnum):
 
 
 def _complete_method(incomplete: str) -> list[str]:
-    from mergekit_ray.planning.transplant.options import methods  # finding all of them takes time
+    from mergekit_ray.config.transplant import methods  # finding all of them takes time
 
     return [name for name in methods() if name.startswith(incomplete)]
 
@@ -104,8 +104,7 @@ def transplant_command(
             "--max-shard-size",
             parser=parse_memory,
             metavar="SIZE",
-            help="Of an output file (default: 2GB). Each is computed by one worker: if embedding and head are in two, "
-            "two workers share them.",
+            help="Of an output file (default: 2GB).",
         ),
     ] = None,
     seed: Annotated[
@@ -124,8 +123,8 @@ def transplant_command(
         told_errors(debug, quiet=quiet, log_format=log_format, resumes=True) as voice,
         listening(voice.say) as signals,
     ):
+        from mergekit_ray.config.transplant import TransplantOptions
         from mergekit_ray.operations.transplant import transplant
-        from mergekit_ray.planning.transplant.options import TransplantOptions
 
         wanted = TransplantOptions(
             method=method,

@@ -20,6 +20,7 @@ from mergekit_ray.config.accepted import ModelLike
 from mergekit_ray.config.fields import RecipeModel, raise_findings
 from mergekit_ray.config.findings import Finding, details_of, did_you_mean, findings_of, found
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.transplant import Approximation, TransplantOptions
 
 _WORDS = ("union", "base")
 _MAX_MULTIPLE = 1 << 20
@@ -104,7 +105,8 @@ def _parse_tokenizer_source(value: object) -> str | ModelReference | None:
         word = value.strip()
         if word in _WORDS:
             return word
-        if near := difflib.get_close_matches(word, _WORDS, n=1, cutoff=0.75):
+        is_path = word.startswith((".", "/", "~")) or "://" in word
+        if not is_path and (near := difflib.get_close_matches(word, _WORDS, n=1, cutoff=0.75)):
             hint = f"did you mean {near[0]!r}? For a folder, write ./{word}"
             raise ValueError(f"{word!r} is neither union nor base\n{hint}")
         # mergekit's first spelling of a model here, still found in recipes.
@@ -159,11 +161,14 @@ class TokenizerOptions(RecipeModel):
         source: where the vocabulary comes from.
         tokens: embeddings of single tokens.
         pad_to_multiple_of: the vocabulary is padded to a multiple of this.
+        approximate: how models get rows for the tokens of ``source`` that they lack, as `transplant` makes them: the
+            name of a method, or ``method`` with its options. Without it, they get other models' rows.
     """
 
     source: TokenizerSource = "union"
     tokens: dict[str, TokenEmbedding] | None = None
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=_MAX_MULTIPLE)] | None = None
+    approximate: Approximation = None
 
     if TYPE_CHECKING:
 
@@ -173,7 +178,19 @@ class TokenizerOptions(RecipeModel):
             source: ModelLike | None = ...,
             tokens: Mapping[str, TokenEmbedding | Mapping[str, Any]] | None = ...,
             pad_to_multiple_of: int | None = ...,
+            approximate: TransplantOptions | str | Mapping[str, Any] | None = ...,
         ) -> None: ...
+
+    @model_validator(mode="after")
+    def _approximated_from_one(self) -> Self:
+        if self.approximate is not None and self.source == "union":
+            raise ValueError(
+                "`approximate` makes rows from those of one model, and `source` is union\n"
+                "name the model whose tokens all are to have: `source: org/model`, or `source: base`"
+            )
+        if self.approximate is not None and self.approximate.magikarp:
+            raise ValueError("`magikarp` is an option of `transplant`, not of a merge\nleave it out")
+        return self
 
     @field_validator("tokens")
     @classmethod

@@ -44,6 +44,19 @@ class ApproximationDeclaration:
         del parameters, num_shared, model_width, donor_width
         return 0
 
+    @classmethod
+    def row_work(cls, parameters: Mapping[str, Any], num_shared: int, model_width: int, donor_width: int) -> float:
+        """Floating-point operations of a row, about; 0 if they are not worth spreading over workers.
+
+        Args:
+            parameters: by name; what is not there has its default.
+            num_shared: rows of the model, and of the donor where it is used.
+            model_width: elements of the model's rows; 0 if they are not used.
+            donor_width: the same of the donor's.
+        """
+        del parameters, num_shared, model_width, donor_width
+        return 0.0
+
 
 APPROXIMATIONS: Registry[type[ApproximationDeclaration]] = Registry(
     "approximation", "mergekit_ray.methods.approximation", "mergekit_ray.approximations"

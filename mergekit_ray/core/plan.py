@@ -18,7 +18,7 @@ from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import (
     Expression,
     from_json,
-    needed,
+    read_bytes,
     spec_from_json,
     spec_to_json,
     to_json,
@@ -123,8 +123,7 @@ class Shard:
     @cached_property
     def read_bytes(self) -> int:
         """Bytes of input the shard needs."""
-        needs = (needed(tensor.expression, 0, tensor.spec.num_elements) for tensor in self.tensors)
-        return sum(leaf.read_bytes(*run) for of_tensor in needs for leaf, run in of_tensor.items())
+        return sum(read_bytes(tensor.expression) for tensor in self.tensors)
 
     @cached_property
     def num_parameters(self) -> int:

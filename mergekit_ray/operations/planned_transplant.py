@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.transplant import TransplantOptions
 from mergekit_ray.core.errors import ModelError
 from mergekit_ray.core.expressions import Load
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.make import models_of
-from mergekit_ray.planning.transplant.options import TransplantOptions
 from mergekit_ray.planning.transplant.plan import transplant_plan
 from mergekit_ray.tokenizers.reading import read_tokenizer
 from mergekit_ray.tokenizers.spelling import spellings

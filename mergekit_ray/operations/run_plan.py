@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_ray.core.errors import Interrupted, StorageError
 from mergekit_ray.core.plan import Plan
+from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.shown import table
 from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.operations.kept_routers import KeptRouters
@@ -27,6 +28,7 @@ from mergekit_ray.operations.tensors import Tensors
 from mergekit_ray.output.destination import (
     PLAN_FILE,
     RECORD_ROOT,
+    ROWS,
     Destination,
     check_twins,
     clear,
@@ -38,9 +40,11 @@ from mergekit_ray.output.lease import Lease, discard_dead, hold
 from mergekit_ray.output.publish import check_records, publish
 from mergekit_ray.output.staging import is_swapping, staged, swap
 from mergekit_ray.planning.figures import figures, summary
+from mergekit_ray.planning.transplant.batches import batches_of
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.reporting.reporters import Reporter, SilentReporter, duration
 from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.storage.fence import open_fenced
 from mergekit_ray.storage.opening import open_sink, open_sources
 from mergekit_ray.storage.protocols import PublishingSink, Sink
 
@@ -220,19 +224,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
     sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps(begun).encode())
     check_twins(destination, plan)
     merge.kept.write(destination)
-    shards = [shard for shard in plan.shards if shard.file not in destination.done]
-    files = [shard.file for shard in shards]
-    discard_attempts(destination, files)
-    records = dict(destination.done)
-    if shards:
-        # numpy, and the rest of the machinery, are only paid for once there is something to write.
-        from mergekit_ray.operations.write_shards import write_shards  # noqa: PLC0415
-
-        records |= write_shards(
-            shards, plan, destination, merge.options, merge.memory_bytes, tell, merge.stop, merge.lease
-        )
-        # Attempts that failed with their worker, or while the store was away, could not clean up behind themselves.
-        discard_attempts(destination, files)
+    records = _write(merge, _with_rows(merge, destination), destination)
     tell.event("checking", "checking what was written")
     check_records(plan, destination, records)
     merge.confirm()
@@ -242,6 +234,50 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
         merge.lease.rest()  # a renewal after `finish` would begin the next merge
     publish(plan, destination, records, open_sources(plan.inputs))
     _tidy(sink, tell)
+
+
+def _write(merge: _Merge, plan: Plan, destination: Destination) -> dict[str, ShardRecord]:
+    """Write the shards of a plan that are missing; the records of all."""
+    shards = [shard for shard in plan.shards if shard.file not in destination.done]
+    files = [shard.file for shard in shards]
+    discard_attempts(destination, files)
+    if not shards:
+        return dict(destination.done)
+    # numpy, and the rest of the machinery, are only paid for once there is something to write.
+    from mergekit_ray.operations.write_shards import write_shards  # noqa: PLC0415
+
+    written = write_shards(
+        shards, plan, destination, merge.options, merge.memory_bytes, merge.tell, merge.stop, merge.lease
+    )
+    # Attempts that failed with their worker, or while the store was away, could not clean up behind themselves.
+    discard_attempts(destination, files)
+    return {**destination.done, **written}
+
+
+def _with_rows(merge: _Merge, destination: Destination) -> Plan:
+    """The plan, reading rows from beside the output that take long to approximate, once these have been written there.
+
+    Of a repository on the Hub nothing can be read before it is published: there, each tensor is one worker's.
+    """
+    plan, tell, sink = merge.plan, merge.tell, destination.sink
+    batches = None if isinstance(sink, PublishingSink) else batches_of(plan)
+    if batches is None or batches.files <= destination.done.keys():
+        return plan
+    place = open_fenced(f"{sink.uri}/{destination.record_folder}/{ROWS}", merge.lease.fence)
+    found = inspect(place, batches.plan, overwrite=True)
+    tell.begin(batches.plan)
+    tell.event(
+        "approximating",
+        f"approximating rows of new tokens in {counted(len(batches.plan.shards), 'batch', 'batches')}, "
+        f"{len(found.done)} of which are there",
+        num_done=len(found.done),
+        num_batches=len(batches.plan.shards),
+    )
+    records = _write(merge, batches.plan, found)
+    check_records(batches.plan, found, records)
+    reading = batches.read_by(plan, place.uri, records)
+    tell.begin(reading)
+    return reading
 
 
 def _tidy(sink: Sink, tell: Reporter) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.transplant import TransplantOptions
 from mergekit_ray.core.errors import ConfigError, ModelError
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.planned_transplant import planned
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
-from mergekit_ray.planning.transplant.options import TransplantOptions
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
 

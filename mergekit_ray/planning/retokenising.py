@@ -10,13 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 from mergekit_ray.architectures.anatomy import anatomy, language_config, stating
+from mergekit_ray.checkpoint.token_ids import names_tokens
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenizerOptions, TokenSource, ZeroEmbedding
+from mergekit_ray.config.transplant import TransplantOptions
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.token_rows import NO_ROW, Holder, RetokenisedWeights, Row, TokenRows
+from mergekit_ray.planning.transplant.rows import transplanted
+from mergekit_ray.planning.transplant.tokens import Tokens, few_shared, tokens_of
 from mergekit_ray.tokenizers.chat.templates import stored_template
 from mergekit_ray.tokenizers.files import shown
 from mergekit_ray.tokenizers.reading import Tokenizer, read_tokenizer
@@ -54,6 +58,7 @@ def retokenised(
     merged: Sequence[ModelReference],
     base: ModelReference | None,
     template: str | None,
+    seed: int,
 ) -> Retokenised:
     """See models with the tokens that a recipe asks for.
 
@@ -63,13 +68,14 @@ def retokenised(
         merged: those that are merged, and the donor, which comes first.
         base: the recipe's base model.
         template: the chat template that the recipe asks for; None for that of the tokenizer's model.
+        seed: of random rows.
 
     Raises:
         ModelError: a model without a tokenizer, or with one that does not go with the others'.
         PlanError: a token that no model has a row for, or a source that does not have it.
         CheckpointError, StorageError: a tokenizer could not be read.
     """
-    return _Retokenising(options, models, merged, base).run(template)
+    return _Retokenising(options, models, merged, base, seed).run(template)
 
 
 class _Retokenising:
@@ -79,9 +85,10 @@ class _Retokenising:
         models: Mapping[ModelReference, Model],
         merged: Sequence[ModelReference],
         base: ModelReference | None,
+        seed: int,
     ) -> None:
         self._options = options
-        self._models = models
+        self._stored = self._models = models
         self._merged = merged
         self._base = base
         self._donor = merged[0]
@@ -89,20 +96,26 @@ class _Retokenising:
         self._tokenizers = {reference: self._read(reference) for reference in self._read_from()}
         for reference in merged:
             _check_rows(models[reference])
+        self._approximated: dict[ModelReference, Tokens] = {}
+        if options.approximate is not None:
+            self._approximate(replace(options.approximate, seed=seed))
 
     def run(self, template: str | None) -> Retokenised:
         target = self._with_given(self._target())
         tokens = self._tokens(target)
         holders = self._holders()
         places = {reference: place for place, reference in enumerate(holders)}
+        stored = self._stored_holders(holders)
+        everyone = [*holders.values(), *stored.values()]
+        of_given = places | {reference: len(holders) + i for i, reference in enumerate(stored)}
         given = {
-            token: self._given(token, entry.source, holders, places)
+            token: self._given(token, entry.source, {**holders, **stored}, of_given)
             for token, entry in self._entries.items()
             if entry.source is not None
         }
         forced = frozenset(token for token, entry in self._entries.items() if entry.force)
         base = None if self._base is None else places.get(self._base)
-        chosen = TokenRows(tokens, list(holders.values()), base, places[self._donor], given, forced)
+        chosen = TokenRows(tokens, everyone, base, places[self._donor], given, forced)
         self._check_all_given(chosen)
         models = dict(self._models)
         for reference in self._merged:
@@ -146,30 +159,53 @@ class _Retokenising:
         size = 1 + max(target.ids.values(), default=-1)
         factor = self._options.pad_to_multiple_of
         size = max(size, _num_rows(self._models[self._like])) if factor is None else -(-size // factor) * factor
-        tokens: list[str | None] = [None] * size
-        for token, number in target.ids.items():
-            tokens[number] = token
-        return tokens
+        names = target.names()
+        return [names.get(number) for number in range(size)]
 
     # -- rows -----------------------------------------------------------------------------------------------------
+
+    def _approximate(self, options: TransplantOptions) -> None:
+        """See models that lack tokens of the tokenizer's model as `transplant` would leave them."""
+        donor, seen = self._models[self._like], dict(self._models)
+        for reference in self._merged:
+            model = self._models[reference]
+            tokens = tokens_of(model, donor, options)
+            whole = list(range(_num_rows(model)))
+            if reference != self._like and not tokens.embedding.chosen == tokens.head.chosen == whole:
+                seen[reference] = transplanted(model, donor, tokens, options, model.checkpoint.config)
+                self._approximated[reference] = tokens
+        self._models = seen
+
+    def _rows_by_token(self, reference: ModelReference) -> Mapping[str, int]:
+        """A model's tokens that have a row. One that the recipe gives a row is not approximated before."""
+        tokens = self._approximated.get(reference)
+        if tokens is None:
+            return self._tokenizers[reference].ids
+        own = {row for _, row in tokens.embedding.shared}
+        given = {token for token, entry in self._entries.items() if entry.source is not None}
+        return {token: row for token, row in tokens.donor.ids.items() if row in own or token not in given}
 
     def _holders(self) -> dict[ModelReference, Holder]:
         """Models that have rows as wide as the donor's."""
         wanted = _width(self._models[self._donor])
-        found = {}
-        for reference, tokenizer in self._tokenizers.items():
-            model = self._models[reference]
-            if _width(model) == wanted:
-                rows = _num_rows(model)
-                ids = {token: number for token, number in tokenizer.ids.items() if number < rows}
-                found[reference] = Holder(model, ids, rows, reference in self._merged)
-        return found
+        return {
+            reference: _holder(model, self._rows_by_token(reference), is_merged=reference in self._merged)
+            for reference in self._tokenizers
+            if _width(model := self._models[reference]) == wanted
+        }
+
+    def _stored_holders(self, holders: Mapping[ModelReference, Holder]) -> dict[ModelReference, Holder]:
+        """Approximated models as they are stored, where the recipe names a token or an id of theirs."""
+        named = self._approximated.keys() & holders.keys() & set(self._options.model_references())
+        return {each: _holder(self._stored[each], self._tokenizers[each].ids, is_merged=False) for each in named}
 
     def _warnings(self) -> list[str]:
-        """Of ids beyond the rows, which a tokenizer's files give and nobody could use."""
-        found = []
+        """Of models with little in common, and of ids beyond the rows, which nobody could use."""
+        found = [
+            f"{reference}: {told}" for reference, tokens in self._approximated.items() for told in few_shared(tokens)
+        ]
         for reference in self._merged:
-            tokens, rows = self._tokenizers[reference].names(), _num_rows(self._models[reference])
+            tokens, rows = self._tokenizers[reference].names(), _num_rows(self._stored[reference])
             lost = sorted(number for number in tokens if number >= rows)
             if lost:
                 beyond = (
@@ -274,12 +310,19 @@ class _Retokenising:
             part["vocab_size"] = rows
         return changed
 
-    def _remapped(self, config: Mapping[str, Any], target: Tokenizer) -> dict[str, Any]:
+    def _remapped(self, config: Mapping[str, Any], target: Tokenizer, *, is_generation: bool = False) -> dict[str, Any]:
         """The donor's config, or its generation config, with the ids of the new tokenizer.
 
-        What begins and ends a text is what another model's tokenizer says.
+        What begins and ends a text is what the tokenizer's own model says in its configs, or else its tokenizer.
         """
-        kept = {} if self._like == self._donor else {k: n for k, n in target.special.items() if k in config}
+        kept: dict[str, Any] = {}
+        if self._like != self._donor:
+            own = self._models[self._like].checkpoint.config
+            generation = self._tokenizers[self._like].settings.get(_GENERATION, {}) if is_generation else {}
+            for key in filter(names_tokens, config):
+                said = (each.get(key) for each in (generation, own, language_config(own), target.special))
+                if (value := next((each for each in said if each is not None), None)) is not None:
+                    kept[key] = copy.deepcopy(value)
         rest = {key: value for key, value in config.items() if key not in kept}
         changed = {**remapped_ids(rest, self._tokenizers[self._donor], target), **kept}
         return {key: changed[key] for key in config}
@@ -290,7 +333,7 @@ class _Retokenising:
         files.pop(_GENERATION, None)
         settings = self._tokenizers[self._donor].settings.get(_GENERATION)
         if settings is not None:
-            remapped = self._remapped(settings, target)
+            remapped = self._remapped(settings, target, is_generation=True)
             files[_GENERATION] = json.dumps(remapped, indent=2, ensure_ascii=False) + "\n"
         return files
 
@@ -304,11 +347,16 @@ class _Retokenising:
         found = read_tokenizer(self._models[reference].checkpoint)
         if found is None:
             raise ModelError(
-                "there is no tokenizer beside the model, and the recipe asks for one that is made of all models'",
+                "there is no tokenizer beside the model, and the recipe asks for common tokens",
                 where=f"model {reference}",
                 remedy="copy the tokenizer's files to the model, or remove `tokenizer` and `tokenizer_source`",
             )
         return found
+
+
+def _holder(model: Model, ids: Mapping[str, int], *, is_merged: bool) -> Holder:
+    rows = _num_rows(model)
+    return Holder(model, {token: number for token, number in ids.items() if number < rows}, rows, is_merged)
 
 
 def _check_rows(model: Model) -> None:
@@ -338,7 +386,12 @@ def _check_rows(model: Model) -> None:
 
 
 def _num_rows(model: Model) -> int:
-    assert model.anatomy.embedding is not None
+    if model.anatomy.embedding is None:
+        raise ModelError(
+            "the model has no embedding, so its tokens have no rows",
+            where=f"model {model.reference}",
+            remedy="name a language model",
+        )
     return model.weights.specs[model.anatomy.embedding].shape[0]
 
 

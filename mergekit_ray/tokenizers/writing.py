@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
-from mergekit_ray.checkpoint.token_ids import names_tokens
+from mergekit_ray.checkpoint.token_ids import LISTS, names_tokens, renumbered
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.tokenizers.files import CONFIG, GENERATION, SPECIAL_MAP, TOKENIZER, shown
 from mergekit_ray.tokenizers.reading import Tokenizer
@@ -42,10 +43,11 @@ def remapped_ids(value: Mapping[str, Any], old: Tokenizer, new: Tokenizer) -> di
     Args:
         value: content of ``config.json`` or ``generation_config.json``; parts of it are searched, too.
         old: whose ids it has.
-        new: whose ids it gets. Of a list, tokens that it lacks are left out.
+        new: whose ids it gets. Of a list, tokens that it lacks are left out, and words with such tokens.
 
     Raises:
-        PlanError: it lacks a token that the config names, or all of a list; or the config is nested without reason.
+        PlanError: it lacks a token that the config names, or all of a list; a token has an id there that was no
+            token's; or the config is nested without reason.
     """
     if old.ids == new.ids:
         return dict(value)
@@ -62,6 +64,8 @@ def _remapped_all(value: Mapping[str, Any], old: Tokenizer, new: Tokenizer) -> d
     for key, each in value.items():
         if names_tokens(key):
             found[key] = _remapped(key, each, old, new)
+        elif key in LISTS:
+            found[key] = renumbered(key, each, partial(_number, old=old, new=new))
         else:
             found[key] = _remapped_all(each, old, new) if isinstance(each, Mapping) else each
     return found
@@ -77,15 +81,34 @@ def _remapped(key: str, value: Any, old: Tokenizer, new: Tokenizer) -> Any:
         return [_remapped(key, each, old, new) for each in kept]
     token = _token(value, old)
     if token is None:
+        if _token(value, new) is not None:
+            raise _taken(key, value, old, new)
         return value
     if token not in new.ids:
         raise _lacking(key, value, old, new)
     return new.ids[token]
 
 
+def _number(number: int, *, old: Tokenizer, new: Tokenizer) -> int | None:
+    """The same token's id. An id that was no token's stays, unless it is another token's now."""
+    token = old.names().get(number)
+    if token is None:
+        return None if number in new.names() else number
+    return new.ids.get(token)
+
+
 def _token(value: Any, tokenizer: Tokenizer) -> str | None:
     """The token of an id; None of anything else, as -1 or the id of a padding row, which stays as it is."""
     return tokenizer.names().get(value) if type(value) is int else None
+
+
+def _taken(key: str, number: int, old: Tokenizer, new: Tokenizer) -> PlanError:
+    token = shown(new.names()[number])
+    return PlanError(
+        f"{key} is {number}, which is none of its tokens, and would be {token} in the new tokenizer",
+        where=old.reference,
+        remedy=f"add the token that {key} means to its tokenizer, or correct {key} in the model's config",
+    )
 
 
 def _lacking(key: str, number: int, old: Tokenizer, new: Tokenizer) -> PlanError:

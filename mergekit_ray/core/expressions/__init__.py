@@ -32,9 +32,11 @@ from mergekit_ray.core.expressions.base import (
     is_copy,
     loads,
     needed,
+    read_bytes,
     spec_from_json,
     spec_to_json,
     stored,
+    substituted,
     to_json,
 )
 from mergekit_ray.core.expressions.expert_low_rank import ExpertLowRank
@@ -76,10 +78,12 @@ __all__ = [
     "is_copy",
     "loads",
     "needed",
+    "read_bytes",
     "rows",
     "spec_from_json",
     "spec_to_json",
     "stored",
+    "substituted",
     "to_json",
     "without_values",
 ]

@@ -121,9 +121,17 @@ class Merge(Expression):
         return most([own, *(child.access for child in self.children())])
 
     @property
+    def held(self) -> tuple[Expression, ...]:
+        """Merged inputs that are computed once and kept, since the method looks at each element several times."""
+        access = METHODS.get(self.method).effective_access(dict(self.parameters))
+        if access is not Access.REDUCE:
+            return ()
+        return tuple({id(child): child for child in self.children() if _is_merged(child)}.values())
+
+    @property
     def scratch_bytes(self) -> int:
         """What a method holds of the whole tensor: its statistics; all of it in compute dtype, if it needs that."""
-        below = sum(child.scratch_bytes for child in self.children())
+        below = sum(child.scratch_bytes for child in self.children()) + sum(x.spec.num_bytes for x in self.held)
         method = METHODS.get(self.method)
         access = method.effective_access(dict(self.parameters))
         if access is Access.ELEMENTWISE:
@@ -174,3 +182,7 @@ class Merge(Expression):
             keys=tuple(keys),
             compute_dtype=DType(compute_dtype),
         )
+
+
+def _is_merged(x: Expression) -> bool:
+    return isinstance(x, Merge) or any(map(_is_merged, x.children()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from mergekit_ray.core.declaration import Access
@@ -24,12 +24,14 @@ class Expression(ABC):
 
     Attributes:
         kind: tag in JSON.
+        reads_all: all of its children is read where all of it is wanted.
         spec: name, dtype and shape of the result.
     """
 
     __slots__ = ()
 
     kind: ClassVar[str]
+    reads_all: ClassVar[bool] = True
 
     if TYPE_CHECKING:
 
@@ -262,6 +264,24 @@ def needed(expression: Expression, start: int, stop: int) -> dict[Stored, tuple[
     return found
 
 
+def read_bytes(expression: Expression) -> int:
+    """Bytes of files that all of a tensor is read from."""
+    seen: dict[object, int] = {}
+    stack = [expression] if expression.spec.num_elements else []
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Load):
+            seen[node.model, node.location] = node.location.num_bytes
+        elif isinstance(node, Stored):
+            seen[node] = node.read_bytes(0, node.spec.num_elements)
+        elif node.reads_all:
+            stack.extend(node.children())
+        else:
+            runs = needed(expression, 0, expression.spec.num_elements)
+            return sum(leaf.read_bytes(*run) for leaf, run in runs.items())
+    return sum(seen.values())
+
+
 def loads(expression: Expression) -> Iterator[Load]:
     """Every distinct tensor of a file that something of the tree is read from, in order of first appearance."""
     seen: set[tuple[str, Location]] = set()
@@ -270,6 +290,26 @@ def loads(expression: Expression) -> Iterator[Load]:
             if (load.model, load.location) not in seen:
                 seen.add((load.model, load.location))
                 yield load
+
+
+def substituted(expression: Expression, substitute: Callable[[Expression], Expression | None]) -> Expression:
+    """The tree with other nodes in place of some.
+
+    Args:
+        expression: the tree.
+        substitute: what takes a node's place, of the same spec; None if the node stays.
+    """
+    other = substitute(expression)
+    if other is not None:
+        return other
+    changes: dict[str, Any] = {}
+    for field in fields(expression) if expression.children() else ():  # type: ignore[arg-type] # every kind is a dataclass
+        value = getattr(expression, field.name)
+        if isinstance(value, Expression):
+            changes[field.name] = substituted(value, substitute)
+        elif isinstance(value, tuple):
+            changes[field.name] = tuple(substituted(x, substitute) if isinstance(x, Expression) else x for x in value)
+    return replace(expression, **changes) if changes else expression  # type: ignore[type-var] # as above
 
 
 def is_copy(expression: Expression) -> bool:

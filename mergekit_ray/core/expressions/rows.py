@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.expressions.base import (
@@ -38,6 +38,8 @@ class Rows(OfRows, Expression):
         spec: of the result. A bias ``[rows]`` or ``[1, rows]`` has rows of one element.
         runs: which rows, of which parts.
     """
+
+    reads_all: ClassVar[bool] = False
 
     parts: tuple[Expression, ...]
     spec: TensorSpec

@@ -50,6 +50,12 @@ class CommonInterpolation(Approximation):
         k = int(parameters.get("k", cls.parameters.model_fields["k"].default))
         return 8 * num_shared + 8 * (3 * 4 * cls.batch_rows * num_shared + 4 * 8 * k * donor_width)
 
+    @classmethod
+    def row_work(cls, parameters: Mapping[str, Any], num_shared: int, model_width: int, donor_width: int) -> float:
+        """See `ApproximationDeclaration.row_work`: inner products with all shared rows."""
+        del parameters, model_width
+        return 2.0 * num_shared * donor_width
+
     def fit(self, shared: Shared) -> Any:
         """See `Approximation.fit`: the donor's squared norms."""
         from mergekit_ray.methods.shared.pursuit import squared_norms  # noqa: PLC0415 - imports torch and loops

@@ -52,9 +52,19 @@ class Omp(Approximation):
     @classmethod
     def working_bytes(cls, parameters: Mapping[str, Any], num_shared: int, model_width: int, donor_width: int) -> int:
         """See `ApproximationDeclaration.working_bytes`: squared norms, and the batch of each thread."""
-        k = int(parameters.get("k", cls.parameters.model_fields["k"].default))
+        k = cls._k(parameters)
         of_row = 2 * 4 * donor_width + 4 * _ATOMS + 8 * k * (k + 3) + 4 * model_width
         return 8 * num_shared + _THREADS * (cls.batch_rows * of_row + 4 * _ATOMS * donor_width)
+
+    @classmethod
+    def row_work(cls, parameters: Mapping[str, Any], num_shared: int, model_width: int, donor_width: int) -> float:
+        """See `ApproximationDeclaration.row_work`: inner products with all shared rows, for each token chosen."""
+        del model_width
+        return 2.0 * num_shared * donor_width * min(cls._k(parameters), num_shared)
+
+    @classmethod
+    def _k(cls, parameters: Mapping[str, Any]) -> int:
+        return int(parameters.get("k", cls.parameters.model_fields["k"].default))
 
     def fit(self, shared: Shared) -> Any:
         """The longest of the donor's rows, which bounds the rounding of products."""

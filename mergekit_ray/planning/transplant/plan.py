@@ -5,31 +5,26 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Any
 
-from mergekit_ray.architectures.anatomy import anatomy, language_config, stating
+from mergekit_ray.architectures.anatomy import language_config
 from mergekit_ray.architectures.quantisation_config import SIDE_FILES
 from mergekit_ray.checkpoint.side_files import is_tokenizer_file
-from mergekit_ray.checkpoint.token_ids import names_tokens
+from mergekit_ray.checkpoint.token_ids import LISTS, names_tokens, renumbered
 from mergekit_ray.config.normal import normalise
 from mergekit_ray.config.recipe import DenseRecipe
-from mergekit_ray.core.plan import InputFile, Plan, SideFile
+from mergekit_ray.config.transplant import TransplantOptions
+from mergekit_ray.core.plan import Plan, SideFile
 from mergekit_ray.core.registry import METHODS
-from mergekit_ray.core.sizes import counted
 from mergekit_ray.planning.beside import check_sizes
 from mergekit_ray.planning.dense import lower
 from mergekit_ray.planning.lowering import Arithmetic, Model
 from mergekit_ray.planning.make import inputs_of
 from mergekit_ray.planning.output_config import output_config
 from mergekit_ray.planning.partition import partition
-from mergekit_ray.planning.transplant.options import SUBWORD, TransplantOptions
-from mergekit_ray.planning.transplant.rows import TransplantedWeights
-from mergekit_ray.planning.transplant.tokens import Tokens, tokens_of
+from mergekit_ray.planning.transplant.rows import transplanted
+from mergekit_ray.planning.transplant.tokens import Tokens, few_shared, tokens_of
 from mergekit_ray.tokenizers.files import GENERATION, tokenizer_files
-
-_FEW: Final = 10
-"""A warning is due if fewer than one of so many tokens are shared."""
 
 
 def transplant_plan(
@@ -50,34 +45,27 @@ def transplant_plan(
         ModelError, PlanError, CheckpointError, StorageError: see `tokens_of`; or the model's tensors make no sense.
     """
     tokens = tokens_of(model, donor, options, hardly_trained)
-    pieces = _pieces(tokens) if options.method == SUBWORD else None
-    weights = TransplantedWeights(model, donor, tokens, options, pieces)
-    size = len(tokens.embedding.chosen)
-    config = with_donors_ids(model.checkpoint.config, donor, tokens)
-    for part in stating(config, "vocab_size") or [cast(dict[str, Any], language_config(config))]:
-        part["vocab_size"] = size
-    parts = anatomy(weights.specs, config, f"model {model.reference}")
-    seen = replace(model, weights=weights, checkpoint=replace(model.checkpoint, config=config), anatomy=parts)
+    ids = with_donors_ids(model.checkpoint.config, donor, tokens)
+    seen = transplanted(model, donor, tokens, options, ids)
     recipe = DenseRecipe.model_validate(
         {"merge_method": "passthrough", "models": [{"model": str(model.reference)}], "seed": options.seed}
     )
     arithmetic = Arithmetic(stored=None, inputs=None, compute=None, seed=options.seed)
     models = {model.reference: seen}
     lowering = lower(normalise(recipe), METHODS.get("passthrough"), models, seen, arithmetic)
-    for part_of in model.weights.inputs.values():
-        check_sizes(part_of)
+    check_sizes(model)
     files = _generation_config(donor, tokens)
     return Plan(
         inputs=inputs_of({model.reference: seen}, lowering.expressions.values()),
         shards=partition(lowering.groups, lowering.expressions, options.max_shard_size),
         config=output_config(
-            config,
+            seen.checkpoint.config,
             layers=None,
             stacks=seen.anatomy.stacks,
             main=seen.anatomy.main,
             dtype=None,
             tied=lowering.tied,
-            vocab_size=size,
+            vocab_size=len(tokens.embedding.chosen),
         ),
         side_files=tuple(_side_files(model, donor, files)),
         recipe={
@@ -87,7 +75,7 @@ def transplant_plan(
         generated_files=files,
         dropped=lowering.dropped,
         aliased=lowering.aliased,
-        warnings=tuple(dict.fromkeys([*model.checkpoint.warnings, *lowering.warnings, *_told(tokens)])),
+        warnings=tuple(dict.fromkeys([*model.checkpoint.warnings, *lowering.warnings, *few_shared(tokens)])),
     )
 
 
@@ -105,6 +93,8 @@ def _renumbered(config: Mapping[str, Any], theirs: Sequence[Mapping[str, Any]], 
     for key, value in copy.deepcopy(dict(config)).items():
         if isinstance(value, Mapping):
             changed[key] = _renumbered(value, theirs, tokens)
+        elif key in LISTS:
+            changed[key] = renumbered(key, value, lambda number: _same_token(number, tokens))
         elif not names_tokens(key) or value is None:
             changed[key] = value
         else:
@@ -140,33 +130,12 @@ def _generation_config(donor: Model, tokens: Tokens) -> dict[str, str]:
 def _side_files(model: Model, donor: Model, generated: Mapping[str, str]) -> list[SideFile]:
     """The model's files but for its tokenizer, and the donor's tokenizer."""
     own = [
-        SideFile(key, InputFile(stat.name, stat.num_bytes, stat.version))
-        for key, part in model.weights.inputs.items()
-        for stat in part.side_files
-        if stat.name not in SIDE_FILES and stat.name not in generated and not is_tokenizer_file(stat.name)
+        side
+        for side in model.side_files
+        if side.file.name not in SIDE_FILES
+        and side.file.name not in generated
+        and not is_tokenizer_file(side.file.name)
     ]
-    theirs = {
-        stat.name: SideFile(key, InputFile(stat.name, stat.num_bytes, stat.version))
-        for key, part in donor.weights.inputs.items()  # an adapter after its base
-        for stat in part.side_files
-        if is_tokenizer_file(stat.name)
-    }
+    theirs = {side.file.name: side for side in donor.side_files if is_tokenizer_file(side.file.name)}
     wanted = tokenizer_files(donor.checkpoint).keys()
     return [*own, *(file for name, file in theirs.items() if name in wanted)]
-
-
-def _pieces(tokens: Tokens) -> dict[int, Sequence[int]]:
-    """The model's tokens of each missing one's text."""
-    from mergekit_ray.tokenizers.encoding import pieces_of  # noqa: PLC0415 - imports the tokenizers library
-
-    names = tokens.donor.names()
-    missing = {row for found in (tokens.embedding, tokens.head) for row in found.missing if row in names}
-    return pieces_of(tokens.model, tokens.donor, sorted(missing))
-
-
-def _told(tokens: Tokens) -> list[str]:
-    """What the user should know of the tokens."""
-    shared, missing = len(tokens.embedding.shared), len(tokens.embedding.missing)
-    if shared * _FEW >= len(tokens.embedding.chosen):
-        return []
-    return [f"only {counted(shared, 'token')} of {shared + missing} are in both models: the others' rows are rough"]

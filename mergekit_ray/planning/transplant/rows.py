@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
+from mergekit_ray.architectures.anatomy import anatomy, language_config, stating
 from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.config.transplant import SUBWORD, TransplantOptions
 from mergekit_ray.core.approximation import APPROXIMATIONS
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.expressions import (
@@ -21,9 +25,29 @@ from mergekit_ray.core.expressions import (
 )
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.lowering import Model, Operand
-from mergekit_ray.planning.transplant.options import SUBWORD, TransplantOptions
 from mergekit_ray.planning.transplant.tokens import TokenRows, Tokens
 from mergekit_ray.planning.vocabulary import vocabulary_axis
+
+
+def transplanted(
+    model: Model, donor: Model, tokens: Tokens, options: TransplantOptions, config: Mapping[str, Any]
+) -> Model:
+    """See a model with a row for each token of a donor.
+
+    Args:
+        model: as it is stored.
+        donor: whose tokens they are.
+        tokens: of both.
+        options: how missing rows are made.
+        config: of the result, but for ``vocab_size``.
+    """
+    pieces = _pieces(tokens) if options.method == SUBWORD else None
+    weights = TransplantedWeights(model, donor, tokens, options, pieces)
+    changed = copy.deepcopy(dict(config))
+    for part in stating(changed, "vocab_size") or [cast(dict[str, Any], language_config(changed))]:
+        part["vocab_size"] = len(tokens.embedding.chosen)
+    parts = anatomy(weights.specs, changed, f"model {model.reference}")
+    return replace(model, weights=weights, checkpoint=replace(model.checkpoint, config=changed), anatomy=parts)
 
 
 class TransplantedWeights:
@@ -146,6 +170,15 @@ class TransplantedWeights:
             for place, index in enumerate(indices):
                 where[index] = (len(parts) - 1, place)
         return rows(parts, made, Runs.of_rows([part for part, _ in where], [place for _, place in where]))
+
+
+def _pieces(tokens: Tokens) -> dict[int, Sequence[int]]:
+    """The model's tokens of each missing one's text."""
+    from mergekit_ray.tokenizers.encoding import pieces_of  # noqa: PLC0415 - imports the tokenizers library
+
+    names = tokens.donor.names()
+    missing = {row for found in (tokens.embedding, tokens.head) for row in found.missing if row in names}
+    return pieces_of(tokens.model, tokens.donor, sorted(missing))
 
 
 def piece_weights(scheme: str, count: int, *, is_head: bool) -> tuple[float, ...]:

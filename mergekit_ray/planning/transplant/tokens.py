@@ -6,15 +6,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from mergekit_ray.config.transplant import SUBWORD, TransplantOptions
+from mergekit_ray.core.approximation import APPROXIMATIONS
 from mergekit_ray.core.errors import ModelError, PlanError
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.planning.lowering import Model
-from mergekit_ray.planning.transplant.options import TransplantOptions
 from mergekit_ray.tokenizers.files import shown
 from mergekit_ray.tokenizers.matching import matches
 from mergekit_ray.tokenizers.reading import Tokenizer, read_tokenizer
 
 _MAX_NAMED: Final = 3
+
+_FEW: Final = 10
+"""A warning is due if fewer than one of so many tokens are shared."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +98,27 @@ def tokens_of(
         return TokenRows([chosen.get(i) for i in range(size)], shared)
 
     tokens = Tokens(ours, theirs, rows(is_head=False), rows(is_head=True))
-    _check(tokens, num_theirs, model, donor)
+    needs_shared = options.method != SUBWORD and APPROXIMATIONS.get(options.method).uses_donor
+    _check(tokens, num_theirs, model, donor, needs_shared=needs_shared)
     return tokens
 
 
-def _check(tokens: Tokens, num_rows: int, model: Model, donor: Model) -> None:
+def few_shared(tokens: Tokens) -> list[str]:
+    """A warning, if the two models have little in common."""
+    shared, missing = len(tokens.embedding.shared), len(tokens.embedding.missing)
+    if shared * _FEW >= len(tokens.embedding.chosen):
+        return []
+    return [f"only {counted(shared, 'token')} of {shared + missing} are in both models: the others' rows are rough"]
+
+
+def _check(tokens: Tokens, num_rows: int, model: Model, donor: Model, *, needs_shared: bool) -> None:
     for rows in (tokens.embedding, tokens.head):
-        if rows.missing and not rows.shared:
+        if needs_shared and rows.missing and not rows.shared:
             raise PlanError(
                 f"{model.reference} and {donor.reference} have no token in common, so there is nothing to approximate "
                 "rows from",
-                remedy="choose another donor, or `byte_match='yes'` if one has tokens for single bytes",
+                remedy="choose another donor, a method that needs no common tokens (subword, mean, zero, randn, "
+                "john_hewitt), or `byte_match='yes'` if one has tokens for single bytes",
             )
         lost = [row for row in rows.missing if row >= num_rows]
         if lost:

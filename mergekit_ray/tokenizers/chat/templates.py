@@ -57,7 +57,7 @@ def chat_template_of(value: str, *, where: str, read_file: Callable[[str], str] 
         shown = repr(word if len(word) <= _MAX_SHOWN else f"{word[:_MAX_SHOWN]}...")
         raise ConfigError(
             f"{shown} is not a chat template; accepted: {AUTO}, {', '.join(NAMED)}, a Jinja template, or a path that "
-            f"ends in .jinja or .txt{nearest(word, (AUTO, *NAMED))}",
+            f"ends in .jinja, .jinja2 or .txt{nearest(word, (AUTO, *NAMED))}",
             where=where,
         )
     try:

@@ -49,13 +49,15 @@ def test_without_the_key_it_is_the_donors(models: list[Path], tmp_path: Path) ->
 
 def test_auto_is_what_most_models_have(models: list[Path], tmp_path: Path) -> None:
     assert merged(models, tmp_path / "out", chat_template="auto") == "[user] hello\n[assistant] hell\n"
-    assert mergekit_ray.plan(
+    taken, unknown = mergekit_ray.plan(
         {
             "merge_method": "linear",
             "models": [{"model": str(model), "parameters": {"weight": 1.0}} for model in models],
             "chat_template": "auto",
         }
-    ).warnings == (f"chat_template: auto takes the template of {models[2]} and {models[3]}; {models[1]} has another",)
+    ).warnings
+    assert taken == f"chat_template: auto takes the template of {models[2]} and {models[3]}; {models[1]} has another"
+    assert "[user]" in unknown  # which the first model's tokenizer does not have
 
 
 def test_a_named_one(models: list[Path], tmp_path: Path) -> None:

@@ -349,3 +349,32 @@ def test_ids_follow_their_tokens(folders: dict[str, Path], tmp_path: Path) -> No
         assert (config["bos_token_id"], config["eos_token_id"]) == (ids["<s>"], ids["</s>"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("hello world")["input_ids"]) == "hello world"
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_files_beside_the_weights_are_the_bases(approximate: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Also of a kind that other models whose rows are read have."""
+    places = {name: shutil.copytree(folders[name], tmp_path / name) for name in ("base", "chat")}
+    for name, place in places.items():
+        (place / "LICENSE").write_text(name)
+    (places["chat"] / "modeling_chat.py").write_text("raise SystemExit")
+    tokenizer = {"source": str(places["chat"]), "approximate": "mean"} if approximate else {"source": "union"}
+    mergekit_ray.merge({**recipe(places, "base", "chat"), "tokenizer": tokenizer}, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "base"
+    assert not (tmp_path / "out" / "modeling_chat.py").exists()
+
+
+def test_a_text_ends_where_the_tokenizers_own_model_says(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In its configs, which may name several tokens, as its tokenizer cannot."""
+    base, chat = (shutil.copytree(folders[name], tmp_path / name) for name in ("base", "chat"))
+    ids = ids_of(chat)
+    ends = [ids["</s>"], ids[END]]
+    for place, numbers in ((base, 1), (chat, ends)):
+        (place / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": numbers, "suppress_tokens": [ids_of(place)["hell"]]})
+        )
+    mergekit_ray.merge(recipe({"base": base, "chat": chat}, "base", "chat", tokenizer_source="chat"), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == ends
+    assert written["suppress_tokens"] == [ids_of(tmp_path / "out")["hell"]]
+    assert config_of(tmp_path / "out")["eos_token_id"] == ids["</s>"]

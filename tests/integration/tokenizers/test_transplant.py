@@ -250,7 +250,7 @@ def test_shards_and_threads_change_no_byte(models: tuple[Path, Path]) -> None:
     assert all(torch.equal(x, tensors_of(cut)[name]) for name, x in tensors_of(whole).items())
 
 
-def test_refused(tmp_path: Path, models: tuple[Path, Path]) -> None:
+def test_refused_unless_the_method_needs_no_common_tokens(tmp_path: Path, models: tuple[Path, Path]) -> None:
     model, donor = models
     with pytest.raises(ModelError, match="the same"):
         mergekit_ray.transplant(model, model, tmp_path / "out", progress=False)
@@ -264,6 +264,9 @@ def test_refused(tmp_path: Path, models: tuple[Path, Path]) -> None:
     (few / "tokenizer_config.json").unlink()
     with pytest.raises(PlanError, match="no token in common"):
         mergekit_ray.transplant(model, few, tmp_path / "out", progress=False)
+    for method in ("zero", "mean", "randn"):
+        mergekit_ray.transplant(model, few, tmp_path / method, TransplantOptions(method=method), progress=False)
+        assert len(tensors_of(tmp_path / method)[EMBEDDING]) == len(tensors_of(few)[EMBEDDING])
     longer = byte_level([f"<|{i}|>" for i in range(5)], THEIRS)
     transformers.PreTrainedTokenizerFast(tokenizer_object=longer).save_pretrained(donor)
     with pytest.raises(PlanError, match=r"no row for 4 tokens of its own that the model lacks: '<\|1\|>'"):

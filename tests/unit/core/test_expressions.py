@@ -10,7 +10,22 @@ import pytest
 from hypothesis import given
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.expressions import Cast, Expression, Load, Merge, Scale, from_json, is_copy, loads, to_json
+from mergekit_ray.core.expressions import (
+    Cast,
+    Expression,
+    Load,
+    Merge,
+    Rows,
+    Runs,
+    Scale,
+    from_json,
+    is_copy,
+    loads,
+    read_bytes,
+    rows,
+    substituted,
+    to_json,
+)
 from mergekit_ray.core.tensors import Location, TensorSpec
 from support.expression_trees import TREES
 
@@ -69,3 +84,27 @@ def test_a_scalar_has_one_element_and_an_empty_tensor_none() -> None:
     assert TensorSpec("s", DType.F32, ()).num_bytes == 4
     assert TensorSpec("e", DType.F32, (5, 0)).num_bytes == 0
     assert Location("f", 8, 20).num_bytes == 12
+
+
+@given(TREES)
+def test_nothing_is_substituted_where_nothing_is_wanted(tree: Expression) -> None:
+    assert substituted(tree, lambda _: None) == tree
+
+
+def test_a_node_is_substituted_wherever_it_stands() -> None:
+    a, b, c = load("a"), load("b"), load("c", "v")
+    tree = merge(Cast(a, DType.F32), Scale(merge(b, a), 2.0, DType.F32), base=a)
+    expected = merge(Cast(c, DType.F32), Scale(merge(b, c), 2.0, DType.F32), base=c)
+    assert substituted(tree, lambda x: c if x == a else None) == expected
+    assert substituted(a, lambda x: c if x == a else None) == c
+
+
+def test_bytes_that_are_read_are_those_of_distinct_leaves_and_of_the_rows_taken() -> None:
+    a, b, c, d = load("a"), load("b"), load("c", "v", 40), load("d")
+    assert read_bytes(merge(Cast(a, DType.F32), merge(b, c, base=a), base=d)) == 4 * 12
+    spec = TensorSpec("w", DType.BF16, (2, 2))
+    picked = rows([a, Scale(merge(b, c), 2.0, DType.BF16)], spec, Runs.of([(0, 2, 1), (1, 1, 1)]))
+    assert isinstance(picked, Rows)
+    assert read_bytes(picked) == 3 * 4
+    assert read_bytes(Cast(picked, DType.F32)) == 3 * 4
+    assert read_bytes(Load("a", TensorSpec("e", DType.F32, (0, 3)), Location("f", 0, 0))) == 0

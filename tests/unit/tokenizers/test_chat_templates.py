@@ -59,7 +59,7 @@ def test_anything_else_is_refused_with_what_is_accepted(value: str, hint: str) -
         asked(value, {})
     assert str(caught.value) == (
         f"{WHERE}: {value!r} is not a chat template; accepted: auto, alpaca, chatml, exaone, gemma, llama3, mistral, a "
-        f"Jinja template, or a path that ends in .jinja or .txt{hint}"
+        f"Jinja template, or a path that ends in .jinja, .jinja2 or .txt{hint}"
     )
 
 

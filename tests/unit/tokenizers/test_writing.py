@@ -132,9 +132,48 @@ def test_a_token_that_is_not_there_is_an_error(nested: bool, as_list: bool, pair
         remapped_ids({"text_config": config} if nested else config, old, new)
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_id_of_no_token_does_not_become_a_token(as_list: bool, tmp_path: Path) -> None:
+    """As a padding row's, which the new tokenizer gives to a token that another model brought."""
+    old = read(save(tmp_path / "old", with_added(byte_level(), "<|e|>")))
+    new = read(save(tmp_path / "new", with_added(byte_level(), "<|e|>", "<|new|>")))
+    number = new.ids["<|new|>"]
+    config = {"pad_token_id": [old.ids["<|e|>"], number] if as_list else number}
+    with pytest.raises(
+        PlanError, match=f"pad_token_id is {number}, which is none of its tokens, and would be '<.new.>'"
+    ):
+        remapped_ids(config, old, new)
+    assert remapped_ids({"pad_token_id": number + 1}, old, new) == {"pad_token_id": number + 1}
+
+
 def test_a_config_without_end_is_an_error(pair: tuple[Tokenizer, Tokenizer]) -> None:
     config: dict[str, Any] = {}
     for _ in range(10_000):
         config = {"x": config}
     with pytest.raises(PlanError, match="nested too deeply"):
         remapped_ids(config, *pair)
+
+
+def test_lists_of_tokens_follow_them(pair: tuple[Tokenizer, Tokenizer]) -> None:
+    """And lose the tokens, or the words with a token, that are gone."""
+    old, new = pair
+    s, e, x, a = (old.ids[token] for token in ("<|s|>", "<|e|>", "<|x|>", "a"))
+    news = {number: new.ids[old.names()[number]] for number in (s, e, a)}
+    config = {
+        "suppress_tokens": [s, x, -1, e],
+        "begin_suppress_tokens": None,
+        "bad_words_ids": [[a, s], [x, a], [e]],
+        "force_words_ids": [[[s], [x]], [[a]]],
+        "forced_decoder_ids": [[1, s], [2, x]],
+        "sequence_bias": [[[a, s], -1.5], [[x], 2.0]],
+        "generation": {"suppress_tokens": [x]},
+    }
+    assert remapped_ids(config, old, new) == {
+        "suppress_tokens": [news[s], -1, news[e]],
+        "begin_suppress_tokens": None,
+        "bad_words_ids": [[news[a], news[s]], [news[e]]],
+        "force_words_ids": [[[news[a]]]],
+        "forced_decoder_ids": [[1, news[s]]],
+        "sequence_bias": [[[news[a], news[s]], -1.5]],
+        "generation": {"suppress_tokens": []},
+    }

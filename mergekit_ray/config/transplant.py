@@ -1,14 +1,16 @@
-"""What a transplant is asked to do."""
+"""How rows are made for tokens that a model lacks: the options of a transplant, and ``approximate`` in a recipe."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
-from pydantic import ValidationError
+from pydantic import PlainSerializer, PlainValidator, ValidationError, WithJsonSchema
 
-from mergekit_ray.config.fields import DEFAULT_MAX_SHARD_BYTES
+from mergekit_ray.config.fields import DEFAULT_MAX_SHARD_BYTES, raise_findings
+from mergekit_ray.config.findings import Finding, found, unknown_key
 from mergekit_ray.core.approximation import APPROXIMATIONS
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.spelling import nearest
@@ -77,9 +79,12 @@ class TransplantOptions:
                     f"{name} cannot be {value!r}{nearest(value, accepted)}", remedy=f"accepted: {', '.join(accepted)}"
                 )
         if not math.isfinite(self.scale):
-            raise PlanError(f"a scale must be finite, not {self.scale}")
+            raise PlanError(f"scale must be finite, not {self.scale}", remedy="1 leaves approximated rows as they are")
         if not 0 <= self.noise < math.inf:
-            raise PlanError(f"noise must be finite and not negative, not {self.noise}")
+            raise PlanError(
+                f"noise must be finite and not negative, not {self.noise}",
+                remedy="it is a standard deviation; 0 adds none",
+            )
         if self.max_shard_size < 1:
             raise PlanError(f"a shard has at least one byte, not {self.max_shard_size}")
         self._check_parameters()
@@ -122,3 +127,52 @@ class TransplantOptions:
             except ValidationError as error:
                 first = error.errors()[0]
                 raise PlanError(f"{first['loc'][0]} of {self.method}: {first['msg']}, not {first['input']!r}") from None
+
+
+_IN_RECIPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "method": (str,),
+    "k": (int,),
+    "metric": (str,),
+    "weights": (str,),
+    "subword": (str,),
+    "prefix_match": (str, bool),
+    "byte_match": (str, bool),
+    "scale": (float, int),
+    "noise": (float, int),
+}
+"""What a recipe may say, with the types of the values. ``yes`` and ``no`` are booleans in YAML."""
+
+
+def _parse(value: object) -> TransplantOptions | None:
+    if value is None or isinstance(value, TransplantOptions):
+        return value
+    given = {"method": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected the name of a method, or a mapping, not {found(value)}\nwrite `approximate: omp`")
+    raise_findings([unknown_key((key,), list(_IN_RECIPES)) for key in given if key not in _IN_RECIPES])
+    stated = {key: entry for key, entry in given.items() if entry is not None}
+    raise_findings(
+        [
+            Finding((key,), f"expected {'text' if str in types else 'a number'}, not {found(entry)}")
+            for key, entry in stated.items()
+            if not isinstance(entry, types := _IN_RECIPES[key]) or (isinstance(entry, bool) and bool not in types)
+        ]
+    )
+    words = {key: {True: "yes", False: "no"}[entry] for key, entry in stated.items() if isinstance(entry, bool)}
+    try:
+        return TransplantOptions(**{**stated, **words})
+    except PlanError as error:
+        raise ValueError("\n".join(filter(None, (error.what, error.remedy)))) from None
+
+
+def _dump(options: TransplantOptions | None) -> Any:
+    return None if options is None else options.to_data()
+
+
+Approximation: TypeAlias = Annotated[
+    TransplantOptions | None,
+    PlainValidator(_parse),
+    PlainSerializer(_dump),
+    WithJsonSchema({"type": ["string", "object", "null"]}),
+]
+"""``approximate`` in a recipe: a method's name, or a mapping with options."""

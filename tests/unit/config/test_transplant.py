@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from mergekit_ray.config.transplant import SCHEMES, TransplantOptions, methods
 from mergekit_ray.core.errors import PlanError
-from mergekit_ray.planning.transplant.options import SCHEMES, TransplantOptions, methods
 from mergekit_ray.planning.transplant.rows import piece_weights
 
 
@@ -28,7 +28,7 @@ def test_every_method_goes_without_options(method: str) -> None:
         ({"method": "subword", "subword": "median"}, "subword cannot be 'median'"),
         ({"prefix_match": "both"}, "prefix_match cannot be 'both'"),
         ({"byte_match": ""}, "byte_match cannot be ''"),
-        ({"scale": float("nan")}, "a scale must be finite"),
+        ({"scale": float("nan")}, "scale must be finite"),
         ({"noise": -1.0}, "noise must be finite and not negative"),
         ({"max_shard_size": 0}, "at least one byte"),
     ],
