@@ -22,6 +22,7 @@ from pydantic.json_schema import models_json_schema
 from mergekit_ray.config.fields import OutputOptions
 from mergekit_ray.config.moe_recipe import ExpertRecipe, MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe, InputModel, ModuleRecipe, SliceRecipe, SliceSource
+from mergekit_ray.config.stages import StagedRecipe
 from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenEmbedding, TokenizerOptions, ZeroEmbedding
 from mergekit_ray.core.registry import METHODS
 
@@ -35,6 +36,7 @@ MODELS: Final[tuple[type[BaseModel], ...]] = (
     ModuleRecipe,
     MoeRecipe,
     ExpertRecipe,
+    StagedRecipe,
     OutputOptions,
     TokenizerOptions,
     TokenEmbedding,
@@ -59,7 +61,7 @@ _CASE: Final = {
 }
 _SETTING: Final = {
     "description": "A value, a gradient (a list of values from the first layer to the last), or a list of "
-    "{filter, value}, of which the first counts whose filter is part of the tensor's name.",
+    "{filter, value}, of which the first counts whose filter matches the tensor's name.",
     "anyOf": [*_VALUE["anyOf"], _CASE, {"type": "array", "items": _CASE, "minItems": 1}, {"type": "null"}],
 }
 
@@ -78,14 +80,23 @@ def build(methods: Sequence[str] | None = None) -> dict[str, Any]:
         {"required": ["experts"]},
         {"required": ["merge_method"], "properties": {"merge_method": {"const": "moe"}}},
     ]
+    definitions["Stage"] = {
+        "type": "object",
+        "if": {"anyOf": is_moe},
+        "then": {"$ref": "#/$defs/MoeRecipe"},
+        "else": {"$ref": "#/$defs/DenseRecipe"},
+    }
+    staged = definitions["StagedRecipe"]["properties"]
+    staged["stages"]["items"] = {"$ref": "#/$defs/Stage"}
+    staged |= {key: definitions["DenseRecipe"]["properties"][key] for key in ("output", "name")}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": URL,
         "title": "A recipe of mergekit-ray",
         "type": "object",
-        "if": {"anyOf": is_moe},
-        "then": {"$ref": "#/$defs/MoeRecipe"},
-        "else": {"$ref": "#/$defs/DenseRecipe"},
+        "if": {"required": ["stages"]},
+        "then": {"$ref": "#/$defs/StagedRecipe"},
+        "else": {"$ref": "#/$defs/Stage"},
         "$defs": {**definitions, **shared, "Parameters": _parameters(names), "Setting": _SETTING},
     }
 

@@ -101,6 +101,7 @@ _TITLES: Final = {
     "ModuleRecipe": "An entry of `modules`",
     "MoeRecipe": "Mixture-of-Experts recipe",
     "ExpertRecipe": "An entry of `experts`",
+    "StagedRecipe": "Recipe of several stages",
     "OutputOptions": "`output`",
     "TokenizerOptions": "`tokenizer`",
     "TokenEmbedding": "An entry of `tokenizer.tokens`",
@@ -111,6 +112,7 @@ _KINDS: Final[dict[str, str]] = {
     "Model": "model",
     "Parameters": "parameters",
     "DenseRecipe": "dense recipe",
+    "Stage": "dense or Mixture-of-Experts recipe",
     "OutputOptions": "text or mapping",
     "TokenizerOptions": "mapping",
 }

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
     from mergekit_ray.config.recipe import DenseRecipe, InputModel, ModuleRecipe, SliceRecipe, SliceSource
     from mergekit_ray.config.reference import ModelReference
+    from mergekit_ray.config.stages import StagedRecipe
     from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenEmbedding, TokenizerOptions, ZeroEmbedding
+    from mergekit_ray.config.transplant import TransplantOptions
     from mergekit_ray.core.dtypes import DType
     from mergekit_ray.core.plan import Plan
     from mergekit_ray.operations.extract_lora import extract_lora
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from mergekit_ray.operations.transplant import transplant
     from mergekit_ray.operations.verify import Verification, VerifyOptions, verify
     from mergekit_ray.planning.extraction import Coverage
-    from mergekit_ray.planning.transplant.options import TransplantOptions
     from mergekit_ray.reporting.reporters import Reporter
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Reproduction",
     "SliceRecipe",
     "SliceSource",
+    "StagedRecipe",
     "Tensors",
     "TokenEmbedding",
     "TokenizerOptions",
@@ -86,7 +88,9 @@ _HOMES = {
     "config.moe_recipe": ("ExpertRecipe", "GateMode", "MoeRecipe"),
     "config.recipe": ("DenseRecipe", "InputModel", "ModuleRecipe", "SliceRecipe", "SliceSource"),
     "config.reference": ("ModelReference",),
+    "config.stages": ("StagedRecipe",),
     "config.tokenizer": ("ModelTokenEmbedding", "TokenEmbedding", "TokenizerOptions", "ZeroEmbedding"),
+    "config.transplant": ("TransplantOptions",),
     "core.dtypes": ("DType",),
     "core.plan": ("Plan",),
     "operations.extract_lora": ("extract_lora",),
@@ -103,7 +107,6 @@ _HOMES = {
     "operations.transplant": ("transplant",),
     "operations.verify": ("Verification", "VerifyOptions", "verify"),
     "planning.extraction": ("Coverage",),
-    "planning.transplant.options": ("TransplantOptions",),
     "reporting.reporters": ("Reporter",),
 }
 

@@ -161,15 +161,13 @@ def validate(
 ) -> None:
     """Check RECIPE and report every fault in it."""
     with told_errors(debug) as voice:
-        from mergekit_ray.config.moe_recipe import MoeRecipe
-
         if not models:
             flags = {"--unsafe-ignore-tokenizers": unsafe_ignore_tokenizers}
             needs("--models", {"--allow-config-conflicts": allow_config_conflicts, **flags})
         from mergekit_ray.planning.make import check_plannable
 
         loaded = check_plannable(load(recipe, voice, lenient=lenient))
-        kind = "a Mixture-of-Experts recipe" if isinstance(loaded, MoeRecipe) else "a dense recipe"
+        kind = loaded.kind
         if models:
             from mergekit_ray.operations.prepare import prepare
             from mergekit_ray.planning.figures import summary

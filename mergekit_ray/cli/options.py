@@ -101,7 +101,7 @@ Energy = Annotated[
         "--energy",
         parser=number,
         metavar="SHARE",
-        help="Instead of --rank: the least rank of each matrix that keeps this share of its change, such as 0.9.",
+        help="Instead of --rank: the least rank that keeps this share of a change's squared norm, such as 0.9.",
     ),
 ]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Also factorise the embedding and the head.")]

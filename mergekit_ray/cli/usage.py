@@ -53,7 +53,7 @@ MERGEKIT_FLAGS: Final[dict[tuple[str, ...], str]] = {
         "--out-path",
     ): "arguments: `mergekit-ray extract-lora FINETUNED BASE OUT`",
     ("--max-rank",): "`--rank`",
-    ("--sv-epsilon",): "`--energy`, the share of each change that is kept",
+    ("--sv-epsilon",): "`--energy`, the share of each change's squared norm that is kept",
     ("--distribute-scale",): "always",
     ("--embed-lora",): "`--embeddings`",
     ("--save-module",): "`--modules-to-save`",

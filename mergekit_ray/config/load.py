@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mergekit_ray.config.collect import Collected, collect, delete_at, plain
-from mergekit_ray.config.fields import RecipeModel
+from mergekit_ray.config.fields import OutputOptions, RecipeModel
 from mergekit_ray.config.findings import Finding, config_error, found, to_problems, without_echoes
 from mergekit_ray.config.method_checks import method_findings
 from mergekit_ray.config.moe_recipe import MOE_KEYS, MoeRecipe, moe_findings
 from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
 from mergekit_ray.config.reference import IGNORED_KEYS
-from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES, Document, YamlPath, read_yaml, too_large
+from mergekit_ray.config.stages import Around, StagedRecipe, no_effect_of_precision, stage_findings
+from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES, STAGES, Document, YamlPath, read_yaml, too_large
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ConfigError, Problem
 from mergekit_ray.core.registry import METHODS, Registry
 from mergekit_ray.core.spelling import nearest
 
-Recipe: TypeAlias = DenseRecipe | MoeRecipe
+Recipe: TypeAlias = DenseRecipe | MoeRecipe | StagedRecipe
 Methods: TypeAlias = Registry[type[MethodDeclaration]]
 
 _SUFFIXES = (".yml", ".yaml")
@@ -42,7 +44,7 @@ def load_recipe(
     on_warning: Callable[[Problem], None] | None = None,
     methods: Methods = METHODS,
 ) -> Recipe:
-    """Read a recipe, dense or Mixture of Experts.
+    """Read a recipe: dense, a Mixture of Experts, or of several stages.
 
     Args:
         source: a path; a string, which is a path if it ends in ``.yml`` or ``.yaml`` or names a file, and YAML text if
@@ -62,10 +64,19 @@ def load_recipe(
     if isinstance(source, RecipeModel):
         return _tell(Collected(source), Document(None), _semantic(source, methods), on_warning)
     document = _document(source, name)
-    data = document.data
+    read = _staged if isinstance(document.data, dict) and STAGES in document.data else _single
+    collected = read(document.data, methods, lenient=lenient)
+    findings = [_as_warning(f) if lenient and f.is_unknown_key else f for f in collected.findings]
+    if isinstance(collected.recipe, DenseRecipe) and collected.recipe.keep_precision:
+        findings.append(no_effect_of_precision())
+    return _tell(collected, document, findings, on_warning)
+
+
+def _single(data: Any, methods: Methods, *, lenient: bool) -> Collected:
+    """A recipe of one merge, with all findings."""
     kind = _kind(data)
     if isinstance(kind, Finding):
-        raise config_error(to_problems([kind], document), document.file)
+        return Collected(None, [kind])
     names = _parameter_names(data.get("merge_method"), methods)
     collected = collect(kind, data, names, lenient=lenient)
     findings = [*collected.findings, *_ignored_keys(data)]
@@ -82,9 +93,39 @@ def load_recipe(
                 findings = [*collected.findings, *_ignored_keys(data), *unknown]
                 findings += without_echoes(_semantic(again.recipe, methods), again.damaged)
                 collected = Collected(again.recipe, collected.findings, [*collected.damaged, *again.damaged])
-    if lenient:
-        findings = [_as_warning(finding) if finding.is_unknown_key else finding for finding in findings]
-    return _tell(collected, document, findings, on_warning)
+    return Collected(collected.recipe, findings, collected.damaged)
+
+
+def _staged(data: dict[str, Any], methods: Methods, *, lenient: bool) -> Collected:
+    """A recipe of several, with all findings."""
+    around = collect(Around, data, (), lenient=lenient)
+    findings, stages = [_of_each_stage(finding) for finding in around.findings], data[STAGES]
+    if not isinstance(stages, list) or not stages:
+        what = f"`{STAGES}` is a list of recipes, found {found(stages) if stages != [] else 'an empty list'}"
+        return Collected(None, [*findings, Finding((STAGES,), what, _WHAT_TO_WRITE)])
+    read = [_single(stage, methods, lenient=lenient) for stage in stages]
+    findings += [finding.below((STAGES, i)) for i, stage in enumerate(read) for finding in stage.findings]
+    recipes = [s.recipe for s in read if isinstance(s.recipe, DenseRecipe | MoeRecipe) and not s.damaged]
+    if len(recipes) < len(stages):
+        return Collected(None, findings)
+    findings += stage_findings(recipes)
+    if any(not finding.is_warning for finding in findings if not (lenient and finding.is_unknown_key)):
+        return Collected(None, findings)
+    recipe = StagedRecipe(stages=recipes)
+    assert isinstance(around.recipe, Around)
+    if around.recipe.output == OutputOptions():
+        return Collected(recipe, findings)
+    if recipe.output != OutputOptions():
+        what = f"`output` beside `{STAGES}`, and the last stage has one too"
+        return Collected(None, [*findings, Finding(("output",), what, "remove one of them")])
+    return Collected(recipe.to(around.recipe.output), findings)
+
+
+def _of_each_stage(finding: Finding) -> Finding:
+    """What stands beside the stages may be meant for each."""
+    if finding.is_unknown_key and finding.path[0] in (*DenseRecipe.model_fields, *MoeRecipe.model_fields):
+        return replace(finding, hint=f"write {finding.path[0]} in each stage")
+    return finding
 
 
 def check_recipe(recipe: Recipe, *, methods: Methods = METHODS) -> None:
@@ -110,7 +151,7 @@ def _tell(
             on_warning(warning)
     if problems:
         raise config_error(problems, document.file)
-    assert isinstance(collected.recipe, DenseRecipe | MoeRecipe)  # collect() finds a problem wherever it gives up
+    assert isinstance(collected.recipe, Recipe)  # whoever gives up has found a problem
     return collected.recipe
 
 
@@ -119,6 +160,9 @@ def _as_warning(finding: Finding) -> Finding:
 
 
 def _semantic(recipe: object, methods: Methods) -> list[Finding]:
+    if isinstance(recipe, StagedRecipe):
+        of_stages = enumerate(recipe.stages)
+        return [f.below((STAGES, i)) for i, stage in of_stages for f in _semantic(stage, methods)]
     if isinstance(recipe, MoeRecipe):
         findings = moe_findings(recipe)
         if recipe.backbone is not None:
@@ -138,6 +182,8 @@ def _kind(data: object) -> type[DenseRecipe | MoeRecipe] | Finding:
     """Which kind of recipe ``data`` is, or why that is unclear."""
     if not isinstance(data, dict):
         return Finding((), f"a recipe is a mapping, found {found(data)}", _WHAT_TO_WRITE)
+    if STAGES in data:
+        return Finding((STAGES,), "a stage cannot have stages of its own", "list all stages side by side")
     bodies = [key for key in BODIES if data.get(key) is not None]
     method = data.get("merge_method")
     if "experts" in data or method == MOE_METHOD:

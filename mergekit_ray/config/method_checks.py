@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -25,8 +26,16 @@ from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.core.registry import Registry
 from mergekit_ray.core.spelling import closest
 
-IGNORED_PARAMETERS = {"int8_mask": "it saves mergekit memory and never changes the result"}
-"""Parameters that mergekit's recipes hold for methods that have no use for them."""
+IGNORED_PARAMETERS = {
+    "int8_mask": "it saves mergekit memory and never changes the result",
+    "dtype": "write it in the recipe, not below `parameters`",
+    "out_dtype": "write it in the recipe, not below `parameters`",
+    "random_seed": "write `seed` in the recipe, not below `parameters`",
+    "seed": "write it in the recipe, not below `parameters`",
+}
+"""What recipes hold below ``parameters`` though no method reads it there, with what to say of it."""
+
+_MAX_NAMED = 3
 
 
 def method_findings(recipe: DenseRecipe, methods: Registry[type[MethodDeclaration]]) -> list[Finding]:
@@ -44,11 +53,8 @@ def method_findings(recipe: DenseRecipe, methods: Registry[type[MethodDeclaratio
         method = methods.get(recipe.merge_method)
     except ConfigError as error:  # a method that cannot be loaded tells why
         return [Finding(("merge_method",), error.what, error.remedy or "")]
-    findings: list[Finding] = []
     misspelt: set[str] = set()
-    for path, level in _levels(recipe):
-        for name, setting in level.items():
-            findings += _parameter_findings(method, name, setting, (*path, name), misspelt)
+    findings = [*_parameters_findings(recipe, method, methods, misspelt)]
     findings += _ignored_bases(recipe, method)
     below = _levels_below(recipe)
     for module in normalise_for(recipe, method):
@@ -60,6 +66,27 @@ def method_findings(recipe: DenseRecipe, methods: Registry[type[MethodDeclaratio
         for piece in module.slices:
             findings += _clashes(method, piece)
     return findings
+
+
+def _parameters_findings(
+    recipe: DenseRecipe,
+    method: type[MethodDeclaration],
+    methods: Registry[type[MethodDeclaration]],
+    misspelt: set[str],
+) -> Iterator[Finding]:
+    """Names and values of all parameters; adds to ``misspelt`` the names that were probably meant."""
+    ignored: set[str] = set()
+    scopes = method.parameter_names()
+    for path, level in _levels(recipe):
+        for name, setting in level.items():
+            if name in scopes:
+                yield from _parameter_findings(method, name, setting, (*path, name))
+            elif (why := _why_ignored(name, methods)) is None:
+                yield _unknown_parameter(method, name, (*path, name), misspelt)
+            elif name not in ignored:
+                ignored.add(name)
+                what = f"{name} has no effect on {method.name}: {why}"
+                yield Finding((*path, name), what, is_warning=True)
 
 
 def _clashes(method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:
@@ -97,22 +124,34 @@ def _levels_below(recipe: DenseRecipe) -> dict[YamlPath, list[tuple[YamlPath, Le
     return found
 
 
-def _parameter_findings(
-    method: type[MethodDeclaration], name: str, setting: Setting, path: YamlPath, misspelt: set[str]
-) -> list[Finding]:
-    """A parameter's name and values; adds to ``misspelt`` the name that was probably meant."""
+def _why_ignored(name: str, methods: Registry[type[MethodDeclaration]]) -> str | None:
+    """Why a parameter that a method does not have changes nothing; None if no method has one of that name."""
+    if name in IGNORED_PARAMETERS:
+        return IGNORED_PARAMETERS[name]
+    having = []
+    for other in methods.names():
+        with contextlib.suppress(ConfigError):  # a method that cannot be loaded has none
+            having += [other] if name in methods.get(other).parameter_names() else []
+    if not having:
+        return None
+    named = ", ".join(having[:_MAX_NAMED]) + (", ..." if len(having) > _MAX_NAMED else "")
+    return f"it is a parameter of {named}"
+
+
+def _unknown_parameter(method: type[MethodDeclaration], name: str, path: YamlPath, misspelt: set[str]) -> Finding:
+    """A parameter that no method has; adds to ``misspelt`` the name that was probably meant."""
     scopes = method.parameter_names()
-    if name not in scopes:
-        if name in IGNORED_PARAMETERS:
-            what = f"{name} has no effect on {method.name}: {IGNORED_PARAMETERS[name]}"
-            return [Finding(path, what, is_warning=True)]
-        meant = closest(name, scopes)
-        if meant is not None:
-            misspelt.add(meant)
-        accepted = ", ".join(sorted(scopes)) or "none"
-        what = f"{method.name} has no parameter {found(name)}; accepted: {accepted}"
-        return [Finding(path, what, f"did you mean {meant!r}?" if meant else "remove it", is_unknown_key=True)]
-    declared = _declared(method, scopes[name])
+    meant = closest(name, scopes)
+    if meant is not None:
+        misspelt.add(meant)
+    accepted = ", ".join(sorted(scopes)) or "none"
+    what = f"{method.name} has no parameter {found(name)}; accepted: {accepted}"
+    return Finding(path, what, f"did you mean {meant!r}?" if meant else "remove it", is_unknown_key=True)
+
+
+def _parameter_findings(method: type[MethodDeclaration], name: str, setting: Setting, path: YamlPath) -> list[Finding]:
+    """A parameter's values."""
+    declared = _declared(method, method.parameter_names()[name])
     findings: list[Finding] = []
     for below, value in scalars(setting):
         try:
@@ -151,21 +190,7 @@ def _slice_findings(
     yield from _base_findings(method, piece)
     base_damage: tuple[YamlPath, ...] = (("base_model",), (*piece.path, "base_model"))
     outer: tuple[YamlPath, ...] = (("parameters",), (*piece.path, "parameters"), (*piece.path[:2], "parameters"))
-    num_inputs = len(piece.inputs)
-    beside = " beside the base model" if piece.base is not None else ""
-    wanted = _wanted(method)
-    if num_inputs < method.min_models:
-        what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
-        yield Finding(_listing(piece), what, "list more models", depends=(piece.path, *base_damage))
-    elif method.max_models is not None and num_inputs > method.max_models:
-        what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
-        if method.base_is_input and piece.base is not None and num_inputs == method.max_models + 1:
-            names = " and ".join(str(source.model) for source in piece.inputs[:2])
-            what = f"{method.name} merges the base model with one other; base_model {piece.base} is neither of {names}"
-            hint = "make one of the two the base_model"
-        else:
-            hint = "remove models, or choose a method that takes more"
-        yield Finding(_listing(piece), what, hint, depends=(piece.path, *base_damage))
+    yield from _count_findings(method, piece, base_damage)
     for name, scope in method.parameter_names().items():
         field = next(
             info for key, info in _declared(method, scope).model_fields.items() if str(info.alias or key) == name
@@ -177,6 +202,37 @@ def _slice_findings(
             for source in piece.inputs:
                 if not is_set(source.levels, name):
                     yield _missing(source, name, method, (source.path, *outer, *base_damage))
+
+
+def _count_findings(
+    method: type[MethodDeclaration], piece: NormalSlice, base_damage: tuple[YamlPath, ...]
+) -> Iterator[Finding]:
+    """Too few models, or too many."""
+    if method.base_is_input and piece.base is None:
+        return  # which of them is the base, decides how many are missing
+    num_inputs = len(piece.inputs)
+    beside = " beside the base model" if piece.base is not None else ""
+    wanted = _wanted(method)
+    if num_inputs == 0 and piece.base is not None and _adds_to_base(method):
+        what = f"{method.name} of no model beside the base model is the base model, {piece.base}"
+        yield Finding(_listing(piece), what, "list the models to merge into it", is_warning=True)
+    elif num_inputs < method.min_models:
+        what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
+        yield Finding(_listing(piece), what, "list more models", depends=(piece.path, *base_damage))
+    elif method.max_models is not None and num_inputs > method.max_models:
+        what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
+        if method.base_is_input and piece.base is not None and num_inputs == method.max_models + 1:
+            names = " and ".join(str(source.model) for source in piece.inputs[:2])
+            what = f"{method.name} merges the base model with one other; base_model {piece.base} is neither of {names}"
+            hint = "make one of the two the base_model"
+        else:
+            hint = "remove models, or choose a method that takes more"
+        yield Finding(_listing(piece), what, hint, depends=(piece.path, *base_damage))
+
+
+def _adds_to_base(method: type[MethodDeclaration]) -> bool:
+    """Whether a method adds to the base what each model says: nothing, if there is none."""
+    return method.base is BaseUse.REQUIRED and not method.base_is_input and method.min_models == 1
 
 
 def _missing(

@@ -7,7 +7,7 @@ The keys are mergekit-moe's, with ours beside them: ``backbone``, ``expert_layou
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -94,8 +94,6 @@ def _parse_prompts(value: object) -> tuple[str, ...]:
     for index, prompt in enumerate(value):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {index + 1} is not text but {found(prompt)}\nquote it")
-        if not prompt.strip():
-            raise ValueError(f"prompt {index + 1} is empty")
     return tuple(value)
 
 
@@ -103,7 +101,7 @@ Prompts = Annotated[
     tuple[str, ...],
     PlainValidator(_parse_prompts),
     PlainSerializer(list),
-    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string", "minLength": 1}}),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}}),
 ]
 
 
@@ -244,6 +242,11 @@ class MoeRecipe(RecipeModel):
         """Experts per token: as given, else 2, or 1 where there is only one expert."""
         return self.experts_per_token if self.experts_per_token is not None else min(2, len(self.experts))
 
+    @property
+    def kind(self) -> str:
+        """In words."""
+        return "a Mixture-of-Experts recipe"
+
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""
         return {"merge_method": MOE_METHOD} | self.model_dump(
@@ -320,6 +323,18 @@ def _speaks_of_tokens(recipe: DenseRecipe) -> bool:
     return recipe.vocabulary is not None or recipe.chat_template is not None
 
 
+def _empty_prompts(recipe: MoeRecipe) -> Iterator[Finding]:
+    """Warnings."""
+    what = "this prompt is empty: the router sees the token that begins a text, or nothing if there is none"
+    for key in ("experts", "shared_experts"):
+        for i, expert in enumerate(getattr(recipe, key) or ()):
+            for kind in ("positive_prompts", "negative_prompts"):
+                for number, prompt in enumerate(getattr(expert, kind)):
+                    if not prompt.strip():
+                        hint = "write what the expert is for"
+                        yield Finding((key, i, kind, number), what, hint, is_warning=True)
+
+
 def _prompt_findings(recipe: MoeRecipe) -> list[Finding]:
     mode = f"gate_mode {recipe.gate_mode.value!r}"
     findings = []
@@ -330,7 +345,8 @@ def _prompt_findings(recipe: MoeRecipe) -> list[Finding]:
             hint = "list positive_prompts, or choose `gate_mode: random`"
             depends = (("gate_mode",), (*path, "positive_prompts"))
             findings.append(Finding((*path, "positive_prompts"), what, hint, depends=depends))
-    if len(recipe.experts) == 1 or recipe.allow_identical_experts or findings:
+    findings += _empty_prompts(recipe)
+    if len(recipe.experts) == 1 or recipe.allow_identical_experts or any(not f.is_warning for f in findings):
         return findings
     hint = "or set `allow_identical_experts: true` if the model is trained afterwards"
     prompts = {(expert.positive_prompts, expert.negative_prompts) for expert in recipe.experts}

@@ -178,7 +178,7 @@ class DenseRecipe(RecipeModel):
             default, the tokenizer of ``base_model`` or of the first model is copied.
         tokenizer: the same with more settings: rows of single tokens, and padding.
         chat_template: ``auto`` for the one that most models have, a template's name, a file, or the template.
-        name: free text.
+        name: free text; of a stage, what others call the model that it makes.
         output: where the result goes, unless the command line says so.
         seed: seed of the random masks, which depend on it, the tensor and the model only.
         compute_dtype: precision of the arithmetic. ``inputs`` rounds at every step, as mergekit does.
@@ -190,6 +190,8 @@ class DenseRecipe(RecipeModel):
             ``exclude`` are merged; all others are copied.
         from_model: written ``from``: the model that tensors are copied from if they are not merged. By default, the
             base model or, without one, the first model.
+        keep_precision: of a stage that others merge: hand its tensors on in the precision of the arithmetic, not
+            rounded as if they were stored.
     """
 
     merge_method: Name
@@ -211,6 +213,7 @@ class DenseRecipe(RecipeModel):
     include: Patterns | None = None
     exclude: Patterns | None = None
     from_model: ModelReference | None = Field(default=None, alias="from")
+    keep_precision: bool = False
 
     if TYPE_CHECKING:
 
@@ -236,6 +239,7 @@ class DenseRecipe(RecipeModel):
             include: str | Sequence[str] | None = ...,
             exclude: str | Sequence[str] | None = ...,
             from_model: ModelLike | None = ...,
+            keep_precision: bool = ...,
         ) -> None: ...
 
     @model_validator(mode="before")
@@ -254,6 +258,11 @@ class DenseRecipe(RecipeModel):
         if not info.context:
             raise_findings(structure_findings(self))
         return self
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        return "a dense recipe"
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data, without what is left at its default; `load_recipe` reads it back to an equal one."""

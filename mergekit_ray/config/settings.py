@@ -26,6 +26,7 @@ from mergekit_ray.core.declaration import Parameters
 from mergekit_ray.core.errors import ConfigError, MergeError
 from mergekit_ray.core.expressions import Scalar
 from mergekit_ray.core.spelling import nearest
+from mergekit_ray.core.tensors import matches
 
 Gradient: TypeAlias = tuple[float, ...]
 """At least two values at equal distances over the layers of a slice."""
@@ -46,7 +47,7 @@ MISSING: Final = Missing.MISSING
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A value for the tensors whose names contain ``filter``; for all of them if it is None (``*`` in the YAML)."""
+    """A value for the tensors that ``filter`` `matches`; for all of them if it is None (``*`` in the YAML)."""
 
     filter: str | None
     value: Scalar | Gradient
@@ -61,7 +62,7 @@ class Conditional:
     def match(self, tensor_name: str) -> Scalar | Gradient | Literal[Missing.MISSING]:
         """The value for a tensor, MISSING if no case matches."""
         for case in self.cases:
-            if case.filter is None or case.filter in tensor_name:
+            if case.filter is None or matches(case.filter, tensor_name):
                 return case.value
         return MISSING
 

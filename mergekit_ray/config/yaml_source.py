@@ -25,6 +25,9 @@ MAX_DEPTH = 64
 MAX_NODES = 200_000
 """Values in the document after aliases are expanded. Real recipes have a few thousand."""
 
+STAGES = "stages"
+"""The key of a recipe that lists recipes."""
+
 _TAG = "tag:yaml.org,2002:"
 _TRUE = frozenset({"true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON"})
 _FALSE = frozenset({"false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF"})
@@ -83,14 +86,14 @@ def format_path(path: YamlPath) -> str:
 
 
 def read_yaml(text: str, file: str = "<text>") -> Document:
-    """Read one YAML document.
+    """Read YAML. Several documents, which ``---`` parts, are a list called `STAGES`.
 
     Args:
         text: the whole text.
         file: what to call it in messages.
 
     Raises:
-        ConfigError: a syntax error, several documents, a tag, a cycle, or one of the limits above; with the line.
+        ConfigError: a syntax error, a tag, a cycle, or one of the limits above; with the line.
     """
     if len(text) > MAX_TEXT_BYTES:
         raise too_large(file)
@@ -177,28 +180,26 @@ class _Builder:
     def __init__(self) -> None:
         self._anchors: dict[str, _Node] = {}
         self._open: list[_Sequence | _Mapping] = []
-        self._root: _Node | None = None
-        self._num_documents = 0
+        self._roots: list[_Node] = []
 
     def build(self, text: str) -> _Node:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's parser where PyYAML was built with it
         for event in yaml.parse(text, Loader=loader):
             self._take(event)
-        if self._root is None:
+        roots = [root for root in self._roots if not _is_empty(root)] or self._roots
+        if not roots:
             raise _Unreadable(None, "the recipe is empty", "write a recipe: `merge_method` and `models`, or `experts`")
-        return self._root
+        first = roots[0]
+        if len(roots) == 1:
+            return first
+        listed = _Sequence(first.position, roots, closed=True)
+        return _Mapping(first.position, [_Scalar(first.position, STAGES, True, None), listed], closed=True)
 
     def _take(self, event: yaml.Event) -> None:
         mark = event.start_mark
         position = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
         if isinstance(event, yaml.DocumentStartEvent):
-            self._num_documents += 1
-            if self._num_documents > 1:
-                raise _Unreadable(
-                    position[0],
-                    "a second YAML document begins here; recipes of several stages are not supported yet",
-                    "write each stage to a file of its own, with an `output`, and name that path in the next stage",
-                )
+            self._anchors = {}
         elif isinstance(event, yaml.AliasEvent):
             self._add(self._alias(event.anchor or "", position[0]))
         elif isinstance(event, yaml.ScalarEvent):
@@ -236,11 +237,16 @@ class _Builder:
 
     def _add(self, node: _Node) -> None:
         if not self._open:
-            self._root = node
+            self._roots.append(node)
         elif isinstance(top := self._open[-1], _Sequence):
             top.items.append(node)
         else:
             top.flat.append(node)
+
+
+def _is_empty(node: _Node) -> bool:
+    """Whether a document says nothing, as what follows a last ``---``."""
+    return isinstance(node, _Scalar) and node.plain and node.text in _NULL
 
 
 _SCALAR_TAGS = ("str", "int", "float", "bool", "null")

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from mergekit_ray.core.dtypes import DType
+
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a filter means a tensor: by a part of its name or, with ``*``, ``?`` or ``[...]``, by all of it."""
+    return fnmatchcase(name, pattern) if _WILDCARDS.search(pattern) else pattern in name
 
 
 @dataclass(frozen=True, slots=True)

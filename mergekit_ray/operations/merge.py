@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from mergekit_ray.config.moe_recipe import MoeRecipe
-from mergekit_ray.config.recipe import DenseRecipe
+from mergekit_ray.config.load import Recipe
+from mergekit_ray.config.stages import StagedRecipe
 from mergekit_ray.core.arguments import check_argument, options_or
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.operations.prepare import RecipeLike, checked_recipe, prepare
+from mergekit_ray.operations.prepare import Prepared, RecipeLike, checked_recipe, prepare
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
+from mergekit_ray.output.places import check_apart
 from mergekit_ray.planning.make import check_plannable
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
+from mergekit_ray.storage.opening import open_sink
 
 
 def merge(
@@ -57,29 +60,59 @@ def merge(
     if device is not None:
         chosen = replace(chosen, device=device)
     chosen.check()
-    target = _target_of(loaded, output)
-    prepared = prepare(
-        loaded,
-        seed=seed,
-        allow_config_conflicts=chosen.allow_config_conflicts,
-        unsafe_ignore_tokenizers=chosen.unsafe_ignore_tokenizers,
-    )
-
-    def route(tell: Reporter, kept: KeptRouters) -> Plan:
-        return prepared.routed(chosen, kept, tell)
-
-    with visible(reporter, progress=progress) as tell:
-        return run_plan(
-            prepared.plan,
+    wanted = [(loaded, _target_of(loaded, output))]
+    if isinstance(loaded, StagedRecipe):
+        wanted = [*((loaded.upto(stage), str(stage.output.path)) for stage in loaded.written), *wanted]
+    prepared = [
+        (
+            prepare(
+                part,
+                seed=seed,
+                allow_config_conflicts=chosen.allow_config_conflicts,
+                unsafe_ignore_tokenizers=chosen.unsafe_ignore_tokenizers,
+            ),
             target,
-            chosen,
-            reporter=tell,
-            stop=stop,
-            route=route if prepared.needs_routing else None,
         )
+        for part, target in wanted
+    ]
+    _check_outputs(prepared)
+    with visible(reporter, progress=progress) as tell:
+        if len(prepared) == 1:
+            return _carry_out(*prepared[0], chosen, tell, stop)
+        with stop if isinstance(stop, AbstractContextManager) else nullcontext(stop or threading.Event()) as stopped:
+            return [_carry_out(*each, chosen, tell, stopped) for each in prepared][-1]
 
 
-def _target_of(recipe: DenseRecipe | MoeRecipe, output: str | Path | None) -> str:
+def _check_outputs(prepared: Sequence[tuple[Prepared, str]]) -> None:
+    """Check that no stage's output is another's, or an input of one.
+
+    Raises:
+        PlanError: naming it, before anything is written.
+    """
+    places = [open_sink(target).uri for _, target in prepared]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise PlanError("two stages have the same output", where=place, remedy="give each a place of its own")
+        for other, _ in prepared:
+            if len(prepared) > 1:
+                check_apart({model.uri: model.files for model in other.plan.inputs.values()}, place)
+
+
+def _carry_out(
+    prepared: Prepared,
+    target: str,
+    options: MergeOptions,
+    tell: Reporter,
+    stop: threading.Event | AbstractContextManager[threading.Event] | None,
+) -> MergeResult:
+    def route(tell: Reporter, kept: KeptRouters) -> Plan:
+        return prepared.routed(options, kept, tell)
+
+    needed = route if prepared.needs_routing else None
+    return run_plan(prepared.plan, target, options, reporter=tell, stop=stop, route=needed)
+
+
+def _target_of(recipe: Recipe, output: str | Path | None) -> str:
     """Where the result goes: ``output``, or what the recipe says.
 
     Raises:

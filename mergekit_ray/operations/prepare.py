@@ -12,21 +12,22 @@ from typing import Any, TypeAlias
 from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.fields import parse_seed
-from mergekit_ray.config.load import check_recipe
+from mergekit_ray.config.load import Recipe, check_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.stages import StagedRecipe
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.evaluation.device.names import resolve
 from mergekit_ray.executors.cluster import wants_ray
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.operations.recipes import load_recipe
-from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
+from mergekit_ray.operations.recipes import check_stage_names, load_recipe
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models, stages_of
 from mergekit_ray.planning.moe.experts import RouterVectors
 from mergekit_ray.reporting.reporters import Reporter
 
-RecipeLike: TypeAlias = DenseRecipe | MoeRecipe | Path | str | Mapping[str, Any]
+RecipeLike: TypeAlias = Recipe | Path | str | Mapping[str, Any]
 """A recipe, or whatever `mergekit_ray.load_recipe` takes."""
 
 
@@ -41,7 +42,7 @@ class Prepared:
         allow_config_conflicts, unsafe_ignore_tokenizers: as in `MergeOptions`.
     """
 
-    recipe: DenseRecipe | MoeRecipe
+    recipe: Recipe
     checkpoints: Mapping[ModelReference, Checkpoint]
     plan: Plan
     allow_config_conflicts: bool = False
@@ -50,7 +51,8 @@ class Prepared:
     @property
     def needs_routing(self) -> bool:
         """Whether routers are still to be made, which reads the base model."""
-        return isinstance(self.recipe, MoeRecipe) and (self.recipe.add_to_base or self.recipe.gate_mode.needs_prompts)
+        last = stages_of(self.recipe)[-1]
+        return isinstance(last, MoeRecipe) and (last.add_to_base or last.gate_mode.needs_prompts)
 
     def check_routable(self) -> None:
         """Check that the routers can be made, as far as possible without the base model's weights.
@@ -58,10 +60,11 @@ class Prepared:
         Raises:
             MergekitRayError: see `routing.routers.check_routable`.
         """
-        if isinstance(self.recipe, MoeRecipe) and self.recipe.gate_mode.needs_prompts:
+        last = stages_of(self.recipe)[-1]
+        if isinstance(last, MoeRecipe) and last.gate_mode.needs_prompts:
             from mergekit_ray.routing.routers import check_routable  # noqa: PLC0415 - imports numpy
 
-            check_routable(self.recipe, self.checkpoints)
+            check_routable(last, self.checkpoints)
 
     def routed(self, options: MergeOptions, kept: KeptRouters | None = None, tell: Reporter | None = None) -> Plan:
         """The plan with its routers: those that are kept, or new ones made where the options say.
@@ -71,9 +74,9 @@ class Prepared:
         Raises:
             MergekitRayError: see `routing.routers.routers`.
         """
-        if not isinstance(self.recipe, MoeRecipe) or not self.needs_routing:
+        recipe = stages_of(self.recipe)[-1]
+        if not isinstance(recipe, MoeRecipe) or not self.needs_routing:
             return self.plan
-        recipe = self.recipe
 
         def make() -> RouterVectors:
             if tell is not None:
@@ -82,7 +85,7 @@ class Prepared:
 
         plan = partial(
             make_plan,
-            recipe,
+            self.recipe,
             self.checkpoints,
             allow_config_conflicts=self.allow_config_conflicts,
             unsafe_ignore_tokenizers=self.unsafe_ignore_tokenizers,
@@ -90,13 +93,13 @@ class Prepared:
         return plan(make) if kept is None else kept.plan_with(plan, make)
 
 
-def checked_recipe(recipe: RecipeLike) -> DenseRecipe | MoeRecipe:
+def checked_recipe(recipe: RecipeLike) -> Recipe:
     """The recipe, loaded if it is not yet; one built in Python is now checked against its merge method.
 
     Raises:
         ConfigError: with all that is wrong.
     """
-    if not isinstance(recipe, DenseRecipe | MoeRecipe):
+    if not isinstance(recipe, DenseRecipe | MoeRecipe | StagedRecipe):
         return load_recipe(recipe)
     check_recipe(recipe)
     return recipe
@@ -123,6 +126,7 @@ def prepare(
     checked = check_plannable(checked_recipe(recipe))
     if seed is not None:
         checked = _seeded(checked, parse_seed(seed))
+    check_stage_names(checked)
     checkpoints = open_models(referenced_models(checked))
     plan = make_plan(
         checked,
@@ -133,7 +137,9 @@ def prepare(
     return Prepared(checked, checkpoints, plan, allow_config_conflicts, unsafe_ignore_tokenizers)
 
 
-def _seeded(recipe: DenseRecipe | MoeRecipe, seed: int) -> DenseRecipe | MoeRecipe:
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    if isinstance(recipe, StagedRecipe):
+        return recipe.model_copy(update={"stages": tuple(_seeded(stage, seed) for stage in recipe.stages)})
     changed: dict[str, Any] = {"seed": seed}
     if isinstance(recipe, MoeRecipe) and recipe.backbone is not None:
         changed["backbone"] = _seeded(recipe.backbone, seed)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from mergekit_ray.config.load import Recipe
 from mergekit_ray.config.load import load_recipe as load_here
+from mergekit_ray.config.stages import StagedRecipe
 from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES
 from mergekit_ray.core.errors import CheckpointError, ConfigError, Problem
 from mergekit_ray.storage.opening import open_source
@@ -46,8 +47,25 @@ def load_recipe(
         StorageError: the store that should have it failed.
     """
     if isinstance(source, str) and is_uri(source):
-        return load_here(_fetch(source), name=source, lenient=lenient, on_warning=on_warning)
-    return load_here(source, lenient=lenient, on_warning=on_warning)
+        recipe = load_here(_fetch(source), name=source, lenient=lenient, on_warning=on_warning)
+    else:
+        recipe = load_here(source, lenient=lenient, on_warning=on_warning)
+    check_stage_names(recipe)
+    return recipe
+
+
+def check_stage_names(recipe: Recipe) -> None:
+    """Check that no stage is called as a folder is.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for name in recipe.named if isinstance(recipe, StagedRecipe) else ():
+        if Path(name).expanduser().is_dir():
+            raise ConfigError(
+                f"the stage {name!r} has the name of a folder",
+                remedy=f"give the stage another name; a folder is named with its path: ./{name}",
+            )
 
 
 def _fetch(uri: str) -> bytes:

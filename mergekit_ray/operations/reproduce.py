@@ -18,6 +18,8 @@ from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.stages import StagedRecipe
+from mergekit_ray.config.transplant import TransplantOptions
 from mergekit_ray.core.arguments import check_argument, options_or
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.plan import InputFile, OutputTensor, Plan, Shard
@@ -33,8 +35,7 @@ from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import FileDigest, is_intact, listed_files, read_manifest
 from mergekit_ray.output.provenance import header_digest
-from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models
-from mergekit_ray.planning.transplant.options import TransplantOptions
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models, stages_of
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
 from mergekit_ray.storage.opening import open_source
@@ -138,10 +139,12 @@ def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: Merg
     if "transplant" in manifest["recipe"]:
         return _transplant(manifest, records)
     recipe = check_plannable(load_recipe(dict(manifest["recipe"])))
-    recipe = recipe.model_copy(update={"seed": manifest["seed"]})
+    if not isinstance(recipe, StagedRecipe):  # whose stages have seeds of their own
+        recipe = recipe.model_copy(update={"seed": manifest["seed"]})
     notes = _check_inputs(manifest["inputs"])
     checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"])
-    routing = partial(make_routers, recipe, checkpoints, options) if isinstance(recipe, MoeRecipe) else None
+    last = stages_of(recipe)[-1]
+    routing = partial(make_routers, last, checkpoints, options) if isinstance(last, MoeRecipe) else None
     plan = make_plan(
         recipe,
         checkpoints,

@@ -59,6 +59,8 @@ def described(recipe: Mapping[str, Any]) -> str | None:
         kind = "a transplant"
     elif "modules" in recipe:
         kind = "a merge of modules"
+    elif "stages" in recipe:
+        kind = "a merge in stages"
     else:
         return None
     if models:

@@ -6,15 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from mergekit_ray.checkpoint.diffusers import is_of_diffusers
 from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
-from mergekit_ray.core.sizes import format_bytes
-from mergekit_ray.core.version import __version__
+from mergekit_ray.output.card import licence_of, model_card
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE, Destination
 from mergekit_ray.output.manifest import FileDigest, manifest
 from mergekit_ray.output.provenance import header_digests
@@ -63,7 +59,8 @@ def publish(
         put(side.file.name, source.read(side.file.name, max_bytes=MAX_SIDE_FILE_BYTES))
     for name, text in plan.generated_files.items():
         put(name, text.encode())
-    put(CARD_FILE, model_card(plan).encode())
+    licences = {key: licence_of(source) for key, source in sources.items()}
+    put(CARD_FILE, model_card(plan, licences).encode())
     index = _json_bytes(plan.index)
     headers = header_digests(plan.inputs, sources)
     listed = {**files, plan.index_file: FileDigest.of(index)}
@@ -71,33 +68,6 @@ def publish(
     sink.put(plan.index_file, index)
     if isinstance(sink, PublishingSink):
         sink.finish()
-
-
-def model_card(plan: Plan) -> str:
-    """A README.md as the Hugging Face Hub expects it: YAML front matter, how the model came about, the recipe.
-
-    Source: https://huggingface.co/docs/hub/model-cards.
-    """
-    models = [model.reference for model in plan.inputs.values()]
-    # By where they were found, not by how they look: "runs/merged" may be a folder.
-    uris = [model.uri for model in plan.inputs.values()]
-    on_hub = [uri.removeprefix("hf://").split("@")[0] for uri in uris if uri.startswith("hf://")]
-    library = "diffusers" if is_of_diffusers(plan.config) else "transformers"
-    front: dict[str, Any] = {"library_name": library, "tags": ["mergekit-ray", "merge"]}
-    if on_hub:
-        front = {"base_model": on_hub, **front}
-    kind = "the merge method " if "transplant" not in plan.recipe else ""
-    method = plan.recipe.get("merge_method", "modules" if kind else "transplant")
-    recipe = yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)
-    listed = "\n".join(f"- {name}" for name in models)
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# Merged model\n\n"
-        f"Made with mergekit-ray {__version__} by {kind}`{method}` from\n\n{listed}\n\n"
-        f"{plan.num_parameters:,} parameters, {format_bytes(plan.num_bytes)}. Digests of every tensor and the exact "
-        f"versions of the inputs are in `{MANIFEST_FILE}`.\n\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n"
-    )
 
 
 def _json_bytes(data: Any) -> bytes:

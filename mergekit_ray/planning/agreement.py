@@ -336,9 +336,9 @@ def _stacked(module: NormalModule, models: Mapping[ModelReference, Model]) -> It
 
 
 def _lead(piece: NormalSlice, models: Mapping[ModelReference, Model]) -> tuple[Model, tuple[int, int]]:
-    first = piece.inputs[0]
-    reference, bounds = (first.model, first.layer_range)
     if piece.base is not None:
         reference, bounds = piece.base, piece.base_layer_range
+    else:
+        reference, bounds = piece.inputs[0].model, piece.inputs[0].layer_range
     model = models[reference]
     return model, bounds or (0, model.anatomy.num_layers)

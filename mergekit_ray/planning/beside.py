@@ -13,15 +13,16 @@ from mergekit_ray.checkpoint.side_files import MAX_SIDE_FILE_BYTES
 from mergekit_ray.checkpoint.token_ids import token_ids
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.sizes import counted, format_bytes
+from mergekit_ray.planning.lowering import Model
 
 
-def check_sizes(donor: Checkpoint) -> None:
+def check_sizes(donor: Model) -> None:
     """Check that the files beside the weights can be copied.
 
     Raises:
         PlanError: naming one that is too large.
     """
-    for file in donor.side_files:
+    for file in (side.file for side in donor.side_files):
         if file.num_bytes > MAX_SIDE_FILE_BYTES:
             raise PlanError(
                 f"{file.name} has {format_bytes(file.num_bytes)}, and only files of up to "

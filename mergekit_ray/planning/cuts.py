@@ -40,6 +40,9 @@ def cut_of(
     base = None if recipe.base is None else models[recipe.base]
     is_all = all(source.layer_range is None for source in recipe.inputs)
     counts = {}
+    if not recipe.inputs and recipe.base_layer_range is not None:  # nothing is added to the base
+        is_all, (first, last) = False, recipe.base_layer_range
+        counts[str(recipe.base)] = last - first
     for source, model in zip(recipe.inputs, sources, strict=True):
         first, last = source.layer_range or (0, model.anatomy.stacks.get(stack or "", 0))
         _check_range(model, (first, last), donor, stack)

@@ -15,6 +15,7 @@ from mergekit_ray.config.settings import Resolver
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.expressions import Expression
+from mergekit_ray.core.plan import SideFile
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import TensorSpec
 from mergekit_ray.planning.weights import Weights
@@ -26,6 +27,8 @@ class Model:
 
     Attributes:
         stored_names: what its files call the tensors that are seen under other names.
+        side_files: what lies beside its weights, an adapter's after its base's.
+        files: the same, that no store has, by name.
     """
 
     key: str
@@ -34,6 +37,8 @@ class Model:
     weights: Weights
     anatomy: Anatomy
     stored_names: Mapping[str, str] = field(default_factory=dict)
+    side_files: Sequence[SideFile] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def label(self, name: str) -> str:
         """A tensor for lists and messages: the model, and what its files call the tensor."""

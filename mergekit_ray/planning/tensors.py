@@ -129,6 +129,9 @@ class TensorLowering:
         t: float,
     ) -> Expression:
         method = self._method
+        if not inputs:
+            assert base is not None  # to which nothing is added
+            return base if base.spec.dtype is spec.dtype else Cast(base, spec.dtype)
         compute = self._arithmetic.compute or self._arithmetic.inputs or promote(dtypes)
         if method.name == "passthrough":
             scale = cut.source_parameters[0].at(spec.name, t)["scale"]

@@ -22,6 +22,7 @@ from mergekit_ray.tokenizers.chat.templates import (
     MAX_TEMPLATE_BYTES,
     chat_template_of,
     most_common,
+    stored_template,
 )
 from mergekit_ray.tokenizers.comparing import Difference, difference, same_files
 from mergekit_ray.tokenizers.files import TOKENIZER, tokenizer_files
@@ -87,7 +88,7 @@ def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference
     tokens: Tokenizer | None = None
     if part.vocabulary is not None:
         base = part.base_model or recipe.base_model
-        built = retokenised(part.vocabulary, models, merged, base, template)
+        built = retokenised(part.vocabulary, models, merged, base, template, recipe.seed)
         models, rows, files, tokens = built.models, built.rows, dict(built.files), built.tokenizer
         warnings += built.warnings
     if template is not None:
@@ -96,7 +97,7 @@ def tokenizer_of(recipe: DenseRecipe | MoeRecipe, models: Mapping[ModelReference
         special = tokens.settings.get(_SETTINGS, {}) if tokens is not None else {}
         if tokens is None:
             warnings.append(f"chat_template: {donor} has no tokenizer that could use it")
-        is_models = part.vocabulary is None and (part.chat_template or "").strip() == AUTO
+        is_models = part.vocabulary is None and template == stored_template(models[donor].checkpoint)
         warnings += check_template(
             template,
             None if tokens is None or is_models else tokens.ids,
@@ -222,7 +223,8 @@ def _compared(
         raise PlanError(
             message,
             where=f"model {other.reference}",
-            remedy="bring the models to common tokens: `tokenizer: {source: union}`; or pass "
+            remedy="bring the models to common tokens: `tokenizer: {source: union}` or, if they cannot be united, "
+            "`tokenizer: {source: MODEL, approximate: omp}`; or pass "
             "`options=MergeOptions(unsafe_ignore_tokenizers=True)` to merge rows of different tokens",
         )
     return [*warnings, f"{other.reference}: {message}"]

@@ -15,7 +15,7 @@ MAX_BATCH_TOKENS: Final = 2048
 _LENGTH_DEPENDENT: Final = ("dynamic", "longrope", "su")
 
 Tokens: TypeAlias = tuple[int, ...]
-"""Ids of a prompt's tokens, at least one."""
+"""Ids of a prompt's tokens; none of an empty one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ def make_batches(
     """Put prompts of similar lengths together, the shortest first.
 
     Args:
-        tokens: of each prompt.
+        tokens: of each prompt. Those without any are in no batch.
         max_tokens: of a batch, padding included.
         equal_lengths: let no batch need padding.
 
     Returns:
-        Every prompt once, in batches that depend on nothing but the arguments.
+        Every other prompt once, in batches that depend on nothing but the arguments.
     """
     batches: list[Batch] = []
     chosen: list[int] = []
@@ -57,7 +57,7 @@ def make_batches(
             batches.append(Batch(tuple(chosen), tuple(tokens[index] for index in chosen)))
             chosen.clear()
 
-    for index in sorted(range(len(tokens)), key=lambda index: len(tokens[index])):
+    for index in sorted(filter(tokens.__getitem__, range(len(tokens))), key=lambda index: len(tokens[index])):
         length = len(tokens[index])
         if (len(chosen) + 1) * length > max_tokens or (equal_lengths and chosen and len(tokens[chosen[0]]) < length):
             close()

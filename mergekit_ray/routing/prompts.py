@@ -15,14 +15,22 @@ def tokenize(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Tokens]:
 
     Every prompt begins with the tokenizer's beginning-of-sequence token, once, if the tokenizer has one, whether or not
     it adds it by itself or the prompt spells it out. No other special token is added: the last token is the prompt's.
+    An empty prompt has no tokens if there is no such token.
 
     Raises:
-        ModelError: there is no tokenizer, it cannot be loaded or used, or a prompt has no tokens.
+        ModelError: there is no tokenizer, it cannot be loaded or used, or a prompt that is not empty has no tokens.
         PlanError: transformers is needed for it and not installed.
     """
     tokenizer = load_tokenizer(checkpoint)
     with blamed_on_files(checkpoint, "the tokenizer cannot read a prompt"):
-        return [_tokens_of(tokenizer, prompt, checkpoint.reference) for prompt in prompts]
+        found = [_tokens_of(tokenizer, prompt, checkpoint.reference) for prompt in prompts]
+    if not any(found):
+        raise ModelError(
+            "all prompts are empty, and the tokenizer has no token that begins a text",
+            where=checkpoint.reference,
+            remedy="write what each expert is for",
+        )
+    return found
 
 
 def _tokens_of(tokenizer: Tokenizer, prompt: str, reference: str) -> Tokens:
@@ -32,6 +40,6 @@ def _tokens_of(tokenizer: Tokenizer, prompt: str, reference: str) -> Tokens:
         while ids and ids[0] == bos:
             ids.pop(0)
         ids.insert(0, bos)
-    if not ids:
+    if not ids and prompt.strip():
         raise ModelError(f"the tokenizer finds no tokens in the prompt {prompt!r}", where=reference)
     return tuple(ids)

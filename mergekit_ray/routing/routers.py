@@ -179,11 +179,12 @@ def _combine(parts: Sequence[Sequence[Batch]], states: Sequence[np.ndarray], wan
     vectors: _Vectors = {}
     for layer, of_parts in enumerate(zip(*states, strict=True)):
         rows = np.concatenate(of_parts).astype(np.float64)
+        rows = np.concatenate([rows, np.zeros_like(rows[:1])])  # the state of a prompt without tokens
         made = []
         for group in wanted:
-            direction = rows[[column[prompt] for prompt in group.positive]].mean(0)
+            direction = rows[[column.get(prompt, -1) for prompt in group.positive]].mean(0)
             if group.negative:
-                direction = direction - rows[[column[prompt] for prompt in group.negative]].mean(0)
+                direction = direction - rows[[column.get(prompt, -1) for prompt in group.negative]].mean(0)
             made.append(_unit(direction))
         vectors[layer] = np.stack(made).astype(np.float32)
     return vectors

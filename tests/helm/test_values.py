@@ -82,7 +82,16 @@ def test_values_that_do_not_go_together_are_refused(wrong: Manifest, said: str) 
     assert said in refusal({**GIVEN, **wrong})
 
 
-@pytest.mark.parametrize("text", ["merge_method: tias", "experts: []\nbackbone: {merge_method: tias}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: tias",
+        "experts: []\nbackbone: {merge_method: tias}",
+        "stages: [{merge_method: linear}, {merge_method: tias}]",
+        "name: x\nmerge_method: tias\n---\nmerge_method: linear\n",
+        "name: x\nmerge_method: linear\n---\nmerge_method: tias\n---\n",
+    ],
+)
 def test_unknown_methods_are_refused(text: str) -> None:
     said = refusal({**GIVEN, "recipe": {"content": text}})
     assert 'recipe.content: unknown merge method "tias"; accepted: ' in said
@@ -95,6 +104,9 @@ def test_unknown_methods_are_refused(text: str) -> None:
     [
         {"content": f"{RECIPE}output: s3://b/o\n"},
         {"content": f"{RECIPE}output: {{path: s3://b/o, max_shard_size: 1GB}}\n"},
+        {"content": f"name: x\n{RECIPE}---\nmerge_method: linear\noutput: s3://b/o\n"},
+        {"content": "stages: [{merge_method: linear, output: s3://b/o}]"},
+        {"content": "stages: [{merge_method: linear}]\noutput: s3://b/o"},
         {"existingConfigMap": "mine"},
     ],
 )

@@ -85,6 +85,12 @@ def tokensurgeon() -> Iterator[Program]:
 
 
 @pytest.fixture(scope="session")
+def multi() -> Iterator[Program]:
+    """``mergekit-multi``."""
+    yield from of_mergekit("mergekit-multi")
+
+
+@pytest.fixture(scope="session")
 def mergekit_ray() -> Iterator[Program]:
     """Our own ``merge``."""
     program = Program(Path(sys.executable), OURS)

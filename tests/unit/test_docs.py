@@ -29,6 +29,7 @@ from docs import recipe_schema
 from mergekit_ray.architectures.moe.registry import FAMILIES
 from mergekit_ray.cli import app
 from mergekit_ray.config.fields import RecipeModel
+from mergekit_ray.config.stages import Around
 from mergekit_ray.core.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +87,11 @@ COMMANDS = [
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_yaml_is_accepted(block: Block) -> None:
     """Recipes by our loader, values by the chart's schema, runtime environments by what Ray knows."""
-    data = yaml.safe_load(block.text)
+    data, *stages = yaml.safe_load_all(block.text)
     if {"models", "slices", "modules", "experts"} & data.keys():
         mergekit_ray.load_recipe(block.text)
-        SCHEMA.validate(data)
+        for each in (data, *stages):
+            SCHEMA.validate(each)
     elif data.keys() <= {"pip", "env_vars", "working_dir"}:
         assert all(isinstance(line, str) for line in data["pip"])
     else:
@@ -291,7 +293,7 @@ def test_the_site_describes_every_key(site: Path) -> None:
 
 
 def test_every_part_of_a_recipe_is_described() -> None:
-    assert set(RecipeModel.__subclasses__()) == set(recipe_schema.MODELS)
+    assert set(RecipeModel.__subclasses__()) == {*recipe_schema.MODELS, Around}
 
 
 def test_the_site_describes_every_name_of_the_package(site: Path) -> None:

@@ -49,19 +49,34 @@
 {{/* Finds the commonest mistakes in a recipe before a pod starts; mergekit-ray validate finds the others. */}}
 {{- define "mergekit-ray.checkRecipe" -}}
 {{- with .Values.recipe.content }}
-{{- $recipe := fromYaml . }}
-{{- with $recipe.Error }}
+{{- $recipes := list }}
+{{- range regexSplit "(?m)^---[ \t]*$" . -1 }}
+{{- $document := fromYaml . }}
+{{- with $document.Error }}
 {{- fail (printf "recipe.content is not a recipe: %s" .) }}
 {{- end }}
+{{- $recipes = append $recipes $document }}
+{{- range kindIs "slice" $document.stages | ternary $document.stages list }}
+{{- $recipes = append $recipes . }}
+{{- end }}
+{{- end }}
+{{- $outputs := list $.Values.output }}
+{{- $methods := list }}
+{{- range $recipe := $recipes }}
+{{- if kindIs "map" $recipe }}
 {{- $output := $recipe.output }}
 {{- if kindIs "map" $output }}{{ $output = $output.path }}{{ end }}
-{{- if not (or $.Values.output $output) }}
+{{- $outputs = append $outputs $output }}
+{{- $methods = append $methods $recipe.merge_method }}
+{{- $methods = append $methods (kindIs "map" $recipe.backbone | ternary $recipe.backbone dict).merge_method }}
+{{- end }}
+{{- end }}
+{{- if not (compact $outputs) }}
 {{- fail "no output: set it as in --set output=s3://bucket/merged, or write `output: s3://bucket/merged` in the recipe" }}
 {{- end }}
 {{- $known := concat ($.Files.Get "files/methods.json" | fromJsonArray) $.Values.recipe.pluginMethods | uniq | sortAlpha }}
-{{- $backbone := kindIs "map" $recipe.backbone | ternary $recipe.backbone dict }}
-{{- range list $recipe.merge_method $backbone.merge_method }}
-{{- if and . (not (has . $known)) }}
+{{- range compact $methods }}
+{{- if not (has . $known) }}
 {{- fail (printf "recipe.content: unknown merge method %q; accepted: %s; if a plugin in your image adds it, list it in recipe.pluginMethods" (toString .) (join ", " $known)) }}
 {{- end }}
 {{- end }}

@@ -11,6 +11,7 @@ from mergekit_ray.core.declaration import Access
 from mergekit_ray.core.expressions import Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.nodes.base import Compilation, Guard, Node, fill_parallel, node_of, round_result
+from mergekit_ray.evaluation.pool import ComputePool
 from mergekit_ray.evaluation.scratch import TORCH_DTYPES
 from mergekit_ray.methods.shared.protocol import (
     Chunk,
@@ -38,6 +39,29 @@ class _Chunk:
         self.scratch = scratch
 
 
+class _Held:
+    """A merged input of a method that looks at each element several times: computed once."""
+
+    def __init__(self, node: Node, pool: ComputePool) -> None:
+        self.spec = node.spec
+        self._node = node
+        self._pool = pool
+        self._whole: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Compute it; two parents may ask."""
+        if self._whole is None:
+            self._node.prepare()
+            dtype = TORCH_DTYPES[self.spec.dtype]
+            self._whole = torch.empty(self.spec.num_elements, dtype=dtype, device=self._pool.device)
+            fill_parallel(self._node, 0, self.spec.num_elements, self._whole, self._pool)
+
+    def fill(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """See `Node.fill`."""
+        assert self._whole is not None
+        out.copy_(self._whole[start:stop])
+
+
 @node_of(Merge)
 class MergeNode:
     """A merge; also the `Operands` its method sees."""
@@ -47,8 +71,9 @@ class MergeNode:
         self.spec = node.spec
         method = METHODS.get(node.method)
         self._method = method()
-        self._inputs = [compilation.compile(x) for x in node.inputs]
-        self._base = None if node.base is None else compilation.compile(node.base)
+        held = {id(x): _Held(compilation.compile(x), compilation.pool) for x in node.held}
+        self._inputs = [held.get(id(x)) or compilation.compile(x) for x in node.inputs]
+        self._base = None if node.base is None else held.get(id(node.base)) or compilation.compile(node.base)
         self._pool = compilation.pool
         self.block_elements = compilation.pool.block_elements
         self._statistics: Any = None
@@ -66,10 +91,8 @@ class MergeNode:
 
     def prepare(self) -> None:
         """Statistics of the whole tensor, or all of a method that cannot be cut."""
-        for child in self._inputs:
+        for child in [*self._inputs, *([] if self._base is None else [self._base])]:
             child.prepare()
-        if self._base is not None:
-            self._base.prepare()
         if isinstance(self._method, WholeMethod):
             inputs = [self._whole_of(x) for x in self._inputs]
             base = None if self._base is None else self._whole_of(self._base)

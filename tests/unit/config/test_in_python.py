@@ -14,6 +14,7 @@ from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import ExpertRecipe, GateMode, MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe, InputModel, ModuleRecipe, SliceRecipe, SliceSource
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.stages import Around, StagedRecipe
 from mergekit_ray.config.tokenizer import ModelTokenEmbedding, TokenEmbedding, TokenizerOptions, ZeroEmbedding
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError
@@ -29,6 +30,7 @@ PARTS = [
     OutputOptions,
     SliceRecipe,
     SliceSource,
+    StagedRecipe,
     TokenEmbedding,
     TokenizerOptions,
 ]
@@ -60,7 +62,7 @@ def test_every_part_is_declared() -> None:
         return {model}.union(*map(below, model.__subclasses__()))
 
     ours = {part for part in below(RecipeModel) if part.__module__.startswith("mergekit_ray.")}
-    assert ours == {*PARTS, RecipeModel, ZeroEmbedding}
+    assert ours == {*PARTS, RecipeModel, ZeroEmbedding, Around}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yml")), ids=lambda file: file.stem)

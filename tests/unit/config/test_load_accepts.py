@@ -173,6 +173,21 @@ def warnings_of(text: str, methods: Methods, **options: Any) -> list[tuple[str, 
     ("text", "line", "path", "words"),
     [
         (HEAD + "parameters: {int8_mask: true}\n", 4, "parameters.int8_mask", "no effect on linear"),
+        (HEAD + "parameters: {dtype: float16}\n", 4, "parameters.dtype", "write it in the recipe"),
+        (HEAD + "parameters: {random_seed: 3}\n", 4, "parameters.random_seed", "write `seed` in the recipe"),
+        (HEAD + "parameters: {density: 0.5}\n", 4, "parameters.density", "no effect on linear: it is a parameter of "),
+        (
+            HEAD.replace("weight: 1", "weight: 1, lambda: 2") + "parameters: {lambda: 3}\n",
+            4,
+            "parameters.lambda",
+            "no effect on linear: it is a parameter of ",
+        ),
+        (
+            "merge_method: ties\nbase_model: b\nmodels:\n  - model: b\n",
+            3,
+            "models",
+            "ties of no model beside the base model is the base model, b",
+        ),
         (
             "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 1]}]\n"
             "    residual_weight: 0.5\n",

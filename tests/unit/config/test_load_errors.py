@@ -156,9 +156,9 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "did you mean 'linear'?",
         ),
         (
-            HEAD.replace("weight: 1", "weight: 1, lambda: 1"),
+            HEAD.replace("weight: 1", "weight: 1, zeta: 1"),
             3,
-            "models[0].parameters.lambda",
+            "models[0].parameters.zeta",
             "linear has no parameter",
             "remove it",
         ),

@@ -7,7 +7,7 @@ import yaml
 
 from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.moe_recipe import GateMode, MoeRecipe
-from mergekit_ray.core.errors import ConfigError
+from mergekit_ray.core.errors import ConfigError, Problem
 from support.declared_methods import Methods
 
 MOE = """\
@@ -89,7 +89,6 @@ SAME = "base_model: x\nexperts:\n" + "  - {source_model: %s, positive_prompts: [
         ),
         (MOE.replace("    positive_prompts: chat\n", ""), 9, "experts[1].positive_prompts", "no `pos", "random"),
         (MOE.replace("[code]", "[42]"), 5, "experts[0].positive_prompts", "prompt 1 is not text but 42", "quote it"),
-        (MOE.replace("[code]", "['a', ' ']"), 5, "experts[0].positive_prompts", "prompt 2 is empty", ""),
         (MOE.replace("noise_scale: 1", "noise_scale: -1"), 7, "experts[0].noise_scale", "found -1", ""),
         (
             MOE.replace("positive_prompts: chat", "postive_prompts: chat"),
@@ -155,3 +154,12 @@ def test_checks_across_fields_hold_in_python_too(change: dict[str, Any], words: 
     MoeRecipe.model_validate(data)
     with pytest.raises(ValueError, match=words):
         MoeRecipe.model_validate(data | change)
+
+
+def test_an_empty_prompt_is_a_warning(methods: Methods) -> None:
+    told: list[Problem] = []
+    load_recipe(MOE.replace("[code]", "['a', ' ', '']"), methods=methods, on_warning=told.append)
+    assert [(each.where, each.path) for each in told] == [
+        ("<text>:5", f"experts[0].positive_prompts[{number}]") for number in (1, 2)
+    ]
+    assert all("this prompt is empty" in each.what for each in told)

@@ -76,6 +76,23 @@ def test_a_star_matches_all_and_hides_what_follows() -> None:
     assert at([{"filter": "*", "value": 1}, {"filter": "mlp", "value": 2}]) == 1
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_meant"),
+    [
+        ("*.mlp.*", True),
+        ("model.layers.?.mlp.up_proj.weight", True),
+        ("model.layers.[0-3].*", True),
+        ("*.self_attn.*", False),
+        ("mlp.*", False),
+        ("layers.[1-3].*", False),
+        ("mlp.up", True),
+        ("model.layers.1", False),
+    ],
+)
+def test_a_filter_is_a_part_of_a_name_or_a_pattern_for_all_of_it(pattern: str, is_meant: bool) -> None:
+    assert at([{"filter": pattern, "value": 1}, {"value": 2}]) == (1 if is_meant else 2)
+
+
 def test_precedence_is_the_order_of_levels_and_misses_fall_through() -> None:
     levels = [None, level(x={"filter": "attn", "value": 1}), {}, level(x=None), level(x=[2, 4]), level(x=9)]
     assert resolve(levels, "x", "a.attn.q", 0.5) == 1

@@ -99,7 +99,6 @@ def test_duplicate_keys_are_reported_with_both_lines() -> None:
         ("a: !mine 3\n", 1, "'!mine'", "remove the tag"),
         ("a: !!int x\n", 1, "is not what its tag", ""),
         ("a: !!set {x}\n", 1, "!!set", ""),
-        ("merge_method: x\n---\nb: 1\n", 2, "several stages are not supported yet", "a file of its own"),
         ("a: 1\n? [x, y]\n: 1\n", 2, "where a key should", ""),
         ("a:\n  <<: 3\n", 2, "<< merges mappings", ""),
         ("a: 1\nb: \x07\n", 2, "'\\x07' is not allowed", "UTF-8"),
@@ -110,6 +109,19 @@ def test_what_cannot_be_read_names_the_line(text: str, line: int, words: str, hi
     assert error.problems[0].where == f"r.yml:{line}"
     assert words in error.problems[0].what
     assert hint in error.problems[0].hint
+
+
+def test_documents_are_stages_with_lines_of_their_own() -> None:
+    document = read_yaml("---\na: &x 1\n---\nb:\n  - c: 2\n---\n", "r.yml")
+    assert document.data == {"stages": [{"a": 1}, {"b": [{"c": 2}]}]}
+    assert document.position(("stages", 1, "b", 0, "c")) == (5, 5)
+    with pytest.raises(ConfigError, match="refers to no anchor"):
+        read_yaml("a: &x 1\n---\nb: *x\n", "r.yml")
+
+
+@pytest.mark.parametrize("text", ["a: 1\n---\n", "---\na: 1\n---\n...\n", "---\n# nothing\n---\na: 1\n"])
+def test_documents_that_say_nothing_are_no_stages(text: str) -> None:
+    assert read_yaml(text, "r.yml").data == {"a": 1}
 
 
 @pytest.mark.parametrize("text", ["", "   \n# only a comment\n"])

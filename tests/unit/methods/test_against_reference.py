@@ -73,8 +73,12 @@ class Case:
                 return reference.added_to_base(b, deltas, self.weights, normalize=normalize, scale=scale)
             case "ties":
                 trimmed = [
-                    # Ranked as the arithmetic sees them, which is float32.
-                    np.where(reference.keep_largest(as_float64((x.float() - base.float()).abs()), density), delta, 0.0)
+                    reference.rescaled(
+                        delta,
+                        # Ranked as the arithmetic sees them, which is float32.
+                        reference.keep_largest(as_float64((x.float() - base.float()).abs()), density),
+                        rescale=self.parameters.get("rescale", False),
+                    )
                     for x, delta, density in zip(xs, deltas, self.densities, strict=True)
                 ]
                 return reference.elected(b, trimmed, self.weights, normalize=normalize, scale=scale)
@@ -104,6 +108,8 @@ CASES = [
     Case("ties", weights=(0.3, 0.5, 0.9), densities=(0.2, 0.5, 1.0)),
     Case("ties", {"normalize": False, "lambda": 1.3}, weights=(1.0, 1.0), densities=(0.5, 0.1)),
     Case("ties", {"int8_mask": 1.0}, weights=(0.4, -0.3, 0.0), densities=(0.7, 0.9, 0.3)),
+    Case("ties", {"rescale": True}, weights=(0.3, 0.5, 0.9), densities=(0.2, 0.5, 1.0)),
+    Case("ties", {"rescale": True, "normalize": False}, weights=(0.5, 0.7), densities=(0.0, 0.4)),
     Case("ties", weights=(0.5,), densities=(0.0,)),
     Case("dare_linear", weights=(0.3, 0.5), densities=(0.2, 0.7)),
     Case("dare_linear", {"rescale": False, "normalize": True}, weights=(0.3, 0.5, 0.1), densities=(0.2, 0.0, 1.0)),

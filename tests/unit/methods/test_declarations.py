@@ -25,6 +25,7 @@ PARAMETERS = {
         "density": "model",
         "normalize": "global",
         "lambda": "global",
+        "rescale": "global",
         "int8_mask": "global",
     },
     "dare_linear": {
@@ -40,7 +41,7 @@ PARAMETERS["dare_ties"] = PARAMETERS["dare_linear"]
 DEFAULTS = {
     "linear": {"normalize": True},
     "task_arithmetic": {"normalize": False, "lambda": 1.0},
-    "ties": {"normalize": True, "lambda": 1.0, "int8_mask": False},
+    "ties": {"normalize": True, "lambda": 1.0, "rescale": False, "int8_mask": False},
     "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
     "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0},
 }
@@ -87,6 +88,7 @@ def test_numbers_serve_as_booleans(value: float) -> None:
         "int8_mask": True,
         "normalize": False,
         "lambda_": 1.0,
+        "rescale": False,
     }
 
 

@@ -16,9 +16,10 @@ from mergekit_ray.core.errors import CheckpointError, StorageError
 from mergekit_ray.core.plan import InputModel, Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.operations.verify import Verification, verify
+from mergekit_ray.output.card import licence_of, model_card
 from mergekit_ray.output.destination import INDEX_FILE, MANIFEST_FILE, RECORD_ROOT, Destination, clear_notes, inspect
 from mergekit_ray.output.manifest import manifest
-from mergekit_ray.output.publish import check_records, model_card, publish
+from mergekit_ray.output.publish import check_records, publish
 from mergekit_ray.planning.windows import FIXED_BYTES
 from mergekit_ray.storage.local.store import LocalSource, LocalStore
 from mergekit_ray.storage.local.upload import LocalUpload
@@ -109,8 +110,41 @@ def test_models_of_the_hub_are_named_as_base_models() -> None:
         "s3://bucket/model": "s3://bucket/model",
     }
     inputs = {name: InputModel(name, name, uri, {}) for name, uri in places.items()}
-    front = model_card(Plan(inputs, (), {}, (), {"merge_method": "ties"}, 0)).split("---\n")[1]
-    assert yaml.safe_load(front)["base_model"] == ["org/base", "org/tune"]
+    front = yaml.safe_load(model_card(Plan(inputs, (), {}, (), {"merge_method": "ties"}, 0), {}).split("---\n")[1])
+    assert front["base_model"] == ["org/base", "org/tune"]
+    assert front["base_model_relation"] == "merge"
+
+
+@pytest.mark.parametrize(
+    ("cards", "expected"),
+    [
+        ({"a": "apache-2.0", "b": "apache-2.0"}, {"license": "apache-2.0"}),
+        ({"a": "apache-2.0", "b": "llama3.1"}, {"license": "other", "license_name": "apache-2.0, llama3.1"}),
+        ({"a": "apache-2.0", "b": None}, {"license": "other", "license_name": "apache-2.0"}),
+        ({"a": None, "b": None}, {}),
+    ],
+)
+def test_licences_are_those_of_the_models_own_cards(
+    cards: dict[str, str | None], expected: dict[str, str], tmp_path: Path
+) -> None:
+    inputs, licences = {}, {}
+    for name, licence in cards.items():
+        place = tmp_path / name
+        place.mkdir()
+        if licence is not None:
+            (place / "README.md").write_text(f"---\nlicense: {licence}\ntags: [x]\n---\n# A model\n---\nmore\n")
+        inputs[name] = InputModel(name, f"org/{name}", str(place), {})
+        licences[name] = licence_of(LocalSource(place))
+    text = model_card(Plan(inputs, (), {}, (), {"merge_method": "ties"}, 0), licences)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
+    assert all(f"- org/{name} ({licence})\n" in text for name, licence in cards.items() if licence)
+
+
+@pytest.mark.parametrize("front", ["", "---\n", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: [a]\n---\n"])
+def test_a_card_that_says_no_licence(front: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"{front}# A model\n")
+    assert licence_of(LocalSource(tmp_path)) is None
 
 
 def test_the_manifest_pins_inputs_and_digests(published: Published, models: list[Path]) -> None:
@@ -159,9 +193,9 @@ def test_the_manifest_holds_no_secret(published: Published, monkeypatch: pytest.
     secrets = {"AWS_SECRET_ACCESS_KEY": "sesame-open", "HF_TOKEN": "hf_sesame", "AWS_SESSION_TOKEN": "session-sesame"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    text = json.dumps(manifest(published.plan, published.records, {}, {})) + model_card(published.plan)
+    text = json.dumps(manifest(published.plan, published.records, {}, {})) + model_card(published.plan, {})
     assert not any(value in text for value in secrets.values())
-    assert text == json.dumps(manifest(published.plan, published.records, {}, {})) + model_card(published.plan)
+    assert text == json.dumps(manifest(published.plan, published.records, {}, {})) + model_card(published.plan, {})
 
 
 def test_a_side_file_that_changed_is_refused_before_the_index(plan: Plan, models: list[Path], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ models:
   parameters: {weight: [{filter: mlp, value: 1}, {filter: layers.1., value: 3}, {value: 2}]}
 """
     assert plan_of(text, llama("/a"), llama("/b")).warnings == (
-        "filter 'slef_attn' is part of no tensor's name: its value is not used; did you mean 'self_attn'?",
+        "filter 'slef_attn' matches no tensor's name: its value is not used; did you mean 'self_attn'?",
     )
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mergekit_ray.routing.batches import make_batches
 from mergekit_ray.routing.prompts import tokenize
 from mergekit_ray.routing.routers import overlap_warnings, routers
 from mergekit_ray.routing.spread import Here
+from mergekit_ray.routing.tokenizer import load_tokenizer
 from support.models import ModelLibrary, config_of, load, rewrite, tensors_of
 from support.references.routing import NUM_LAYERS, PROMPTS, opened, recipe_of, route, unit, whole_model_states
 
@@ -67,6 +69,22 @@ class TestVectors:
         for rows in found.vectors.values():
             assert rows.dtype == np.float32
             np.testing.assert_allclose(rows, np.stack(expected), rtol=0, atol=1e-7)
+
+    @pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "cheap_embed"])
+    def test_an_empty_prompt_without_a_first_token_is_nothing(
+        self, mode: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with_empty = recipe_of(llama, [(["", "Paris is"], [""]), (["of"], [])], gate_mode=mode)
+        assert len(tokenize(opened(llama), [""])[0]) == 1
+        loaded = load_tokenizer(opened(llama))
+        plain = SimpleNamespace(ids=lambda text: [each for each in loaded.ids(text) if each != loaded.bos], bos=None)
+        monkeypatch.setattr("mergekit_ray.routing.prompts.load_tokenizer", lambda _: plain)
+        assert tokenize(opened(llama), ["", "of"])[0] == ()
+        found, expected = route(with_empty), route(recipe_of(llama, [(["Paris is"], []), (["of"], [])], gate_mode=mode))
+        for layer, rows in expected.vectors.items():
+            np.testing.assert_allclose(found.vectors[layer], rows, rtol=0, atol=1e-6)
+        with pytest.raises(ModelError, match="all prompts are empty"):
+            tokenize(opened(llama), ["", ""])
 
     def test_a_prompt_listed_twice_counts_twice(self, llama: Path) -> None:
         twice = route(recipe_of(llama, [(["the", "the", "Paris is"], []), (["of"], [])])).vectors[2][0]
