@@ -266,10 +266,10 @@ def _with_rows(merge: _Merge, destination: Destination) -> Plan:
     place = open_fenced(f"{sink.uri}/{destination.record_folder}/{ROWS}", merge.lease.fence)
     found = inspect(place, batches.plan, overwrite=True)
     tell.begin(batches.plan)
+    done = f"; {counted(len(found.done), 'is', 'are')} done already" if found.done else ""
     tell.event(
         "approximating",
-        f"approximating rows of new tokens in {counted(len(batches.plan.shards), 'batch', 'batches')}, "
-        f"{len(found.done)} of which are there",
+        f"approximating rows of new tokens in {counted(len(batches.plan.shards), 'batch', 'batches')}{done}",
         num_done=len(found.done),
         num_batches=len(batches.plan.shards),
     )
