@@ -89,13 +89,12 @@ def _check_outputs(prepared: Sequence[tuple[Prepared, str]]) -> None:
     Raises:
         PlanError: naming it, before anything is written.
     """
-    places = [open_sink(target).uri for _, target in prepared]
+    places = [open_sink(target).uri for _, target in prepared] if len(prepared) > 1 else []
     for i, place in enumerate(places):
         if place in places[:i]:
             raise PlanError("two stages have the same output", where=place, remedy="give each a place of its own")
         for other, _ in prepared:
-            if len(prepared) > 1:
-                check_apart({model.uri: model.files for model in other.plan.inputs.values()}, place)
+            check_apart({model.uri: model.files for model in other.plan.inputs.values()}, place)
 
 
 def _carry_out(
