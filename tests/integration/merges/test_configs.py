@@ -33,7 +33,7 @@ NEEDS_CODE = {"moe_custom.yml", "moe_deepseek.yml"}
 """transformers runs what they make with code that travels with the model."""
 
 EXPECTED = ("trust_remote_code", "can hardly tell", "prompts cancel", "are in both models")
-"""Parts of warnings: of code, and of routers made of noise and rows made of few, by a tokenizer that knows few words."""
+"""Parts of warnings: of code, and of routers and rows that a tokenizer of few words makes of little."""
 
 
 @pytest.fixture
