@@ -114,7 +114,13 @@ class Submitted:
     @property
     def status(self) -> str:
         """What Ray says of the job."""
-        return str(json.loads(self._head.get(f"{self._head.dashboard}/api/jobs/{self.number}"))["status"])
+        return str(self.told["status"])
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All that Ray says of it."""
+        found: dict[str, Any] = json.loads(self._head.get(f"{self._head.dashboard}/api/jobs/{self.number}"))
+        return found
 
     def stop(self) -> None:
         """What ``ray job stop`` asks for, without the seconds that the command takes to start."""
@@ -132,7 +138,7 @@ def test_interrupting_the_submitter_does_not_stop_the_job(
     job.process.communicate(timeout=DEADLINE_SECONDS)
     job.go_on()
     wait_until(lambda: job.status != "RUNNING", every=0.5)
-    assert job.status == "SUCCEEDED"
+    assert job.status == "SUCCEEDED", job.told
     assert contents(tmp_path / "out") == undisturbed(many, tmp_path / "expected")
 
 
