@@ -122,11 +122,15 @@ class Merge(Expression):
 
     @property
     def held(self) -> tuple[Expression, ...]:
-        """Merged inputs that are computed once and kept, since the method looks at each element several times."""
+        """Merged inputs, each once, that are kept since the method looks at each element several times."""
         access = METHODS.get(self.method).effective_access(dict(self.parameters))
         if access is not Access.REDUCE:
             return ()
-        return tuple({id(child): child for child in self.children() if _is_merged(child)}.values())
+        found: list[Expression] = []
+        for child in filter(_is_merged, self.children()):
+            if child not in found:
+                found.append(child)
+        return tuple(found)
 
     @property
     def scratch_bytes(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from mergekit_ray.core.declaration import Access
-from mergekit_ray.core.expressions import Merge
+from mergekit_ray.core.expressions import Expression, Merge
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.nodes.base import Compilation, Guard, Node, fill_parallel, node_of, round_result
 from mergekit_ray.evaluation.pool import ComputePool
@@ -71,9 +71,14 @@ class MergeNode:
         self.spec = node.spec
         method = METHODS.get(node.method)
         self._method = method()
-        held = {id(x): _Held(compilation.compile(x), compilation.pool) for x in node.held}
-        self._inputs = [held.get(id(x)) or compilation.compile(x) for x in node.inputs]
-        self._base = None if node.base is None else held.get(id(node.base)) or compilation.compile(node.base)
+        kept = node.held
+        held = [_Held(compilation.compile(x), compilation.pool) for x in kept]
+
+        def made(x: Expression) -> Node:
+            return held[kept.index(x)] if x in kept else compilation.compile(x)
+
+        self._inputs = [made(x) for x in node.inputs]
+        self._base = None if node.base is None else made(node.base)
         self._pool = compilation.pool
         self.block_elements = compilation.pool.block_elements
         self._statistics: Any = None

@@ -126,6 +126,8 @@ class StageFiles:
             case None:
                 raise CheckpointError("there is no such file", where=f"{self.uri}/{name}")
             case bytes() as data:
+                if len(data) > max_bytes:
+                    raise CheckpointError(f"larger than {max_bytes} bytes", where=f"{self.uri}/{name}")
                 return data
             case (source, _):
                 return source.read(name, max_bytes=max_bytes)

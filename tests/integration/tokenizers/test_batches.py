@@ -77,9 +77,15 @@ def _cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_plan, "batches_of", partial(batches_of, batch_work=1.0, batch_rows=ROWS))
 
 
-def transplant(folders: dict[str, Any], out: Any, options: MergeOptions = LOCAL, events: Events | None = None) -> None:
+def transplant(
+    folders: dict[str, Any],
+    out: Any,
+    options: MergeOptions = LOCAL,
+    events: Events | None = None,
+    wanted: TransplantOptions = WANTED,
+) -> None:
     tell = events or Events()
-    mergekit_ray.transplant(folders["model"], folders["donor"], out, WANTED, options, reporter=tell, stop=tell.stop)
+    mergekit_ray.transplant(folders["model"], folders["donor"], out, wanted, options, reporter=tell, stop=tell.stop)
 
 
 @pytest.mark.usefixtures("_cut")
@@ -107,40 +113,16 @@ def test_a_rerun_goes_on_with_the_batch_it_was_at(
 
 
 @pytest.mark.usefixtures("_cut")
-def test_a_rerun_needs_no_batches_once_the_rows_are_written(
-    folders: dict[str, Path], expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    first, second = Events(stop_after=NUM_BATCHES + 1), Events()
+def test_a_rerun_needs_no_batches_once_the_rows_are_written(folders: dict[str, Path], tmp_path: Path) -> None:
+    first, second, third = Events(stop_after=NUM_BATCHES + 1), Events(), Events()
     options = MergeOptions(executor="local", device="cpu", num_workers=1)
+    wanted = TransplantOptions(k=4, max_shard_size=1)
     with pytest.raises(Interrupted):
-        mergekit_ray.transplant(
-            folders["model"],
-            folders["donor"],
-            tmp_path / "out",
-            TransplantOptions(k=4, max_shard_size=1),
-            options,
-            reporter=first,
-            stop=first.stop,
-        )
-    written = [file for file in first.done() if not file.startswith("rows-")]
-    assert written
-    mergekit_ray.transplant(
-        folders["model"],
-        folders["donor"],
-        tmp_path / "out",
-        TransplantOptions(k=4, max_shard_size=1),
-        options,
-        reporter=second,
-    )
+        transplant(folders, tmp_path / "out", options, first, wanted)
+    assert [file for file in first.done() if not file.startswith("rows-")]
+    transplant(folders, tmp_path / "out", options, second, wanted)
     assert not [file for file in second.done() if file.startswith("rows-")]
-    mergekit_ray.transplant(
-        folders["model"],
-        folders["donor"],
-        tmp_path / "apart",
-        TransplantOptions(k=4, max_shard_size=1),
-        options,
-        progress=False,
-    )
+    transplant(folders, tmp_path / "apart", options, third, wanted)
     assert contents(tmp_path / "out") == contents(tmp_path / "apart")
 
 

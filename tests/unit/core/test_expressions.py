@@ -108,3 +108,15 @@ def test_bytes_that_are_read_are_those_of_distinct_leaves_and_of_the_rows_taken(
     assert read_bytes(picked) == 3 * 4
     assert read_bytes(Cast(picked, DType.F32)) == 3 * 4
     assert read_bytes(Load("a", TensorSpec("e", DType.F32, (0, 3)), Location("f", 0, 0))) == 0
+
+
+def test_equal_merged_inputs_are_kept_once_on_every_worker() -> None:
+    """Also where they have travelled as JSON, and are two objects."""
+    inner = merge(load("a"), load("b"))
+    spec = TensorSpec("w", DType.F32, (3, 2))
+    parameters = {"density": 0.5, "weight": 1.0}
+    outer = Merge("ties", spec, (inner, load("c")), inner, {}, (parameters,) * 2, ("", ""))
+    there = from_json(json.loads(json.dumps(to_json(outer))))
+    assert isinstance(there, Merge)
+    assert outer.held == there.held == (inner,)
+    assert there.scratch_bytes == outer.scratch_bytes
