@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,13 +14,18 @@ from mergekit_ray.core.errors import ModelError, StorageError
 from mergekit_ray.storage.opening import open_source
 
 
-def open_models(references: Sequence[ModelReference]) -> dict[ModelReference, Checkpoint]:
+def open_models(references: Sequence[ModelReference], stages: Collection[str] = ()) -> dict[ModelReference, Checkpoint]:
     """Headers and configs of models and of the adapters on them, fetched concurrently; a shared base only once.
+
+    Args:
+        references: the models.
+        stages: paths that name no model. Of an adapter on one, the adapter alone is opened, and the rest is empty.
 
     Raises:
         ModelError, CheckpointError, StorageError: naming the model or the adapter.
     """
-    bases = list(dict.fromkeys(replace(reference, lora=None) for reference in references))
+    plain = (replace(reference, lora=None) for reference in references)
+    bases = list(dict.fromkeys(base for base in plain if base.path not in stages))
     loras = list(dict.fromkeys(reference.lora for reference in references if reference.lora is not None))
     try:
         with ThreadPoolExecutor(max_workers=max(1, len(bases) + len(loras))) as executor:
@@ -31,12 +36,17 @@ def open_models(references: Sequence[ModelReference]) -> dict[ModelReference, Ch
         hints = [f"for the folder {folder}, write {escaped(folder)}" for folder in _folders_with_plus(references)]
         error.remedy = "; ".join([*([error.remedy] if error.remedy else []), *hints]) or None
         raise
-    return {
-        reference: checkpoint_of[replace(reference, lora=None)]
-        if reference.lora is None
-        else adapted(checkpoint_of[replace(reference, lora=None)], adapter_of[reference.lora])
-        for reference in references
-    }
+
+    def found(reference: ModelReference) -> Checkpoint:
+        base = checkpoint_of.get(replace(reference, lora=None))
+        if reference.lora is None:
+            assert base is not None
+            return base
+        adapter = adapter_of[reference.lora]
+        nothing = Checkpoint(adapter.checkpoint.source, reference.path, {}, {}, {}, ())
+        return adapted(nothing if base is None else base, adapter)
+
+    return {reference: found(reference) for reference in references}
 
 
 def _folders_with_plus(references: Sequence[ModelReference]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from mergekit_ray.cli.options import (
     Lenient,
     LogFormat,
     LogFormatOption,
+    Memory,
     Quiet,
     RecipeArgument,
     Seed,
@@ -94,6 +95,7 @@ def plan_command(
         ),
     ] = None,
     device: DeviceOrNone = None,
+    memory: Memory = None,
     allow_non_finite: AllowNonFinite = False,
     allow_config_conflicts: AllowConfigConflicts = False,
     unsafe_ignore_tokenizers: UnsafeIgnoreTokenizers = False,
@@ -109,8 +111,9 @@ def plan_command(
         if explain is None:
             needs("--explain", {"--device": device, "--allow-non-finite": allow_non_finite})
         else:
-            excludes("--explain", {"--cluster": cluster})
+            excludes("--explain", {"--cluster": cluster, "--memory": memory})
         from mergekit_ray.operations.plan import explained, plan
+        from mergekit_ray.planning.beforehand.stages import check_fits
         from mergekit_ray.planning.estimate import Cluster, estimate
         from mergekit_ray.planning.figures import figures
 
@@ -137,12 +140,14 @@ def plan_command(
             return
         expected = None if shape is None else estimate(planned, shape)
         if as_json:
-            more = {} if expected is None else {"estimate": asdict(expected)}
+            more: dict[str, Any] = {} if expected is None else {"estimate": asdict(expected)}
+            if memory is not None:
+                more["beforehand_bytes"] = sum(each.num_bytes for each in check_fits(planned, memory)[:-1])
             typer.echo(json.dumps({**figures(planned), **more, "plan": planned.to_json()}))
             return
         from mergekit_ray.cli.tables import print_estimate, print_plan
 
-        print_plan(planned)
+        print_plan(planned, memory)
         if shape is not None and expected is not None:
             print_estimate(shape, expected)
 

@@ -156,6 +156,16 @@ def parse_memory(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        parser=parse_memory,
+        metavar="SIZE",
+        help="Memory of each worker, such as 4GB (default: what the plan needs).",
+    ),
+]
+
 _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "executor": (
         Annotated[
@@ -185,18 +195,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         ],
         None,
     ),
-    "memory_bytes": (
-        Annotated[
-            int | None,
-            typer.Option(
-                "--memory",
-                parser=parse_memory,
-                metavar="SIZE",
-                help="Memory of each worker, such as 4GB (default: what the plan needs).",
-            ),
-        ],
-        None,
-    ),
+    "memory_bytes": (Memory, None),
     "device": (Device, "auto"),
     "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")], False),
     "allow_non_finite": (AllowNonFinite, False),

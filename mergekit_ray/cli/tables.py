@@ -25,6 +25,7 @@ from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.sizes import counted, format_bytes
 from mergekit_ray.operations.plan import Explanation
+from mergekit_ray.planning.beforehand.stages import check_fits, least_memory
 from mergekit_ray.planning.estimate import Cluster, Estimate
 from mergekit_ray.planning.windows import FIXED_BYTES, comfortable_memory, largest_window, mapped_models, memory_needed
 from mergekit_ray.reporting.reporters import duration
@@ -62,8 +63,17 @@ At the edges every method does the same (`tests/unit/methods/test_edge_cases.py`
 """
 
 
-def print_plan(plan: Plan) -> None:
-    """Inputs, shards with what they read, write and hold, and the sums."""
+def print_plan(plan: Plan, memory_bytes: int | None = None) -> None:
+    """Inputs, shards with what they read, write and hold, and the sums.
+
+    Args:
+        plan: the plan.
+        memory_bytes: budget of a worker, if one is given.
+
+    Raises:
+        PlanError: the budget is too small.
+    """
+    before = [] if memory_bytes is None else check_fits(plan, memory_bytes)[:-1]
     console = _console()
     models = list(plan.inputs.values())
     is_elsewhere = any(model.uri != model.reference for model in models)
@@ -100,11 +110,7 @@ def print_plan(plan: Plan) -> None:
     )
     _show(console, shards)
     console.print()
-    _say(
-        console,
-        f"A worker needs at least {format_bytes(memory_needed(plan))} of memory, and gets "
-        f"{format_bytes(comfortable_memory(plan))} unless `merge --memory` says otherwise.",
-    )
+    _say(console, _memory_line(plan) if memory_bytes is None else _budget_line(before, memory_bytes))
     for warning in plan.warnings:
         _say(console, f"warning: {warning}")
     for title, named in (("Not used", plan.dropped), ("Shared", plan.aliased)):
@@ -113,6 +119,26 @@ def print_plan(plan: Plan) -> None:
                 _say(console, f"{title}: ... and {len(named) - i:,} more (--json lists all)")
                 break
             _say(console, f"{title}: {name} ({reason})")
+
+
+def _memory_line(plan: Plan) -> str:
+    least, needed = least_memory(plan), memory_needed(plan)
+    first = f" ({format_bytes(needed)} unless earlier stages are computed first)" if least < needed else ""
+    return (
+        f"A worker needs at least {format_bytes(least)} of memory{first}, and gets "
+        f"{format_bytes(comfortable_memory(plan))} unless `merge --memory` says otherwise."
+    )
+
+
+def _budget_line(before: Sequence[Plan], memory_bytes: int) -> str:
+    if not before:
+        return f"Everything fits into {format_bytes(memory_bytes)} of memory for each worker."
+    tensors = counted(sum(len(shard.tensors) for plan in before for shard in plan.shards), "tensor")
+    return (
+        f"With {format_bytes(memory_bytes)} of memory for each worker, {tensors} of earlier stages "
+        f"({format_bytes(sum(plan.num_bytes for plan in before))}) are computed first and kept beside the output until "
+        "it is complete."
+    )
 
 
 def print_estimate(cluster: Cluster, expected: Estimate) -> None:

@@ -192,12 +192,7 @@ def _changed_references(stages: Sequence[Stage]) -> Iterator[Finding]:
     names = {stage.name for stage in stages}
     for i, stage in enumerate(stages):
         for reference in _references(stage):
-            if reference.path not in names:
-                continue
-            if reference.lora is not None:
-                what = f"{str(reference)!r} names a stage with an adapter"
-                yield Finding((STAGES, i), what, "apply the adapter to a model that the stage merges")
-            elif reference.revision is not None:
+            if reference.path in names and reference.revision is not None:
                 yield Finding((STAGES, i), f"{str(reference)!r} names a stage with a revision", "leave it out")
 
 

@@ -7,12 +7,12 @@ pool of threads; every number is independent of how the tensor was cut and of ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from mergekit_ray.core.errors import MergeError
-from mergekit_ray.core.expressions import Expression, Stored, stored
+from mergekit_ray.core.expressions import Expression, Merge, Stored, stored
 from mergekit_ray.core.expressions.quantised import non_finite_codes
 from mergekit_ray.evaluation.nodes.base import (
     Compilation,
@@ -55,8 +55,10 @@ class NonFiniteReport:
             self.raise_for_inputs()
         except MergeError as error:
             return error
+        dtypes = dict.fromkeys(x.spec.dtype.config_name for x in _rounded(self._expression))
+        of_stages = " of one of the stages" if len(dtypes) > 1 else ""
         return MergeError(
-            f"the merged values overflow {self._expression.spec.dtype.config_name} or are not numbers, though all "
+            f"the merged values{of_stages} overflow {' or '.join(dtypes)} or are not numbers, though all "
             "inputs are finite",
             where=f"tensor {self._expression.spec.name!r}",
             remedy="check weights and scales, choose a dtype with more range (bfloat16, float32), "
@@ -131,12 +133,16 @@ class Evaluation:
         compilation = Compilation(pieces if sources is None else sources, pool, Guard(all_finite=self.all_finite))
         result_guard = Guard(result=check_finite and expression.spec.dtype.is_floating, all_finite=self.all_finite)
         guard = compilation.guard
+        # A method that drops elements may drop what an earlier stage could not hold.
+        guard.result = check_finite and not expression.propagates_non_finite
         self._node = compilation.compile(expression, guard if isinstance(expression, Stored) else result_guard)
         try:
             self._node.prepare()
         except torch.OutOfMemoryError:
             raise
-        except (NonFiniteError, ValueError, ArithmeticError, RuntimeError):
+        except NonFiniteError:
+            raise self.report.error() from None
+        except (ValueError, ArithmeticError, RuntimeError):
             self.report.raise_for_inputs()
             raise
         except MergeError as error:
@@ -162,3 +168,10 @@ class Evaluation:
         """A method knows no names: say which tensor it was merging."""
         if error.where is None:
             error.where = f"tensor {self._expression.spec.name!r}"
+
+
+def _rounded(x: Expression) -> Iterator[Expression]:
+    """The merges that a tensor goes through, the first one first; then itself."""
+    for child in x.children():
+        yield from (each for each in _rounded(child) if isinstance(each, Merge))
+    yield x

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from mergekit_ray.core.cpus import available_cpus
 from mergekit_ray.core.errors import InternalError, MergekitRayError
 from mergekit_ray.core.expressions import is_copy
+from mergekit_ray.core.machine import available_cpus
 from mergekit_ray.core.plan import Plan, Shard
 from mergekit_ray.evaluation.device.names import resolve
 from mergekit_ray.executors.driver import Job, Outcome

@@ -30,7 +30,6 @@ from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.arguments import check_argument, options_or
-from mergekit_ray.core.cpus import available_cpus
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import ConfigError, ModelError, PlanError
 from mergekit_ray.core.expressions import (
@@ -40,6 +39,7 @@ from mergekit_ray.core.expressions import (
     LowRankFactors,
     SingularValues,
 )
+from mergekit_ray.core.machine import available_cpus
 from mergekit_ray.core.plan import InputFile, InputModel, OutputTensor, Plan, Shard
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.tensors import Location, TensorSpec

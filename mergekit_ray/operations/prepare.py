@@ -23,7 +23,7 @@ from mergekit_ray.executors.cluster import wants_ray
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.recipes import check_stage_names, load_recipe
-from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models, stages_of
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models, stage_names, stages_of
 from mergekit_ray.planning.moe.experts import RouterVectors
 from mergekit_ray.reporting.reporters import Reporter
 
@@ -127,7 +127,7 @@ def prepare(
     if seed is not None:
         checked = _seeded(checked, parse_seed(seed))
     check_stage_names(checked)
-    checkpoints = open_models(referenced_models(checked))
+    checkpoints = open_models(referenced_models(checked), stage_names(checked))
     plan = make_plan(
         checked,
         checkpoints,

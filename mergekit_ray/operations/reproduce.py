@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -35,7 +35,7 @@ from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
 from mergekit_ray.output.manifest import FileDigest, is_intact, listed_files, read_manifest
 from mergekit_ray.output.provenance import header_digest
-from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models, stages_of
+from mergekit_ray.planning.make import check_plannable, make_plan, referenced_models, stage_names, stages_of
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
 from mergekit_ray.storage.opening import open_source
@@ -142,7 +142,7 @@ def _plan(manifest: Mapping[str, Any], records: list[ShardRecord], options: Merg
     if not isinstance(recipe, StagedRecipe):  # whose stages have seeds of their own
         recipe = recipe.model_copy(update={"seed": manifest["seed"]})
     notes = _check_inputs(manifest["inputs"])
-    checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"])
+    checkpoints = _open_pinned(referenced_models(recipe), manifest["inputs"], stage_names(recipe))
     last = stages_of(recipe)[-1]
     routing = partial(make_routers, last, checkpoints, options) if isinstance(last, MoeRecipe) else None
     plan = make_plan(
@@ -167,11 +167,11 @@ def _transplant(manifest: Mapping[str, Any], records: list[ShardRecord]) -> tupl
 
 
 def _open_pinned(
-    references: list[ModelReference], inputs: Mapping[str, Mapping[str, Any]]
+    references: list[ModelReference], inputs: Mapping[str, Mapping[str, Any]], stages: Collection[str] = ()
 ) -> dict[ModelReference, Checkpoint]:
     """The models as the manifest pins them, under the recipe's names for them: random masks depend on these."""
     pinned = {reference: _pinned(reference, inputs) for reference in references}
-    opened = open_models(list(pinned.values()))
+    opened = open_models(list(pinned.values()), stages)
     return {reference: _named(opened[at], reference) for reference, at in pinned.items()}
 
 

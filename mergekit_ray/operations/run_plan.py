@@ -18,17 +18,18 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from mergekit_ray.core.errors import Interrupted, StorageError
+from mergekit_ray.core.machine import total_memory
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.record import ShardRecord
 from mergekit_ray.core.shown import table
 from mergekit_ray.core.sizes import counted, format_bytes
+from mergekit_ray.executors.cluster import wants_ray
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.tensors import Tensors
 from mergekit_ray.output.destination import (
     PLAN_FILE,
     RECORD_ROOT,
-    ROWS,
     Destination,
     check_twins,
     clear,
@@ -39,8 +40,10 @@ from mergekit_ray.output.destination import (
 from mergekit_ray.output.lease import Lease, discard_dead, hold
 from mergekit_ray.output.publish import check_records, publish
 from mergekit_ray.output.staging import is_swapping, staged, swap
+from mergekit_ray.planning.beforehand.batches import batches_of
+from mergekit_ray.planning.beforehand.part import Beforehand
+from mergekit_ray.planning.beforehand.stages import check_fits, least_memory, stages_apart
 from mergekit_ray.planning.figures import figures, summary
-from mergekit_ray.planning.transplant.batches import batches_of
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.reporting.reporters import Reporter, SilentReporter, duration
 from mergekit_ray.reporting.signals import RESUME
@@ -124,8 +127,13 @@ def run_plan(
     began = time.perf_counter()
     tell = reporter or SilentReporter()
     options.check()
-    check_memory(plan, options.memory_bytes or comfortable_memory(plan))
-    found = inspect(open_sink(output), plan, overwrite=options.overwrite)
+    sink = open_sink(output)
+    budget = _budget(plan, sink, options)
+    if isinstance(sink, PublishingSink):
+        check_memory(plan, budget)
+    else:
+        check_fits(plan, budget, sink.uri)
+    found = inspect(sink, plan, overwrite=options.overwrite)
     kept = KeptRouters(plan.digest, tell)
     if route is not None and not found.published:
         kept.look(found)
@@ -161,7 +169,7 @@ def _carry_out(
         found = inspect(sink, plan, overwrite=options.overwrite)
         if again is not None and kept.look(found):  # another driver was faster, and its shards may be there
             plan = again()
-        merge = _Merge(plan, options, options.memory_bytes or comfortable_memory(plan), tell, stop, lease, kept)
+        merge = _Merge(plan, options, _budget(plan, sink, options), tell, stop, lease, kept)
         if found.is_complete:
             _tidy(sink, tell)
         elif found.staging is None:
@@ -170,6 +178,21 @@ def _carry_out(
         else:
             _replace(merge, found)
     return found
+
+
+def _budget(plan: Plan, sink: Sink, options: MergeOptions) -> int:
+    """Memory of each worker, in bytes: what was asked for; else what is comfortable.
+
+    If this machine has less, and earlier stages can be computed first, it is what the machine has.
+    """
+    if options.memory_bytes is not None:
+        return options.memory_bytes
+    comfortable = comfortable_memory(plan)
+    total = total_memory()
+    if total is None or wants_ray(options.executor, options.address) or isinstance(sink, PublishingSink):
+        return comfortable
+    room = total // (options.num_workers or 1)
+    return comfortable if comfortable <= room else max(room, least_memory(plan, sink.uri))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +247,7 @@ def _make(merge: _Merge, destination: Destination, uri: str) -> None:
     sink.put(f"{destination.record_folder}/{PLAN_FILE}", json.dumps(begun).encode())
     check_twins(destination, plan)
     merge.kept.write(destination)
-    records = _write(merge, _with_rows(merge, destination), destination)
+    records = _write(merge, _ready(merge, plan, destination), destination)
     tell.event("checking", "checking what was written")
     check_records(plan, destination, records)
     merge.confirm()
@@ -254,28 +277,43 @@ def _write(merge: _Merge, plan: Plan, destination: Destination) -> dict[str, Sha
     return {**destination.done, **written}
 
 
-def _with_rows(merge: _Merge, destination: Destination) -> Plan:
-    """The plan, reading rows from beside the output that take long to approximate, once these have been written there.
+def _ready(merge: _Merge, plan: Plan, destination: Destination) -> Plan:
+    """The plan, reading what is computed first from beside the output, once it has been written there.
 
     Of a repository on the Hub nothing can be read before it is published: there, each tensor is one worker's.
     """
-    plan, tell, sink = merge.plan, merge.tell, destination.sink
-    batches = None if isinstance(sink, PublishingSink) else batches_of(plan)
-    if batches is None or batches.files <= destination.done.keys():
+    if isinstance(destination.sink, PublishingSink):
         return plan
-    place = open_fenced(f"{sink.uri}/{destination.record_folder}/{ROWS}", merge.lease.fence)
-    found = inspect(place, batches.plan, overwrite=True)
-    tell.begin(batches.plan)
+    if (stages := stages_apart(plan, merge.memory_bytes)) is not None:
+        what = "computing {} of earlier stages first, as they do not fit into memory with the rest"
+        plan = _after(merge, plan, destination, stages, what, ("tensor", "tensors"))
+    if (batches := batches_of(plan)) is not None:
+        plan = _after(merge, plan, destination, batches, "approximating rows of new tokens in {}", ("batch", "batches"))
+    return plan
+
+
+def _after(
+    merge: _Merge, plan: Plan, destination: Destination, part: Beforehand, what: str, unit: tuple[str, str]
+) -> Plan:
+    """The plan, reading a part of it that is carried out first; itself if its shards that need the part are done."""
+    if part.files <= destination.done.keys():
+        return plan
+    tell, sink = merge.tell, destination.sink
+    place = open_fenced(f"{sink.uri}/{destination.record_folder}/{part.key}", merge.lease.fence)
+    found = inspect(place, part.plan, overwrite=True)
+    tell.begin(part.plan)
     done = f"; {counted(len(found.done), 'is', 'are')} done already" if found.done else ""
+    num_parts = len(part.plan.shards)
     tell.event(
-        "approximating",
-        f"approximating rows of new tokens in {counted(len(batches.plan.shards), 'batch', 'batches')}{done}",
+        "beforehand",
+        what.format(counted(num_parts, *unit)) + done,
+        what=part.what,
         num_done=len(found.done),
-        num_batches=len(batches.plan.shards),
+        num_parts=num_parts,
     )
-    records = _write(merge, batches.plan, found)
-    check_records(batches.plan, found, records)
-    reading = batches.read_by(plan, place.uri, records)
+    records = _write(merge, _ready(merge, part.plan, found), found)
+    check_records(part.plan, found, records)
+    reading = part.read_by(plan, place.uri, {file: record.version for file, record in records.items()})
     tell.begin(reading)
     return reading
 

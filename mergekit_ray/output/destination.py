@@ -31,9 +31,6 @@ MANIFEST_FILE: Final = "mergekit-ray.json"
 CARD_FILE: Final = "README.md"
 RECORD_ROOT: Final = WORK_FOLDER
 STAGED: Final = "staged"
-ROWS: Final = "rows"
-"""In the folder of a plan's records: an output of its own, with rows of tensors that are computed first."""
-
 PLAN_FILE: Final = "plan.json"
 """In the folder of a plan's records: the note that the plan was begun, with its recipe."""
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import counted, format_bytes
-from mergekit_ray.planning.windows import comfortable_memory, memory_needed
+from mergekit_ray.planning.beforehand.stages import least_memory
+from mergekit_ray.planning.windows import comfortable_memory
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "num_parameters": plan.num_parameters,
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.num_bytes,
-        "min_memory_bytes": memory_needed(plan),
+        "min_memory_bytes": least_memory(plan),
         "memory_bytes": comfortable_memory(plan),
         "plan_digest": plan.digest,
     }

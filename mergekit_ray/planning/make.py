@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.stages import Stage, StagedRecipe
 from mergekit_ray.config.yaml_source import STAGES
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.core.errors import PlanError
+from mergekit_ray.core.errors import MergekitRayError, PlanError
 from mergekit_ray.core.expressions import Expression, loads
 from mergekit_ray.core.plan import InputFile, InputModel, Plan, SideFile
 from mergekit_ray.planning.lora import LoraWeights
@@ -26,7 +27,7 @@ from mergekit_ray.planning.moe.experts import Routing
 from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import weights_of
 from mergekit_ray.planning.stages.build import Allowed, Built, build, referenced
-from mergekit_ray.planning.stages.model import model_of
+from mergekit_ray.planning.stages.model import model_of, with_adapter
 from mergekit_ray.planning.weights import Weights
 from mergekit_ray.tokenizers.chat.templates import AUTO, NAMED
 
@@ -62,11 +63,19 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     return recipe.ordered if isinstance(recipe, StagedRecipe) else (recipe,)
 
 
+def stage_names(recipe: Recipe) -> Collection[str]:
+    """What models of a recipe are called that are stages of it."""
+    return recipe.named.keys() if isinstance(recipe, StagedRecipe) else ()
+
+
 def referenced_models(recipe: Recipe) -> list[ModelReference]:
-    """Every model whose files are needed, in order of appearance; of the last stage, the donor first."""
-    is_stage = recipe.is_stage if isinstance(recipe, StagedRecipe) else lambda _: False
+    """Every model whose files are needed, in order of appearance; of the last stage, the donor first.
+
+    Stages are among them where an adapter is applied to them, see `checkpoint.models.open_models`.
+    """
+    names = stage_names(recipe)
     found = [reference for stage in stages_of(recipe) for reference in referenced(stage)]
-    return list(dict.fromkeys(reference for reference in found if not is_stage(reference)))
+    return list(dict.fromkeys(each for each in found if each.lora is not None or each.path not in names))
 
 
 def make_plan(
@@ -91,21 +100,35 @@ def make_plan(
     """
     stages = stages_of(check_plannable(recipe))
     allowed = Allowed(allow_config_conflicts, unsafe_ignore_tokenizers)
-    stored = {wide: models_of(checkpoints, wide=wide) for wide in dict.fromkeys(map(_is_wide, stages))}
+    names = stage_names(recipe)
+    there = {reference: checkpoint for reference, checkpoint in checkpoints.items() if reference.path not in names}
+    stored = {wide: models_of(there, wide=wide) for wide in dict.fromkeys(map(_is_wide, stages))}
     made: dict[ModelReference, Model] = {}
+    keys: dict[ModelReference | None, str] = {}
+
+    def models_for(stage: Stage) -> dict[ModelReference, Model]:
+        found = {**stored[_is_wide(stage)], **made}
+        for reference in referenced(stage):
+            if reference.lora is not None and (below := made.get(replace(reference, lora=None))) is not None:
+                key = keys.setdefault(reference.lora, f"b{len(keys)}")
+                found[reference] = with_adapter(below, reference, checkpoints[reference], key, wide=_is_wide(stage))
+        return found
+
     templates: dict[int, str | None] = {}
     warnings: list[str] = []
     dropped: dict[str, str] = {}
     for i, stage in enumerate(stages[:-1]):
-        built = _built(stage, {**stored[_is_wide(stage)], **made}, allowed)
+        with _naming(stage):
+            built = _built(stage, models_for(stage), allowed)
         assert stage.name is not None  # what nothing merges is not among them
         made[ModelReference(stage.name)] = model_of(f"s{i}", stage.name, built)
         templates[id(stage)] = built.template
         warnings += [f"stage {stage.name}: {warning}" for warning in built.warnings]
         dropped |= {f"stage {stage.name}: {name}": reason for name, reason in built.lowering.dropped.items()}
     last = stages[-1]
-    models = stored[_is_wide(last)]
-    built = build(last, {**models, **made}, routing, allowed)
+    with _naming(last) if len(stages) > 1 else nullcontext():
+        models = models_for(last)
+        built = build(last, models, routing, allowed)
     lowering = built.lowering
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(last, MoeRecipe) and last.gate_mode.needs_prompts:
@@ -123,6 +146,17 @@ def make_plan(
         aliased=lowering.aliased,
         warnings=tuple(dict.fromkeys([*warnings, *built.warnings])),
     )
+
+
+@contextmanager
+def _naming(stage: Stage) -> Iterator[None]:
+    """Errors say of which stage they are."""
+    try:
+        yield
+    except MergekitRayError as error:
+        place = "the last stage" if stage.name is None else f"stage {stage.name}"
+        error.where = place if error.where is None else f"{place}: {error.where}"
+        raise
 
 
 def _built(stage: Stage, models: Mapping[ModelReference, Model], allowed: Allowed) -> Built:

@@ -69,7 +69,7 @@ def rows_of(x: Expression, start: int, stop: int) -> Expression:
     """
     if not isinstance(x, Load):
         raise ModelError(
-            f"single rows of {x.spec.name!r} are to be replaced, and it is stored as codes",
+            f"single rows of {x.spec.name!r} are to be replaced, and it is computed, not stored as it is",
             remedy="merge the adapter with PEFT (merge_and_unload) and name the result",
         )
     spec = TensorSpec(x.spec.name, x.spec.dtype, (stop - start, *x.spec.shape[1:]))

@@ -232,6 +232,15 @@ def memory_needed(plan: Plan) -> int:
     return FIXED_BYTES + thread_bytes(plan) + _rounded(0 if largest is None else largest.memory_bytes)
 
 
+def too_large(tensors: Sequence[OutputTensor], plan: Plan, memory_bytes: int) -> Iterator[OutputTensor]:
+    """Those tensors of a plan that a worker with a budget of so many bytes has no room for."""
+    room = memory_bytes - FIXED_BYTES - thread_bytes(plan)
+    mapped = mapped_models(plan.inputs)
+    for tensor in tensors:
+        if any(_rounded(window.memory_bytes) > room for window in _first(tensor, mapped)):
+            yield tensor
+
+
 def thread_bytes(plan: Plan) -> int:
     """Scratch of the compute threads beyond what `FIXED_BYTES` has room for, in bytes: that of very many models."""
     expressions = (tensor.expression for shard in plan.shards for tensor in shard.tensors)

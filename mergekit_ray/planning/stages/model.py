@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Final
 
 from mergekit_ray.architectures.anatomy import anatomy
+from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint, adapted
 from mergekit_ray.checkpoint.opening import Checkpoint
+from mergekit_ray.checkpoint.side_files import is_tokenizer_file
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import CheckpointError, PlanError
 from mergekit_ray.core.expressions import Expression, Runs, rows
+from mergekit_ray.core.plan import InputFile, SideFile
 from mergekit_ray.core.tensors import TensorSpec
+from mergekit_ray.planning.lora import LoraWeights
 from mergekit_ray.planning.lowering import Model
 from mergekit_ray.planning.stages.build import Built
 from mergekit_ray.storage.protocols import FileStat, Source, WritableBuffer
@@ -52,6 +56,33 @@ def model_of(key: str, name: str, built: Built) -> Model:
         parts,
         side_files=tuple(built.side_files),
         files=built.lowering.files,
+    )
+
+
+def with_adapter(model: Model, reference: ModelReference, checkpoint: Checkpoint, key: str, *, wide: bool) -> Model:
+    """A stage's result with an adapter applied.
+
+    Args:
+        model: that of `model_of`.
+        reference: the stage and the adapter, as the recipe names them.
+        checkpoint: the adapter on a base that is empty.
+        key: names the adapter in the plan.
+        wide: apply it in float64.
+
+    Raises:
+        ModelError, CheckpointError: it does not fit.
+    """
+    assert isinstance(checkpoint, AdaptedCheckpoint)
+    weights = LoraWeights(model.weights, model.checkpoint.config, key, checkpoint.adapter, wide=wide)
+    tokenizer = checkpoint.adapter.checkpoint.side_files
+    return Model(
+        f"{model.key}+{key}",
+        reference,
+        replace(adapted(model.checkpoint, checkpoint.adapter), config=weights.config),
+        weights,
+        anatomy(weights.specs, weights.config, f"stage {reference}"),
+        side_files=(*model.side_files, *(SideFile(key, InputFile(*astuple(stat))) for stat in tokenizer)),
+        files={name: text for name, text in model.files.items() if not (tokenizer and is_tokenizer_file(name))},
     )
 
 

@@ -15,7 +15,7 @@ from mergekit_ray import MergeOptions, TransplantOptions
 from mergekit_ray.core.errors import Interrupted
 from mergekit_ray.core.plan import Plan
 from mergekit_ray.operations import run_plan
-from mergekit_ray.planning.transplant.batches import batches_of
+from mergekit_ray.planning.beforehand.batches import batches_of
 from mergekit_ray.reporting.reporters import SilentReporter
 from support.models import contents
 from support.servers.hub_server import TOKEN, serving
@@ -107,7 +107,7 @@ def test_a_rerun_goes_on_with_the_batch_it_was_at(
     transplant(folders, tmp_path / "out", events=second)
     assert contents(tmp_path / "out") == expected
     assert not set(first.done()) & set(second.done())
-    (num_done,) = [fields["num_done"] for kind, fields in second.found if kind == "approximating"]
+    (num_done,) = [fields["num_done"] for kind, fields in second.found if kind == "beforehand"]
     assert num_done >= len(first.done())
     assert num_done + sum(file.startswith("rows-") for file in second.done()) == NUM_BATCHES
 

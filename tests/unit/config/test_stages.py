@@ -30,7 +30,6 @@ def of(method: str, *models: str, **rest: Any) -> dict[str, Any]:
         (lambda: [of("linear", "a", "b", name="a@b"), of("linear", "a@b", "c")], "cannot be called 'a@b'"),
         (lambda: [of("linear", "a", "b", name="./k"), of("linear", "./k", "c")], "cannot be called './k'"),
         (lambda: [of("linear", "a", "b", name="x"), {"stages": []}], "cannot have stages of its own"),
-        (lambda: [of("linear", "a", "b", name="x"), of("linear", "x+lora", "c")], "a stage with an adapter"),
         (lambda: [of("linear", "a", "b", name="x"), of("linear", "x@main", "c")], "a stage with a revision"),
         (lambda: [of("linear", "a", "b", name="x"), of("linaer", "x", "c")], "did you mean 'linear'"),
         (list, "an empty list"),
