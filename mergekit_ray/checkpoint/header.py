@@ -25,7 +25,9 @@ HEAD_BYTES = 256 << 10
 """Read first: holds about 2000 tensors, so that one round trip does for most files."""
 
 _MAX_RANK = 64
-_MAX_NAME = 1000
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
+
 _MAX_DIMENSION = 2**63 - 1
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {dtype.value: dtype for dtype in DType}
@@ -40,11 +42,13 @@ class Header:
         tensors: spec and place of each tensor, in the order of their data. Locations count from the start of the file.
         metadata: the free-form strings under ``__metadata__``.
         num_bytes: where the data begins; the header's size with its length prefix.
+        left: what else the file holds that is not read, by name. Only a pickled file may hold more than tensors.
     """
 
     tensors: Mapping[str, tuple[TensorSpec, Location]]
     metadata: Mapping[str, str]
     num_bytes: int
+    left: tuple[str, ...] = ()
 
 
 def read_header(source: Source, name: str) -> Header:
@@ -140,8 +144,8 @@ def _parse_metadata(entry: object, where: str) -> dict[str, str]:
 
 def _parse_tensor(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
     """Spec and data offsets of one entry."""
-    if len(name) > _MAX_NAME or not name.isprintable():
-        raise _fault(name, where, f"its name is longer than {_MAX_NAME} characters, or holds some that cannot be shown")
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise _fault(name, where, f"its name is longer than {MAX_NAME} characters, or holds some that cannot be shown")
     if not isinstance(entry, dict):
         raise _fault(name, where, "its entry is not an object")
     if entry.keys() != _FIELDS:
