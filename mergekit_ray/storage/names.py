@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from mergekit_ray.core.errors import CheckpointError, ModelError
 
+WEIGHT_SUFFIXES = (".safetensors",)
+"""Endings of files that are a model by themselves, where a recipe names one."""
+
+
+def file_name(uri: str) -> str:
+    """The last component of a file's path or URI, without the revision that ``hf://`` may give behind it."""
+    return (uri.partition("@")[0] if uri.startswith("hf://") else uri).rpartition("/")[2]
+
+
+def repository_of(uri: str) -> str:
+    """The name of the Hub repository, ``org/name``, of an ``hf://`` URI of it or of a file in it."""
+    return "/".join(uri.removeprefix("hf://").partition("@")[0].split("/")[:2])
+
+
+def is_weight_file(uri: str) -> bool:
+    """Whether a path or URI is, by its ending, that of a weight file rather than of a folder."""
+    return file_name(uri).endswith(WEIGHT_SUFFIXES)
+
 
 def is_confined(name: str) -> bool:
     """Whether ``name`` is a relative ``/``-separated path that stays below the root and has one spelling."""

@@ -8,15 +8,21 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from mergekit_ray.core.errors import ConfigError, ModelError, StorageError
 from mergekit_ray.core.plan import InputModel
 from mergekit_ray.core.secrets import holds_credential
-from mergekit_ray.storage.names import check_text
+from mergekit_ray.core.spelling import nearest
+from mergekit_ray.storage.names import WEIGHT_SUFFIXES, check_text, is_weight_file
 from mergekit_ray.storage.protocols import Sink, Source
 from mergekit_ray.storage.schemes import SCHEMES, SINKS, Opener
+from mergekit_ray.storage.single_file import SingleFile, single_file
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_HUB_FILE = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.\-]*/[\w.\-]+)/(?P<name>[^@]+)(@(?P<revision>.+))?", re.ASCII | re.DOTALL
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?", re.ASCII)
 _LOCK = threading.Lock()
 
@@ -26,17 +32,21 @@ def open_source(reference: str, revision: str | None = None) -> Source:
 
     Args:
         reference: a folder; ``file://``, ``s3://bucket/prefix`` or ``hf://org/name[@revision]``; or ``org/name``, which
-            is a folder if there is one and else a repository of the Hub.
+            is a folder if there is one and else a repository of the Hub. Or a single weight file in one of these.
         revision: branch, tag or commit, for the Hub.
 
     Raises:
         ConfigError: an unknown scheme, or a URI that holds a credential.
-        ModelError: no such folder or repository.
+        ModelError: no such folder, file or repository.
         StorageError: the Hub, which a name may mean, cannot be reached; or a folder's path goes by a link that leads
             nowhere.
     """
     check_text(reference)
     scheme = _scheme_of(reference)
+    if is_weight_file(reference):
+        file = _open_file(reference, scheme, revision)
+        if file is not None:
+            return file
     if scheme:
         return _opener(scheme)(reference, revision)
     from mergekit_ray.storage.local.links import dangling_link  # noqa: PLC0415 - stores import this module
@@ -47,7 +57,9 @@ def open_source(reference: str, revision: str | None = None) -> Source:
         return _opener("file")(reference, revision)
     if os.path.exists(path):  # noqa: PTH110
         raise ModelError(
-            "a model is a folder, and this is a file", where=reference, remedy=f"name {path.parent} instead"
+            f"a model is a folder or a file that ends in {' or '.join(WEIGHT_SUFFIXES)}, and this is another file",
+            where=reference,
+            remedy=f"name {path.parent} instead",
         )
     if _HUB_NAME.fullmatch(reference) and not reference.endswith("/"):
         try:
@@ -67,6 +79,44 @@ def open_source(reference: str, revision: str | None = None) -> Source:
         if folder
         else "give the folder that holds config.json and the safetensors files",
     )
+
+
+def _open_file(reference: str, scheme: str | None, revision: str | None) -> SingleFile | None:
+    """The weight file of that name; None where it is a folder's.
+
+    Raises:
+        ModelError: there is no such file, or what holds it.
+    """
+    if scheme in (None, "file"):
+        text = unquote(urlsplit(reference).path, errors="surrogateescape") if scheme else reference
+        path = os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 - as LocalStore does
+        if os.path.isdir(path):  # noqa: PTH112
+            return None
+        if os.path.isfile(path):  # noqa: PTH113
+            # Named by the user, it may be a link to wherever it is kept.
+            folder, name = os.path.split(os.path.realpath(path))
+            return single_file(_opener("file")(folder, revision), name, path)
+        if scheme or (found := _HUB_FILE.fullmatch(reference)) is None:
+            near = nearest(Path(path).name, _files_beside(Path(path)))
+            raise ModelError(f"there is no such file{near}", where=reference, remedy="check the path")
+    elif scheme == "hf":
+        found = _HUB_FILE.fullmatch(reference.partition("://")[2])
+        if found is None:
+            return None
+    else:
+        parent, _, name = reference.rpartition("/")
+        return None if parent.endswith(":/") else single_file(_opener(scheme)(parent, revision), name, reference)
+    at = f"@{found['revision']}" if found["revision"] else ""
+    store = _opener("hf")(f"hf://{found['repository']}{at}", revision)
+    repository, _, commit = store.uri.partition("@")
+    return single_file(store, found["name"], f"{repository}/{found['name']}" + (f"@{commit}" if commit else ""))
+
+
+def _files_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.iterdir() if is_weight_file(entry.name)]
+    except OSError:
+        return []
 
 
 def open_sources(inputs: Mapping[str, InputModel]) -> dict[str, Source]:
@@ -89,6 +139,13 @@ def open_sink(reference: str) -> Sink:
 def _open_sink(reference: str) -> Sink:
     check_text(reference)
     name = _scheme_of(reference) or "file"
+    if is_weight_file(reference) and not os.path.isdir(os.path.expanduser(reference)):  # noqa: PTH111, PTH112
+        folder = reference.removesuffix(next(suffix for suffix in WEIGHT_SUFFIXES if reference.endswith(suffix)))
+        raise ConfigError(
+            "an output is a folder, which also holds the manifest, and this names a file",
+            where=reference,
+            remedy=f"write {folder}; the weight file is called like the inputs, or model.safetensors",
+        )
     with _LOCK:
         open_output = SINKS.get(name) if name in SINKS else None
     if open_output is not None:

@@ -13,7 +13,9 @@ import pytest
 from mergekit_ray.core.errors import CheckpointError, ConfigError, MergekitRayError, ModelError, PlanError
 from mergekit_ray.storage import open_sink, open_source
 from mergekit_ray.storage.hub.cache import HubCache
+from mergekit_ray.storage.protocols import MappableSource
 from mergekit_ray.storage.schemes import SCHEMES
+from mergekit_ray.storage.single_file import SingleFile
 from support.store_conformance import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -97,11 +99,73 @@ def test_a_path_without_neighbours(tmp_path: Path) -> None:
     assert caught.value.remedy == "give the folder that holds config.json and the safetensors files"
 
 
-def test_a_file_is_not_a_model(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="a model is a folder") as caught:
-        open_source(f"{tmp_path}/model.safetensors")
+def test_a_file_of_another_kind_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"a model is a folder or a file that ends in \.safetensors") as caught:
+        open_source(f"{tmp_path}/model.gguf")
     assert caught.value.remedy == f"name {tmp_path} instead"
+
+
+class TestSingleFile:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("unet.safetensors", "vae.safetensors"):
+            (tmp_path / name).write_bytes(name.encode())
+        return tmp_path
+
+    @pytest.mark.parametrize("scheme", ["", "file://"])
+    def test_is_a_store_of_its_own(self, folder: Path, scheme: str) -> None:
+        source = open_source(f"{scheme}{folder}/unet.safetensors")
+        assert source.uri == f"{folder}/unet.safetensors"
+        assert [(file.name, file.num_bytes) for file in source.list()] == [("unet.safetensors", 16)]
+        assert source.list() == [source.stat("unet.safetensors")] == [source.read_head("unet.safetensors", 1)[1]]
+        assert source.read("unet.safetensors", max_bytes=100) == b"unet.safetensors"
+        assert source.stat("vae.safetensors") is None
+        with pytest.raises(CheckpointError):
+            source.read("vae.safetensors", max_bytes=100)
+
+    def test_is_mapped_where_its_folder_is(self, folder: Path) -> None:
+        source = open_source(f"{folder}/unet.safetensors")
+        assert isinstance(source, MappableSource)
+        assert bytes(source.map_range("unet.safetensors", 0, 4).data) == b"unet"
+
+    def test_keeps_its_name_behind_a_link(self, folder: Path) -> None:
+        kept = folder / "kept" / "0123"
+        kept.parent.mkdir()
+        (folder / "unet.safetensors").rename(kept)
+        (folder / "unet.safetensors").symlink_to(kept)
+        source = open_source(f"{folder}/unet.safetensors")
+        assert source.uri == f"{folder}/unet.safetensors"
+        assert source.read("unet.safetensors", max_bytes=100) == b"unet.safetensors"
+
+    def test_is_a_folder_if_there_is_one(self, tmp_path: Path) -> None:
+        (tmp_path / "a.safetensors").mkdir()
+        assert not isinstance(open_source(f"{tmp_path}/a.safetensors"), SingleFile)
+
+    def test_that_is_not_there(self, folder: Path) -> None:
+        with pytest.raises(ModelError, match=r"there is no such file; did you mean 'unet\.safetensors'"):
+            open_source(f"{folder}/unett.safetensors")
+
+    def test_of_a_repository(self, hub: Path) -> None:
+        folder = hub / "snapshots" / COMMIT / "vae"
+        folder.mkdir()
+        (folder / "vae.safetensors").write_bytes(b"vae")
+        for reference, revision in (("org/name/vae/vae.safetensors", None), ("org/name/vae/vae.safetensors", COMMIT)):
+            source = open_source(reference, revision)
+            assert source.uri == f"hf://org/name/vae/vae.safetensors@{COMMIT}"
+            assert open_source(source.uri).uri == source.uri
+            assert source.read("vae.safetensors", max_bytes=100) == b"vae"
+
+    def test_of_a_bucket(self) -> None:
+        source = open_source("s3://bucket/some/unet.safetensors")
+        assert (source.uri, type(source)) == ("s3://bucket/some/unet.safetensors", SingleFile)
+        assert not isinstance(open_source("s3://unet.safetensors"), SingleFile)
+
+    def test_is_no_output(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="an output is a folder") as caught:
+            open_sink(f"{tmp_path}/unet.safetensors")
+        assert caught.value.remedy is not None
+        assert caught.value.remedy.startswith(f"write {tmp_path}/unet;")
 
 
 def test_an_unknown_scheme_lists_what_there_is() -> None:
