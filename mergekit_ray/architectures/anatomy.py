@@ -126,6 +126,11 @@ class Anatomy:
         return self.stacks[self.main] if self.main is not None else 0
 
 
+def opaque(specs: Mapping[str, TensorSpec]) -> Anatomy:
+    """The anatomy of tensors of which nothing is known but their names: no layers, no embedding, no head."""
+    return Anatomy({}, None, {}, tuple(specs), (), embedding=None, head=None, tied=False, vocabulary=frozenset())
+
+
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: itself, or its ``text_config``, however deep."""
     if not any(key in config for key in LAYER_COUNT_KEYS):

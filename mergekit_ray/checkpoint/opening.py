@@ -6,27 +6,33 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
-from mergekit_ray.checkpoint.diffusers import is_of_diffusers, pipeline_error
+from mergekit_ray.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
+from mergekit_ray.checkpoint.diffusers import PIPELINE_NAME, is_of_diffusers, pipeline_error
 from mergekit_ray.checkpoint.header import Header, read_pinned_header
 from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from mergekit_ray.checkpoint.sentence_transformers import is_module_file, module_folders, pickled_modules
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.checkpoint.strict_json import parse_config
 from mergekit_ray.core.errors import CheckpointError, ModelError
-from mergekit_ray.core.plan import DIFFUSERS_STEM, index_name
+from mergekit_ray.core.plan import DIFFUSERS_STEM, INDEX_SUFFIX
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
-from mergekit_ray.storage.names import is_confined
+from mergekit_ray.storage.names import is_confined, is_weight_file
 from mergekit_ray.storage.protocols import FileStat, LinkedSource, Source
+from mergekit_ray.storage.single_file import SingleFile
 
 SINGLE_NAME = "model.safetensors"
 _SUFFIX = ".safetensors"
 _MAX_CONFIG_BYTES = 16 << 20
 _NUM_THREADS = 16
 _MAX_NAMED = 5
+_MISSPELT = 0.85
+"""How like ``config.json`` a name is that was meant to be it; ``tokenizer_config.json`` has 0.69."""
+
 MAX_TENSORS = 1_000_000
 """Of a checkpoint: several times as many as any that is known has, and more than fit a plan in ordinary memory."""
 
@@ -45,13 +51,16 @@ class Checkpoint:
         reference: the model as the recipe names it.
         files: the weight files, by name, pinned to their versions.
         tensors: spec and place of every tensor, by name.
-        config: the content of ``config.json``.
+        config: the content of ``config.json``; empty if there is none.
         side_files: what travels with the weights: tokenizer, templates, generation config, code, licences; of a
             sentence-transformers model its further modules.
         left_behind: names of files that belong beside them and are not copied: pickled weights of such modules.
         unindexed: names of tensors that are in a weight file but not in the index, which transformers does not load.
             They are not among ``tensors``. A second copy of an indexed tensor is named with its file.
         warnings: what the user should know, in words.
+        metadata: the free-form strings in the headers of the weight files; the first file's where they differ.
+        is_raw: there is no ``config.json``: nothing but their names says what the tensors are.
+        single_file: the file's name, where the model is one file and not what lies beside it.
     """
 
     source: Source
@@ -63,16 +72,20 @@ class Checkpoint:
     left_behind: Sequence[str] = ()
     unindexed: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    is_raw: bool = False
+    single_file: str | None = None
 
 
 @dataclass(slots=True)
 class _Weights:
     files: dict[str, FileStat]
     tensors: dict[str, tuple[TensorSpec, Location]]
+    metadata: dict[str, str]
     unindexed: list[str] = field(default_factory=list)
 
 
-def open_checkpoint(source: Source, reference: str) -> Checkpoint:
+def open_checkpoint(source: Source, reference: str, *, allow_raw: bool = False) -> Checkpoint:
     """Read the config, the index and all headers of a checkpoint, concurrently; no weights.
 
     ``model.safetensors`` is used if it is there, as transformers does; else the files of the index; else all
@@ -81,6 +94,7 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
     Args:
         source: its store.
         reference: the model as the user named it, for messages.
+        allow_raw: a single file, or a folder of weights without ``config.json``, will do.
 
     Raises:
         ModelError: nothing is there, ``config.json`` is missing, or it is an adapter rather than a model.
@@ -97,14 +111,18 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
     if isinstance(source, LinkedSource):  # now, not when the weights have been merged and the tokenizer is copied
         source.check_links(lambda name: name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME) or is_beside(name))
     if not listing:
-        raise ModelError("there are no files", where=_place(source, reference), remedy="check the path or prefix")
+        what = "there is no such file" if isinstance(source, SingleFile) else "there are no files"
+        raise ModelError(what, where=_place(source, reference), remedy="check the path or prefix")
     _check_names([name for name in listing if is_beside(name) or name.endswith(_SUFFIX)], _place(source, reference))
-    config, twice = _read_config(source, listing, reference)
+    is_raw = allow_raw and _is_raw(source, listing)
+    config, twice = ({}, ()) if is_raw else _read_config(source, listing, reference)
     warnings = [
         f"{source.uri}/{CONFIG_NAME}: the key {key!r} occurs twice; its last value is read, as transformers does"
         for key in twice
     ]
     weights = _open_weights(source, listing, config, reference, warnings)
+    if is_raw and not isinstance(source, SingleFile):
+        warnings.append(f"{reference} has no {CONFIG_NAME}: its tensors are merged by their names alone")
     return Checkpoint(
         source=source,
         reference=reference,
@@ -115,7 +133,20 @@ def open_checkpoint(source: Source, reference: str) -> Checkpoint:
         left_behind=pickled_modules(listing, folders),
         unindexed=weights.unindexed,
         warnings=warnings,
+        metadata=weights.metadata,
+        is_raw=is_raw,
+        single_file=source.name if isinstance(source, SingleFile) else None,
     )
+
+
+def _is_raw(source: Source, listing: Mapping[str, FileStat]) -> bool:
+    """Whether a place holds weights alone. A misspelt config, a pipeline and an adapter's folder are errors."""
+    if isinstance(source, SingleFile):
+        return True
+    others = {CONFIG_NAME, PIPELINE_NAME, ADAPTER_CONFIG_NAME} & listing.keys()
+    names = [name for name in listing if "/" not in name]
+    is_misspelt = bool(get_close_matches(CONFIG_NAME, [name.lower() for name in names], cutoff=_MISSPELT))
+    return any(is_weight_file(name) for name in names) and not others and not is_misspelt
 
 
 def _check_names(names: Iterable[str], where: str) -> None:
@@ -130,9 +161,14 @@ def _open_weights(
     source: Source, listing: Mapping[str, FileStat], config: Mapping[str, Any], reference: str, warnings: list[str]
 ) -> _Weights:
     """The headers of the files that hold the weights; adds to ``warnings`` which others are there and not read."""
+    if isinstance(source, SingleFile):
+        return _with_tensors(_gather(_read_headers(source, [source.name])), source, reference)
     single, index = SINGLE_NAME, INDEX_NAME
+    indexes = [name for name in listing if "/" not in name and name.endswith(INDEX_SUFFIX)]
+    if not config and len(indexes) == 1:
+        single, index = indexes[0].removesuffix(INDEX_SUFFIX) + _SUFFIX, indexes[0]
     if is_of_diffusers(config):
-        single, index = f"{DIFFUSERS_STEM}{_SUFFIX}", index_name(f"{DIFFUSERS_STEM}-")
+        single, index = f"{DIFFUSERS_STEM}{_SUFFIX}", f"{DIFFUSERS_STEM}{INDEX_SUFFIX}"
     if single in listing and (index not in listing or not _is_indexed(source, single, index)):
         if index in listing:
             warnings.append(f"{reference} holds both {single} and {index}; {single} is read, as transformers does")
@@ -144,6 +180,10 @@ def _open_weights(
         weights = _gather(_read_headers(source, files))
         if left:
             warnings.append(f"{reference} has no {index}; {_some(files)} are read, and not {_some(left)}")
+    return _with_tensors(weights, source, reference)
+
+
+def _with_tensors(weights: _Weights, source: Source, reference: str) -> _Weights:
     if not weights.tensors:
         raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
     return weights
@@ -162,11 +202,18 @@ def _read_config(
             error := pipeline_error(listing.keys(), reference, is_folder=not source.uri.startswith("hf://"))
         ) is not None:
             raise error
-        if "adapter_config.json" in listing:
+        if isinstance(source, SingleFile):
+            raise ModelError(
+                "this is a single file, and this command needs a model with its config.json",
+                where=_place(source, reference),
+                remedy="name the folder that holds both",
+            )
+        if ADAPTER_CONFIG_NAME in listing:
             raise ModelError(
                 "this is a LoRA adapter, not a model",
                 where=_place(source, reference),
-                remedy="name the model it was trained on, with the adapter after a '+': base+adapter",
+                remedy="name the model it was trained on, with the adapter after a '+': base+adapter; to merge the "
+                "tensors of adapters as they are, name their safetensors files",
             )
         raise ModelError(
             f"there is no {CONFIG_NAME}{nearest(CONFIG_NAME, listing)}",
@@ -210,7 +257,7 @@ def _open_indexed(source: Source, listing: Mapping[str, FileStat], index: str) -
         for name in headers[file][0].tensors
         if weight_map.get(name) != file
     ]
-    return _Weights({file: headers[file][1] for file in files}, tensors, unindexed)
+    return _Weights({file: headers[file][1] for file in files}, tensors, _metadata(headers), unindexed)
 
 
 def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str) -> tuple[list[str], list[str]]:
@@ -268,17 +315,25 @@ def _read_headers(source: Source, files: Sequence[str]) -> dict[str, tuple[Heade
 
 def _gather(headers: Mapping[str, tuple[Header, FileStat]]) -> _Weights:
     """All tensors of all files, which must have different names."""
-    weights = _Weights({file: stat for file, (_, stat) in headers.items()}, {})
+    weights = _Weights({file: stat for file, (_, stat) in headers.items()}, {}, _metadata(headers))
     for file, (header, _) in headers.items():
         for name, found in header.tensors.items():
             if name in weights.tensors:
                 raise CheckpointError(
                     f"tensor {name!r} is both in {weights.tensors[name][1].file} and in {file}",
                     where=file,
-                    remedy=f"remove the files that do not belong to the model, or add {INDEX_NAME}",
+                    remedy=f"remove the files that do not belong to the model, or add {INDEX_NAME}; to merge one file, "
+                    "name it",
                 )
             weights.tensors[name] = found
     return weights
+
+
+def _metadata(headers: Mapping[str, tuple[Header, FileStat]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for header, _ in headers.values():
+        found = {**header.metadata, **found}
+    return found
 
 
 def _some(names: Iterable[str]) -> str:

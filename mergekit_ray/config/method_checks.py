@@ -213,7 +213,7 @@ def _count_findings(
     num_inputs = len(piece.inputs)
     beside = " beside the base model" if piece.base is not None else ""
     wanted = _wanted(method)
-    if num_inputs == 0 and piece.base is not None and _adds_to_base(method):
+    if num_inputs == 0 and piece.base is not None and method.adds_to_base():
         what = f"{method.name} of no model beside the base model is the base model, {piece.base}"
         yield Finding(_listing(piece), what, "list the models to merge into it", is_warning=True)
     elif num_inputs < method.min_models:
@@ -228,11 +228,6 @@ def _count_findings(
         else:
             hint = "remove models, or choose a method that takes more"
         yield Finding(_listing(piece), what, hint, depends=(piece.path, *base_damage))
-
-
-def _adds_to_base(method: type[MethodDeclaration]) -> bool:
-    """Whether a method adds to the base what each model says: nothing, if there is none."""
-    return method.base is BaseUse.REQUIRED and not method.base_is_input and method.min_models == 1
 
 
 def _missing(

@@ -43,8 +43,13 @@ MOE_METHOD = "moe"
 BODIES = ("models", "slices", "modules")
 """The three ways to say what is merged; a recipe uses one of them."""
 
-Missing: TypeAlias = Literal["error", "base", "first", "drop"]
+Missing: TypeAlias = Literal["error", "base", "first", "drop", "merge"]
 """What becomes of a tensor that only some models have."""
+
+Tensors: TypeAlias = Literal["all", "intersection", "union"]
+"""Three values of `Missing` in the words of ``mergekit-pytorch``."""
+
+_MISSING_BY_TENSORS: dict[Tensors, Missing] = {"all": "error", "intersection": "drop", "union": "merge"}
 
 Patterns: TypeAlias = Annotated[
     tuple[Name, ...],
@@ -183,9 +188,12 @@ class DenseRecipe(RecipeModel):
         seed: seed of the random masks, which depend on it, the tensor and the model only.
         compute_dtype: precision of the arithmetic. ``inputs`` rounds at every step, as mergekit does.
         missing: what to do with tensors that only some models have: refuse the merge (``error``), take the base model's
-            (``base``), take those of the first model that has them (``first``), or leave them out (``drop``). By
-            default, an error, except for tensors that ``config.json`` does not count as the model's layers: those are
-            the base's.
+            (``base``), take those of the first model that has them (``first``), leave them out (``drop``), or merge
+            them from the models that have them (``merge``). By default, an error, except for tensors that
+            ``config.json`` does not count as the model's layers: those are the base's.
+        tensors: the same by the set of tensors that the result has: those of all models, which must be the same
+            (``all``, as ``missing: error``), those that all have (``intersection``, as ``drop``), or those that any
+            has (``union``, as ``merge``).
         include, exclude: patterns of tensor names. Tensors that match one of ``include`` (default: all) and none of
             ``exclude`` are merged; all others are copied.
         from_model: written ``from``: the model that tensors are copied from if they are not merged. By default, the
@@ -210,6 +218,7 @@ class DenseRecipe(RecipeModel):
     seed: Seed = 0
     compute_dtype: ArithmeticDType = ComputeDType.FLOAT32
     missing: Missing | None = None
+    tensors: Tensors | None = None
     include: Patterns | None = None
     exclude: Patterns | None = None
     from_model: ModelReference | None = Field(default=None, alias="from")
@@ -236,6 +245,7 @@ class DenseRecipe(RecipeModel):
             seed: int = ...,
             compute_dtype: ComputeDType | str = ...,
             missing: Missing | None = ...,
+            tensors: Tensors | None = ...,
             include: str | Sequence[str] | None = ...,
             exclude: str | Sequence[str] | None = ...,
             from_model: ModelLike | None = ...,
@@ -280,6 +290,11 @@ class DenseRecipe(RecipeModel):
 
     def _repr_html_(self) -> str:
         return preformatted(self.to_yaml())
+
+    @property
+    def of_missing(self) -> Missing | None:
+        """What ``missing`` or ``tensors`` says."""
+        return self.missing if self.tensors is None else _MISSING_BY_TENSORS[self.tensors]
 
     @property
     def vocabulary(self) -> TokenizerOptions | None:
@@ -334,6 +349,9 @@ def structure_findings(recipe: DenseRecipe) -> list[Finding]:
             if isinstance(piece, SliceRecipe):
                 findings += _uneven(piece, (*path, index))
     findings += tokenizer_findings(recipe.tokenizer, recipe.tokenizer_source)
+    if recipe.tensors is not None and recipe.missing is not None:
+        what = f"`tensors: {recipe.tensors}` and `missing: {recipe.missing}` both decide on what only some models have"
+        findings.append(Finding(("tensors",), what, "leave out one of the two"))
     return findings + _source_findings(recipe)
 
 

@@ -110,6 +110,11 @@ class MethodDeclaration:
         """
 
     @classmethod
+    def adds_to_base(cls) -> bool:
+        """Whether it adds to the base what each model says: of no model, the result is the base."""
+        return cls.base is BaseUse.REQUIRED and not cls.base_is_input and cls.min_models == 1
+
+    @classmethod
     def effective_access(cls, parameters: dict[str, Any]) -> Access:
         """Access needed with these global parameters; a method may need less than it declares (dare, no rescale)."""
         del parameters

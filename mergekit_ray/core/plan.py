@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,10 +39,13 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"
 """The same as diffusers reads them."""
 
 
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
 def index_name(shard_file: str) -> str:
     """What the index of the weights is called that one of whose files is called so."""
-    stem = DIFFUSERS_STEM if shard_file.startswith(f"{DIFFUSERS_STEM}-") else STEM
-    return f"{stem}.safetensors.index.json"
+    stem = re.sub(r"(-\d{5,}-of-\d{5,})?\.safetensors$", "", shard_file)
+    return f"{stem}{INDEX_SUFFIX}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,7 @@ class Plan:
     Attributes:
         inputs: models by key.
         shards: in file order.
-        config: the output's ``config.json``.
+        config: the output's ``config.json``; empty if there is none.
         side_files: copied from the donor.
         generated_files: text written beside the weights, by file name.
         recipe: the recipe as given, normalised, without credentials, for the card and the manifest.
@@ -233,7 +237,7 @@ class Plan:
     @property
     def index_file(self) -> str:
         """Name of the index: the last file to be written, which makes the model visible."""
-        return index_name(self.shards[0].file if self.shards else "")
+        return index_name(self.shards[0].file if self.shards else f"{STEM}.safetensors")
 
     @cached_property
     def index(self) -> dict[str, Any]:

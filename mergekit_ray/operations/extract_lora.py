@@ -262,7 +262,7 @@ class _Extraction:
         told = Stage(self._tell, plan, below)
         with told.errors_told():
             run_plan(plan, folder, self._options, reporter=told, stop=self._stop)
-        return open_checkpoint(open_source(folder), folder), plan
+        return open_checkpoint(open_source(folder), folder, allow_raw=True), plan
 
     # -- the adapter ----------------------------------------------------------------------------------------------
 

@@ -127,7 +127,7 @@ def prepare(
     if seed is not None:
         checked = _seeded(checked, parse_seed(seed))
     check_stage_names(checked)
-    checkpoints = open_models(referenced_models(checked), stage_names(checked))
+    checkpoints = open_models(referenced_models(checked), stage_names(checked), allow_raw=True)
     plan = make_plan(
         checked,
         checkpoints,

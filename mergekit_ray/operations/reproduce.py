@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
+from mergekit_ray.checkpoint.header import parse_header
 from mergekit_ray.checkpoint.layout import encode_header, in_file_order
 from mergekit_ray.checkpoint.models import open_models
 from mergekit_ray.checkpoint.opening import Checkpoint
@@ -171,7 +172,7 @@ def _open_pinned(
 ) -> dict[ModelReference, Checkpoint]:
     """The models as the manifest pins them, under the recipe's names for them: random masks depend on these."""
     pinned = {reference: _pinned(reference, inputs) for reference in references}
-    opened = open_models(list(pinned.values()), stages)
+    opened = open_models(list(pinned.values()), stages, allow_raw=True)
     return {reference: _named(opened[at], reference) for reference, at in pinned.items()}
 
 
@@ -241,6 +242,7 @@ def _laid_out_as(plan: Plan, records: list[ShardRecord]) -> Plan:
             where=MANIFEST_FILE,
             remedy=f"use the version of mergekit-ray that it names; this is {__version__}",
         )
+    metadata = _metadata(plan)
     shards = []
     for record in records:
         specs = in_file_order([tensors[name].spec for name in record.tensors])
@@ -248,8 +250,14 @@ def _laid_out_as(plan: Plan, records: list[ShardRecord]) -> Plan:
         for spec in specs:
             laid.append(OutputTensor(spec, tensors[spec.name].expression, offset, offset + spec.num_bytes))
             offset += spec.num_bytes
-        shards.append(Shard(record.file, encode_header(specs), tuple(laid)))
+        shards.append(Shard(record.file, encode_header(specs, metadata), tuple(laid)))
     return replace(plan, shards=tuple(shards))
+
+
+def _metadata(plan: Plan) -> Mapping[str, str]:
+    """Of its files' headers, which all have the same."""
+    shard = plan.shards[0]
+    return parse_header(shard.header, shard.num_bytes, shard.file).metadata
 
 
 def _differences(record: ShardRecord, again: Mapping[str, Any] | None) -> list[str]:

@@ -34,7 +34,7 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         Raises:
             MergekitRayError: see `checkpoint.opening.open_checkpoint`.
         """
-        return cls(open_checkpoint(open_source(uri), uri))
+        return cls(open_checkpoint(open_source(uri), uri, allow_raw=True))
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor into memory of the CPU, in the dtype it is stored in.

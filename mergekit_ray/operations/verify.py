@@ -17,7 +17,7 @@ from mergekit_ray.checkpoint.header import Header, read_header
 from mergekit_ray.core.arguments import check_fields, is_whole, options_or
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
-from mergekit_ray.core.plan import index_name
+from mergekit_ray.core.plan import STEM, index_name
 from mergekit_ray.core.record import ShardRecord, tensor_digest
 from mergekit_ray.core.shown import table
 from mergekit_ray.core.sizes import counted, format_bytes
@@ -163,7 +163,8 @@ class _Verifier:
         chosen = self._choose(records)
         for record in records:
             self._check_shard(record, chosen)
-        if len(self._specs) == sum(len(record.tensors) for record in records):
+        has_config = contents.files is None or _CONFIG_FILE in contents.files
+        if has_config and len(self._specs) == sum(len(record.tensors) for record in records):
             self._check_config()
         self._check_files(contents, present)
         return self._result
@@ -225,7 +226,7 @@ class _Verifier:
         return frozenset(random.Random(self._options.seed).sample(names, self._options.sample))
 
     def _check_index(self, records: list[ShardRecord]) -> None:
-        name = index_name(records[0].file if records else "")
+        name = index_name(records[0].file if records else f"{STEM}.safetensors")
         index = self._read_object(name, "missing, so readers do not see a model")
         if index is None:
             return
@@ -238,7 +239,13 @@ class _Verifier:
             self._problem(name, f"does not belong to this run, first at tensor {first!r}")
 
     def _check_strays(self, contents: Contents, present: Iterable[str]) -> None:
-        own = {MANIFEST_FILE, CARD_FILE, _CONFIG_FILE, *contents.side_files, *(contents.files or ())}
+        own = {
+            MANIFEST_FILE,
+            CARD_FILE,
+            *([_CONFIG_FILE] if contents.files is None else ()),
+            *contents.side_files,
+            *(contents.files or ()),
+        }
         own |= {name for record in contents.records for name in (record.file, index_name(record.file))}
         for name in present:
             if name in own or name.startswith("."):

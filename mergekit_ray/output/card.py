@@ -14,6 +14,7 @@ from mergekit_ray.core.plan import Plan
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.core.version import __version__
 from mergekit_ray.output.destination import CARD_FILE, MANIFEST_FILE
+from mergekit_ray.storage.names import repository_of
 from mergekit_ray.storage.protocols import Source
 
 _MAX_CARD_BYTES: Final = 4 << 20
@@ -28,9 +29,10 @@ def model_card(plan: Plan, licences: Mapping[str, str | None]) -> str:
     """
     models = list(plan.inputs.values())
     # By where they were found, not by how they look: "runs/merged" may be a folder.
-    on_hub = [m.uri.removeprefix("hf://").split("@")[0] for m in models if m.uri.startswith("hf://")]
+    on_hub = [repository_of(m.uri) for m in models if m.uri.startswith("hf://")]
     front: dict[str, Any] = {"base_model": on_hub, "base_model_relation": "merge"} if on_hub else {}
-    front |= {"library_name": "diffusers" if is_of_diffusers(plan.config) else "transformers"}
+    if plan.config:
+        front |= {"library_name": "diffusers" if is_of_diffusers(plan.config) else "transformers"}
     front |= _front_of(licences)
     front |= {"tags": ["merge", "mergekit", "mergekit-ray"]}
     method = plan.recipe.get("merge_method") or next(iter(plan.recipe), "merge")

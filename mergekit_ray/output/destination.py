@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from mergekit_ray.checkpoint.side_files import is_side_file
 from mergekit_ray.core.errors import CheckpointError, PlanError
-from mergekit_ray.core.plan import DIFFUSERS_STEM, STEM, InputModel, Plan, index_name
+from mergekit_ray.core.plan import INDEX_SUFFIX, STEM, InputModel, Plan
 from mergekit_ray.core.record import ShardRecord, record_file
 from mergekit_ray.output.occupant import files_told, occupant
 from mergekit_ray.output.places import check_apart
@@ -26,7 +26,7 @@ from mergekit_ray.storage.fence import LEASE_FILE, WORK_FOLDER
 from mergekit_ray.storage.names import is_confined
 from mergekit_ray.storage.protocols import FileStat, MovingSink, PublishingSink, RemainsSink, Sink
 
-INDEX_FILE: Final = index_name(f"{STEM}-")
+INDEX_FILE: Final = f"{STEM}{INDEX_SUFFIX}"
 MANIFEST_FILE: Final = "mergekit-ray.json"
 CARD_FILE: Final = "README.md"
 RECORD_ROOT: Final = WORK_FOLDER
@@ -46,6 +46,8 @@ _CHECKPOINT_FILE = re.compile(
     r"|chat_template\.jinja|README\.md|mergekit_config\.yml"
 )
 """Files in a folder's root that belong to a model: what ``--overwrite`` may remove."""
+
+_STAGED_INDEX = re.compile(rf"/{STAGED}/[^/]+{re.escape(INDEX_SUFFIX)}$")
 
 _WEIGHT_FILE = re.compile(r"[^/]*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)|[^/]*\.(safetensors|bin)\.index\.json")
 
@@ -219,11 +221,10 @@ def _unfinished_work(foreign: Collection[str]) -> frozenset[str] | None:
 
     Weights without an index are unfinished work if they have a record. A staged model is one, from its index on.
     """
-    marks = (f"/{SWAP_FILE}", *(f"/{STAGED}/{index_name(stem)}" for stem in (f"{STEM}-", f"{DIFFUSERS_STEM}-")))
     notes = {name for name in foreign if name.startswith(f"{RECORD_ROOT}/")}
     recorded = {name.split("/")[2].removesuffix(".json") for name in notes if name.count("/") == 2}
     models = [name for name in foreign if name not in notes and _WEIGHT_FILE.fullmatch(name) and name not in recorded]
-    if models or any(name.endswith(marks) for name in notes):
+    if models or any(name.endswith(f"/{SWAP_FILE}") or _STAGED_INDEX.search(name) for name in notes):
         return None
     return frozenset(notes | {name for name in foreign if name in recorded})
 
@@ -240,7 +241,8 @@ def _names_its_commit(model: InputModel) -> bool:
 def _written(plan: Plan) -> frozenset[str]:
     """Names of all files that a plan writes."""
     named = {*(shard.file for shard in plan.shards), *(side.file.name for side in plan.side_files)}
-    return frozenset({plan.index_file, MANIFEST_FILE, CARD_FILE, "config.json", *named, *plan.generated_files})
+    config = ["config.json"] if plan.config else []
+    return frozenset({plan.index_file, MANIFEST_FILE, CARD_FILE, *config, *named, *plan.generated_files})
 
 
 def _side_files(manifest: Mapping[str, Any] | None) -> frozenset[str]:

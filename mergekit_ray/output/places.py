@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.storage.fence import WORK_FOLDER
+from mergekit_ray.storage.names import repository_of
 
 _Identity: TypeAlias = tuple[int, int]
 """Device and inode."""
@@ -47,7 +48,9 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
                 + ("; or name the commit that is read, org/name@commit" if output.startswith("hf://") else ""),
             )
         under = _below(place, output)
-        if under is not None and (under.startswith(WORK_FOLDER) or any(n.startswith(f"{under}/") for n in written)):
+        is_touched = under is not None and any(n == under or n.startswith(f"{under}/") for n in written)
+        # A single file right in the output would go with whatever the result replaces.
+        if under is not None and (under.startswith(WORK_FOLDER) or is_touched or under in files):
             raise PlanError(
                 f"an input is where the output's files would go: {uri}",
                 where=output,
@@ -60,15 +63,18 @@ def _check_files(place: str, files: Collection[str], output: str) -> None:
     """Check that no file in the output's root is one of an input's, by a hard link or a mount."""
     if not (_is_folder(place) and _is_folder(output)):
         return
-    ours = {_identity(Path(place, name)): name for name in files}
+    is_file = Path(place).is_file()
+    ours = {_identity(Path(place) if is_file else Path(place, name)): name for name in files}
     ours.pop(None, None)
     for path in _files(Path(output)) if ours else ():
         name = ours.get(_identity(path))
         if name is not None:
             raise PlanError(
-                f"this file of the output is an input's file, {place}/{name}, by another name",
+                "this file of the output's folder is an input"
+                if is_file
+                else f"this file of the output is an input's file, {place}/{name}, by another name",
                 where=str(path),
-                remedy="write to another folder, or remove the link",
+                remedy="write to another folder" + ("" if is_file else ", or remove the link"),
             )
 
 
@@ -85,8 +91,8 @@ def _below(inner: str, outer: str) -> str | None:
 
 
 def _bare(uri: str) -> str:
-    """A URI without its last slash; a repository of the Hub without commit and case, which do not tell two apart."""
-    return uri.partition("@")[0].lower() if uri.startswith("hf://") else uri.rstrip("/")
+    """A URI without its last slash; of the Hub a repository, without commit and case, which do not tell two apart."""
+    return f"hf://{repository_of(uri)}".lower() if uri.startswith("hf://") else uri.rstrip("/")
 
 
 def _is_folder(uri: str) -> bool:
@@ -99,8 +105,7 @@ def _cached(uri: str) -> str | None:
         return None
     from mergekit_ray.storage.hub.cache import cached_snapshot  # noqa: PLC0415 - see there
 
-    name, _, commit = uri.removeprefix("hf://").partition("@")
-    folder = cached_snapshot(name, commit or None)
+    folder = cached_snapshot(repository_of(uri), uri.partition("@")[2] or None)
     return None if folder is None else str(folder.absolute())
 
 

@@ -46,7 +46,8 @@ def publish(
         sink.put(name, data)
         files[name] = FileDigest.of(data)
 
-    put("config.json", _json_bytes(plan.config))
+    if plan.config:
+        put("config.json", _json_bytes(plan.config))
     for side in plan.side_files:
         source = sources[side.model]
         stat = source.stat(side.file.name)

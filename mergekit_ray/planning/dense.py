@@ -32,7 +32,7 @@ _NO_RULES = Rules()
 
 def rules_of(recipe: DenseRecipe) -> Rules:
     """What a recipe says of tensors that are not merged."""
-    return Rules(recipe.missing, recipe.include, recipe.exclude or (), recipe.from_model)
+    return Rules(recipe.of_missing, recipe.include, recipe.exclude or (), recipe.from_model)
 
 
 def lower(
@@ -87,7 +87,6 @@ class _DenseLowering:
         self._method = method
         self._donor = donor
         self._models = models
-        self._rules = rules
         self._result = Lowering()
         self._tensors = TensorLowering(method, arithmetic, rules, self._models, donor, self._result, common)
         self._prefixes: list[str | None] = []
@@ -115,12 +114,8 @@ class _DenseLowering:
         self._tensors.mismatches.raise_if_any()
         if named:
             self._check_all_covered()
-        for (models, what, remedy), names in self._tensors.refused.items():
-            more = "" if len(names) == 1 else f" and {len(names) - 1} more"
-            raise PlanError(what, where=f"tensor {names[0]!r}{more} of {models}", remedy=remedy)
-        self._rules.check([*self._result.expressions, *self._result.aliased])
+        self._tensors.settle()
         self._name_unused()
-        self._result.warnings += self._tensors.partial.warnings()
         if self._common is not None:
             self._result.vocab_size = self._common.rows
             self._result.warnings += self._common.warnings(self._tensors.vocabulary)

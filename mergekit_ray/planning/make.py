@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from mergekit_ray.architectures.anatomy import anatomy
+from mergekit_ray.architectures.anatomy import anatomy, opaque
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.config.fields import ComputeDType
@@ -28,6 +28,7 @@ from mergekit_ray.planning.partition import partition
 from mergekit_ray.planning.quantised import weights_of
 from mergekit_ray.planning.stages.build import Allowed, Built, build, referenced
 from mergekit_ray.planning.stages.model import model_of, with_adapter
+from mergekit_ray.planning.stages.raw import build_raw, is_raw, max_shard_bytes
 from mergekit_ray.planning.weights import Weights
 from mergekit_ray.tokenizers.chat.templates import AUTO, NAMED
 
@@ -119,7 +120,7 @@ def make_plan(
     dropped: dict[str, str] = {}
     for i, stage in enumerate(stages[:-1]):
         with _naming(stage):
-            built = _built(stage, models_for(stage), allowed)
+            built = _built(stage, models_for(stage), allowed, dtype=_handed_on(stage))
         assert stage.name is not None  # what nothing merges is not among them
         made[ModelReference(stage.name)] = model_of(f"s{i}", stage.name, built)
         templates[id(stage)] = built.template
@@ -128,7 +129,7 @@ def make_plan(
     last = stages[-1]
     with _naming(last) if len(stages) > 1 else nullcontext():
         models = models_for(last)
-        built = build(last, models, routing, allowed)
+        built = _built(last, models, allowed, routing)
     lowering = built.lowering
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(last, MoeRecipe) and last.gate_mode.needs_prompts:
@@ -136,7 +137,14 @@ def make_plan(
         inputs |= _whole(models[last.base_model])
     return Plan(
         inputs=inputs,
-        shards=partition(lowering.groups, lowering.expressions, last.output.max_shard_size, built.stem),
+        shards=partition(
+            lowering.groups,
+            lowering.expressions,
+            max_shard_bytes(last, built),
+            built.stem,
+            metadata=built.metadata,
+            is_numbered=not built.is_single,
+        ),
         config=built.config,
         side_files=tuple(built.side_files),
         recipe=recipe_as_data(recipe, {**templates, id(last): built.template}),
@@ -159,11 +167,24 @@ def _naming(stage: Stage) -> Iterator[None]:
         raise
 
 
-def _built(stage: Stage, models: Mapping[ModelReference, Model], allowed: Allowed) -> Built:
-    """A stage that is not the last, in the precision that it hands on."""
+def _built(
+    stage: Stage,
+    models: Mapping[ModelReference, Model],
+    allowed: Allowed,
+    routing: Routing | None = None,
+    *,
+    dtype: DType | None = None,
+) -> Built:
+    if is_raw(stage, models):
+        return build_raw(stage, models, dtype=dtype)
+    return build(stage, models, routing, allowed, dtype=dtype)
+
+
+def _handed_on(stage: Stage) -> DType | None:
+    """The precision in which a stage that is not the last hands its tensors on; None for what it says."""
     if not isinstance(stage, DenseRecipe) or not stage.keep_precision:
-        return build(stage, models, None, allowed)
-    return build(stage, models, None, allowed, dtype=DType.F64 if _is_wide(stage) else DType.F32)
+        return None
+    return DType.F64 if _is_wide(stage) else DType.F32
 
 
 def _is_wide(stage: Stage) -> bool:
@@ -223,7 +244,7 @@ def models_of(checkpoints: Mapping[ModelReference, Checkpoint], *, wide: bool = 
             adapter_key = adapter_keys.setdefault(reference.lora, f"a{len(adapter_keys)}")
             view = LoraWeights(weights, checkpoint.config, adapter_key, checkpoint.adapter, wide=wide)
             weights, checkpoint = view, replace(checkpoint, config=view.config)  # noqa: PLW2901
-        parts = anatomy(weights.specs, checkpoint.config, where)
+        parts = opaque(weights.specs) if checkpoint.is_raw else anatomy(weights.specs, checkpoint.config, where)
         models[reference] = Model(f"m{i}", reference, checkpoint, weights, parts, side_files=_beside(weights))
     return models
 

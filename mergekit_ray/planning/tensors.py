@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mergekit_ray.architectures.anatomy import is_buffer, place_of
 from mergekit_ray.config.reference import ModelReference
@@ -45,6 +46,7 @@ class TensorLowering:
         self._arithmetic = arithmetic
         self._rules = rules
         self._donor = donor
+        self._is_raw = donor.checkpoint.is_raw
         self._source = None if rules.source is None else models[rules.source]
         self._result = result
         self.mismatches = Mismatches(models.values())
@@ -90,10 +92,17 @@ class TensorLowering:
         everyone = [*operands, *([base] if base is not None else [])]
         for operand in everyone:
             self.used.add((operand.model.key, operand.name))
-        if is_buffer(name):
+        if self._is_buffer(name):
             return self._buffer(name, everyone, [o for o in everyone if not o.exists], base or operands[0])
         if not self._rules.merges(name):
             return self._unmerged(name, everyone, base, cut)
+        if self._rules.missing == "merge" and any(operand.exists for operand in everyone):
+            having = self._having(name, operands, base, cut)
+            if having is None:
+                return []
+            operands, cut = having
+            everyone = [*operands, *([base] if base is not None else [])]
+            donors = donors if donors is not None and donors.exists else None
         described = [*everyone, *([donors] if donors is not None else [])]
         if not all(operand.exists for operand in described):
             source = self.partial.source_of(name, described, base)
@@ -110,6 +119,50 @@ class TensorLowering:
         spec = TensorSpec(name, self._arithmetic.stored or self._arithmetic.inputs or promote(dtypes), shape)
         expression = self._expression(spec, inputs, base_input, dtypes, cut, t)
         return self._store(spec, expression)
+
+    def settle(self) -> None:
+        """Conclude, once all tensors are added.
+
+        Raises:
+            PlanError: some cannot be merged with their parameters, or a pattern of the recipe matches none.
+        """
+        for (models, what, remedy), names in self.refused.items():
+            more = "" if len(names) == 1 else f" and {len(names) - 1} more"
+            raise PlanError(what, where=f"tensor {names[0]!r}{more} of {models}", remedy=remedy)
+        self._rules.check([*self._result.expressions, *self._result.aliased])
+        self._result.warnings += self.partial.warnings()
+
+    def _is_buffer(self, name: str) -> bool:
+        """See `is_buffer`; names say nothing where no config says what model they are of."""
+        return not self._is_raw and is_buffer(name)
+
+    def _having(
+        self, name: str, operands: list[Operand], base: Operand | None, cut: Cut
+    ) -> tuple[list[Operand], Cut] | None:
+        """Those of the operands that exist, and the slice of their models; None, and a mismatch, if they are too few.
+
+        Task vectors are differences from the base, so there are none of a tensor that it lacks.
+        """
+        places = [i for i, operand in enumerate(operands) if operand.exists]
+        lacking = [*(o for o in operands if not o.exists), *([base] if base is not None and not base.exists else [])]
+        if not lacking:
+            return operands, cut
+        having = [operands[i] for i in places]
+        there = [*having, *([base] if base is not None and base not in lacking else [])]
+        if base is not None and not base.exists:
+            self.partial.refuse(name, there, lacking, f"{self._method.name} needs that of the base")
+            return None
+        if len(places) < self._method.min_models and (places or not self._method.adds_to_base()):
+            self.partial.refuse(name, there, lacking, f"too few for {self._method.name}")
+            return None
+        self.partial.note_merged(name, there, lacking)
+        part = replace(
+            cut,
+            sources=tuple(cut.sources[i] for i in places),
+            first_layers=tuple(cut.first_layers[i] for i in places),
+            source_parameters=tuple(cut.source_parameters[i] for i in places),
+        )
+        return having, part
 
     def _store(self, spec: TensorSpec, expression: Expression) -> list[TensorSpec]:
         """Note how a tensor is made; one of the vocabulary gets all its rows."""
@@ -190,7 +243,7 @@ class TensorLowering:
         is_described = donors.exists and operand.model is not self._donor and not self._is_recut(name, cut)
         if is_described and not self._is_as_described(name, spec.shape, [operand], donors):
             return []
-        if is_buffer(name) or not spec.dtype.is_floating:
+        if self._is_buffer(name) or not spec.dtype.is_floating:
             return self._as_stored(name, operand)
         dtype = self._arithmetic.stored or self._arithmetic.inputs or spec.dtype
         x = operand.model.weights.expression(operand.name, self._copy_rows(name, operand, having))

@@ -11,6 +11,15 @@ from mergekit_ray.core.sizes import counted
 from mergekit_ray.planning.lowering import Model
 
 _MAX_LISTED = 12
+_REMEDY = (
+    "merge models of one architecture and shape, or leave out what differs: slices leave out layers, `exclude` keeps "
+    "tensors out of the merge, and `missing` decides on tensors that only some models have (`base` copies them from "
+    "base_model or the first model, `drop` leaves them out)"
+)
+_REMEDY_OF_RAW = (
+    "merge files of one kind of model, or say what becomes of the rest: `tensors: intersection` leaves out what not "
+    "all have, `tensors: union` merges a tensor from those that have it, and `exclude` copies tensors from one of them"
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -83,7 +92,5 @@ class Mismatches(Groups):
         listed = "\n  ".join([*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])])
         raise ModelError(
             f"the models do not fit together{classes_told(self._models)}:\n  {listed}",
-            remedy="merge models of one architecture and shape, or leave out what differs: slices leave out layers, "
-            "`exclude` keeps tensors out of the merge, and `missing` decides on tensors that only some models have "
-            "(`base` copies them from base_model or the first model, `drop` leaves them out)",
+            remedy=_REMEDY_OF_RAW if any(model.checkpoint.is_raw for model in self._models) else _REMEDY,
         )

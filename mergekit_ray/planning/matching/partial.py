@@ -61,7 +61,8 @@ class PartialTensors:
             self._mismatches.add(name, where, prefix)
             return None
         default = base or self._of_donor(name, everyone)
-        source = next(iter(having)) if self._missing == "first" else None if self._missing == "drop" else default
+        takes_first = self._missing == "first" or (self._missing == "merge" and not default.exists)
+        source = having[0] if takes_first else None if self._missing == "drop" else default
         if source is None or not source.exists:
             reason = "left out" if self._missing == "drop" else f"left out, as {_listed([default])} has none"
             self.leave_out(name, having, prefix, where, reason)
@@ -73,6 +74,21 @@ class PartialTensors:
                     f"not all models have it: that of {source.model.reference} is copied"
                 )
         return source
+
+    def refuse(self, name: str, having: Sequence[Operand], lacking: Sequence[Operand], why: str) -> None:
+        """Note that a tensor cannot be merged from those that have it."""
+        where = f"in {_listed(having)}, not in {_listed(lacking)}" if having else f"not in {_listed(lacking)}"
+        self._mismatches.add(name, f"{where}: {why}", _absent_part(name, lacking))
+
+    def note_merged(self, name: str, having: Sequence[Operand], lacking: Sequence[Operand]) -> None:
+        """Note that a tensor is merged from those that have it."""
+        where = f"in {_listed(having)}, not in {_listed(lacking)}"
+        self._settled.add(name, f"{where}: merged from the former", _absent_part(name, lacking))
+
+    def leave_out_base(self, name: str, base: Operand, sources: Sequence[Operand]) -> None:
+        """Note that the output does without a tensor that the base alone has."""
+        reason = "left out, as no model that is merged has it"
+        self.leave_out(name, [base], _absent_part(name, sources), f"in {base.model.reference} alone", reason)
 
     def leave_out(self, name: str, having: Sequence[Operand], prefix: str, where: str, reason: str) -> None:
         """Note a tensor that the output does without.

@@ -54,11 +54,14 @@ class Built:
     Attributes:
         lowering: its tensors; ``files`` are all texts beside the weights.
         models: by reference, as they were merged.
-        config: the ``config.json``.
+        config: the ``config.json``; empty if there is none.
         side_files: copied beside the weights.
         stem: what weight files are called.
         template: the chat template that the recipe asks for, in full.
         warnings: what the user should know.
+        is_raw: there is no ``config.json``.
+        metadata: of the weight files' headers; None for what transformers wants to see.
+        is_single: its models are single files, and so is the result.
     """
 
     lowering: Lowering
@@ -68,6 +71,9 @@ class Built:
     stem: str
     template: str | None
     warnings: Sequence[str]
+    is_raw: bool = False
+    metadata: Mapping[str, str] | None = None
+    is_single: bool = False
 
 
 def build(
@@ -141,7 +147,7 @@ def build(
     ]
     warnings += module_warnings(donor.checkpoint, [m.checkpoint for m in models.values() if m is not donor])
     warnings += side_warnings(donor.checkpoint, config, lowering.files)
-    warnings += _useless_filters(recipe, [*lowering.expressions, *lowering.aliased])
+    warnings += useless_filters(recipe, [*lowering.expressions, *lowering.aliased])
     beside = [
         side
         for side in donor.side_files
@@ -196,7 +202,7 @@ def _config_of(
     return config if lowering.keeps_beyond else without_beyond(config)
 
 
-def _useless_filters(recipe: Stage, names: Collection[str]) -> Iterator[str]:
+def useless_filters(recipe: Stage, names: Collection[str]) -> Iterator[str]:
     """Warnings of filters that match no output tensor, so that their values are used nowhere."""
     parts = {part for name in names for part in name.split(".")}
     for wanted in dict.fromkeys(_filters(recipe.to_data())):

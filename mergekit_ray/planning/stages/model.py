@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Final
 
-from mergekit_ray.architectures.anatomy import anatomy
+from mergekit_ray.architectures.anatomy import anatomy, opaque
 from mergekit_ray.checkpoint.adapter import AdaptedCheckpoint, adapted
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import is_tokenizer_file
@@ -46,8 +46,18 @@ def model_of(key: str, name: str, built: Built) -> Model:
     }
     files |= {file: text.encode() for file, text in built.lowering.files.items()}
     source = StageFiles(f"stage {name}", files)
-    checkpoint = Checkpoint(source, name, files={}, tensors={}, config=built.config, side_files=source.list())
-    parts = anatomy(weights.specs, built.config, f"stage {name}")
+    checkpoint = Checkpoint(
+        source,
+        name,
+        files={},
+        tensors={},
+        config=built.config,
+        side_files=source.list(),
+        metadata=built.metadata or {},
+        is_raw=built.is_raw,
+        single_file=f"{built.stem}.safetensors" if built.is_single else None,
+    )
+    parts = opaque(weights.specs) if built.is_raw else anatomy(weights.specs, built.config, f"stage {name}")
     return Model(
         key,
         ModelReference(name),

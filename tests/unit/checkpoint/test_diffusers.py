@@ -98,7 +98,8 @@ def test_configs() -> None:
     [
         (f"{STEM}-00001-of-00001.safetensors", INDEX),
         ("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
-        ("difference-00001-of-00001.safetensors", "model.safetensors.index.json"),
+        ("unet-00001-of-00001.safetensors", "unet.safetensors.index.json"),
+        ("unet.safetensors", "unet.safetensors.index.json"),
     ],
 )
 def test_indexes(file: str, index: str) -> None:
