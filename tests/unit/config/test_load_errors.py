@@ -79,7 +79,7 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             HEAD + "missing: frist\n",
             4,
             "missing",
-            "accepted: error, base, first, drop; found 'frist'",
+            "accepted: error, base, first, drop, merge; found 'frist'",
             "did you mean 'first'?",
         ),
         (HEAD + "exclude: []\n", 4, "exclude", "an empty list", "list at least one, or remove it"),
