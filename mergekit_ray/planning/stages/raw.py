@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mergekit_ray.config.fields import DEFAULT_MAX_SHARD_BYTES
@@ -79,7 +79,7 @@ def build_raw(recipe: Stage, stored_models: Mapping[ModelReference, Model], *, d
         models=models,
         config={},
         side_files=donor.side_files,
-        stem=_stem([file for file in files if file is not None]),
+        stem=_stem(files),
         template=None,
         warnings=tuple(dict.fromkeys(warnings)),
         is_raw=True,
@@ -170,10 +170,10 @@ def _lower(
     return result
 
 
-def _stem(files: Iterable[str]) -> str:
-    """What the output's file is called: as all inputs are, or ``model``."""
-    named = set(files)
-    return named.pop().rpartition(".")[0] if len(named) == 1 else STEM
+def _stem(files: Sequence[str | None]) -> str:
+    """What the output's file is called: as all inputs are, if these are files, or ``model``."""
+    [name] = set(files) if len(set(files)) == 1 else [None]
+    return STEM if name is None else name.rpartition(".")[0]
 
 
 def max_shard_bytes(recipe: Stage, built: Built) -> int | None:

@@ -12,6 +12,7 @@ import pytest
 import mergekit_ray
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.plan import plan
+from mergekit_ray.operations.reproduce import reproduce
 from mergekit_ray.operations.run_plan import run_plan
 from mergekit_ray.storage.hub import source as hub
 from mergekit_ray.storage.transfers import RetryPolicy
@@ -80,6 +81,31 @@ def test_a_merge_from_the_hub(
         assert found["files"]["model.safetensors"].items() >= file.items()
     assert "org/model-0" in (tmp_path / "hub" / "README.md").read_text()
     assert not (tmp_path / "home" / "hub").exists()
+
+
+def test_single_files_of_repositories(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at(monkeypatch, server, tmp_path / "home", token=TOKEN)
+    for number, place in enumerate(("unet/unet.safetensors", "unet.safetensors")):
+        write_model(tmp_path / f"{number}", random_llama(number), {})
+        data = (tmp_path / f"{number}" / "model.safetensors").read_bytes()
+        server.add(f"org/model-{number}", {place: data, "model_index.json": b"{}", "README.md": b""})
+    names = ["org/model-0/unet/unet.safetensors@main", "hf://org/model-1/unet.safetensors"]
+    mergekit_ray.merge(recipe(names), tmp_path / "hub")
+    mergekit_ray.merge(
+        recipe([tmp_path / f"{number}" / "model.safetensors" for number in range(2)]), tmp_path / "local"
+    )
+    assert {*weights(tmp_path / "hub").values()} == {*weights(tmp_path / "local").values()}
+    assert "unet.safetensors.index.json" in {path.name for path in (tmp_path / "hub").iterdir()}
+    inputs = json.loads((tmp_path / "hub" / "mergekit-ray.json").read_text())["inputs"]
+    commits = [server.repos[f"org/model-{number}"].branches["main"] for number in range(2)]
+    expected = [
+        f"hf://org/model-0/unet/unet.safetensors@{commits[0]}",
+        f"hf://org/model-1/unet.safetensors@{commits[1]}",
+    ]
+    assert [entry["uri"] for entry in inputs.values()] == expected
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "base_model:\n- org/model-0\n- org/model-1\n" in card
+    assert reproduce(tmp_path / "hub", tmp_path / "again").ok
 
 
 def test_a_repository_that_moves_on_is_merged_as_it_was_planned(
