@@ -91,6 +91,12 @@ def multi() -> Iterator[Program]:
 
 
 @pytest.fixture(scope="session")
+def pytorch() -> Iterator[Program]:
+    """``mergekit-pytorch``."""
+    yield from of_mergekit("mergekit-pytorch")
+
+
+@pytest.fixture(scope="session")
 def mergekit_ray() -> Iterator[Program]:
     """Our own ``merge``."""
     program = Program(Path(sys.executable), OURS)
