@@ -96,8 +96,9 @@ def _open_file(reference: str, scheme: str | None, revision: str | None) -> Sing
             # Named by the user, it may be a link to wherever it is kept.
             folder, name = os.path.split(os.path.realpath(path))
             return single_file(_opener("file")(folder, revision), name, path)
-        if scheme or (found := _HUB_FILE.fullmatch(reference)) is None:
-            near = nearest(Path(path).name, _files_beside(Path(path)))
+        near = nearest(Path(path).name, _files_beside(Path(path)))
+        # What lies beside existing files is none of a repository, which would be asked for over the network.
+        if scheme or near or (found := _HUB_FILE.fullmatch(reference)) is None:
             raise ModelError(f"there is no such file{near}", where=reference, remedy="check the path")
     elif scheme == "hf":
         found = _HUB_FILE.fullmatch(reference.partition("://")[2])
