@@ -1,7 +1,8 @@
 """Opening a LoRA adapter as PEFT saves it: from a store to its factors and what scales them, by headers alone.
 
     adapter_config.json            rank, alpha, patterns, and which variant of LoRA it is
-    adapter_model.safetensors      base_model.model.<module>.lora_A.weight and so on; or several files and an index
+    adapter_model.safetensors      base_model.model.<module>.lora_A.weight and so on; or several files and an index,
+                                   or adapter_model.bin
 
 Source of the format: https://huggingface.co/docs/peft/developer_guides/checkpoint. What the values mean is defined by
 what PEFT's ``merge_and_unload`` makes of them.
@@ -15,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 from mergekit_ray.checkpoint.adapter_config import ADAPTER_CONFIG_NAME, AdapterConfig, parse_adapter_config
-from mergekit_ray.checkpoint.header import read_pinned_header
 from mergekit_ray.checkpoint.index import MAX_INDEX_BYTES, parse_index
 from mergekit_ray.checkpoint.opening import Checkpoint
 from mergekit_ray.checkpoint.side_files import is_tokenizer_file, is_vocabulary_file
+from mergekit_ray.checkpoint.weight_files import read_weight_header
 from mergekit_ray.core.errors import CheckpointError, ModelError
 from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
@@ -27,6 +28,7 @@ from mergekit_ray.storage.protocols import FileStat, LinkedSource, Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_INDEX_NAME = "adapter_model.safetensors.index.json"
+PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
 
@@ -112,7 +114,7 @@ def open_adapter(source: Source, reference: str) -> Adapter:
     """
     listing = {file.name: file for file in source.list()}
     if isinstance(source, LinkedSource):
-        wanted = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        wanted = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME, PICKLED_NAME)
         source.check_links(lambda name: name in wanted or is_tokenizer_file(name))
     where = source.uri if source.uri == reference else f"{reference} ({source.uri})"
     if ADAPTER_CONFIG_NAME not in listing:
@@ -146,12 +148,8 @@ def _open_weights(
         index = source.read(WEIGHTS_INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
         weight_map = parse_index(index, f"{source.uri}/{WEIGHTS_INDEX_NAME}")
         files = sorted(set(weight_map.values()))
-    elif "adapter_model.bin" in listing:
-        raise CheckpointError(
-            "the weights are pickled (adapter_model.bin); loading such files can run code, so they are not read",
-            where=where,
-            remedy="convert them: load the adapter with PEFT and save it with save_pretrained()",
-        )
+    elif PICKLED_NAME in listing:
+        files = [PICKLED_NAME]
     else:
         raise CheckpointError(f"there is no {WEIGHTS_NAME}", where=where, remedy="download or copy the adapter again")
     missing = [file for file in files if file not in listing]
@@ -164,7 +162,7 @@ def _open_weights(
             remedy="the adapter is incomplete: download or copy the rest",
         )
     with ThreadPoolExecutor(min(_NUM_THREADS, len(files)), thread_name_prefix="headers") as pool:
-        headers = list(pool.map(lambda name: read_pinned_header(source, name), files))
+        headers = list(pool.map(lambda name: read_weight_header(source, name), files))
     tensors: dict[str, tuple[TensorSpec, Location]] = {}
     for file, (header, _) in zip(files, headers, strict=True):
         there = header.tensors

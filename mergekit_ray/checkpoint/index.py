@@ -15,8 +15,8 @@ def parse_index(data: bytes, where: str) -> dict[str, str]:
     """The weight map of an index: the file of each tensor.
 
     Raises:
-        CheckpointError: not JSON, no ``weight_map``, or it names something that is not a safetensors file inside the
-            checkpoint.
+        CheckpointError: not JSON, no ``weight_map``, or it names something that is not a weight file inside the
+            checkpoint, of the kind that the index is of.
     """
     found = parse_object(data, where, "index")
     weight_map = found.get("weight_map")
@@ -26,6 +26,7 @@ def parse_index(data: bytes, where: str) -> dict[str, str]:
         )
     if not weight_map:
         raise CheckpointError("the weight_map is empty", where=where, remedy="download the index again")
+    ending = ".bin" if where.endswith(".bin.index.json") else ".safetensors"
     for file in set(weight_map.values()):
         if not is_confined(file) or "\\" in file or ":" in file:
             raise CheckpointError(
@@ -33,10 +34,10 @@ def parse_index(data: bytes, where: str) -> dict[str, str]:
                 where=where,
                 remedy="do not use this checkpoint unless you know why it points elsewhere",
             )
-        if not file.endswith(".safetensors"):
+        if not file.endswith(ending):
             raise CheckpointError(
-                f"the weight_map names {file!r}, which is not a safetensors file",
+                f"the weight_map names {file!r}, which is not a {ending} file",
                 where=where,
-                remedy="convert the weights",
+                remedy="download the index again",
             )
     return weight_map

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from mergekit_ray.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
-from mergekit_ray.checkpoint.diffusers import PIPELINE_NAME, is_of_diffusers, pipeline_error
-from mergekit_ray.checkpoint.header import Header, read_pinned_header
-from mergekit_ray.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
+from mergekit_ray.checkpoint.diffusers import PIPELINE_NAME, pipeline_error
+from mergekit_ray.checkpoint.index import INDEX_NAME
 from mergekit_ray.checkpoint.sentence_transformers import is_module_file, module_folders, pickled_modules
 from mergekit_ray.checkpoint.side_files import CONFIG_NAME, is_side_file
 from mergekit_ray.checkpoint.strict_json import parse_config
+from mergekit_ray.checkpoint.weight_files import find_weights
 from mergekit_ray.core.errors import CheckpointError, ModelError
-from mergekit_ray.core.plan import DIFFUSERS_STEM, INDEX_SUFFIX
-from mergekit_ray.core.sizes import counted
 from mergekit_ray.core.spelling import nearest
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.storage.names import is_confined, is_weight_file
@@ -77,14 +74,6 @@ class Checkpoint:
     single_file: str | None = None
 
 
-@dataclass(slots=True)
-class _Weights:
-    files: dict[str, FileStat]
-    tensors: dict[str, tuple[TensorSpec, Location]]
-    metadata: dict[str, str]
-    unindexed: list[str] = field(default_factory=list)
-
-
 def open_checkpoint(source: Source, reference: str, *, allow_raw: bool = False) -> Checkpoint:
     """Read the config, the index and all headers of a checkpoint, concurrently; no weights.
 
@@ -120,7 +109,8 @@ def open_checkpoint(source: Source, reference: str, *, allow_raw: bool = False) 
         f"{source.uri}/{CONFIG_NAME}: the key {key!r} occurs twice; its last value is read, as transformers does"
         for key in twice
     ]
-    weights = _open_weights(source, listing, config, reference, warnings)
+    weights = find_weights(source, listing, config, reference)
+    warnings += weights.warnings
     if is_raw and not isinstance(source, SingleFile):
         warnings.append(f"{reference} has no {CONFIG_NAME}: its tensors are merged by their names alone")
     return Checkpoint(
@@ -157,38 +147,6 @@ def _check_names(names: Iterable[str], where: str) -> None:
             )
 
 
-def _open_weights(
-    source: Source, listing: Mapping[str, FileStat], config: Mapping[str, Any], reference: str, warnings: list[str]
-) -> _Weights:
-    """The headers of the files that hold the weights; adds to ``warnings`` which others are there and not read."""
-    if isinstance(source, SingleFile):
-        return _with_tensors(_gather(_read_headers(source, [source.name])), source, reference)
-    single, index = SINGLE_NAME, INDEX_NAME
-    indexes = [name for name in listing if "/" not in name and name.endswith(INDEX_SUFFIX)]
-    if not config and len(indexes) == 1:
-        single, index = indexes[0].removesuffix(INDEX_SUFFIX) + _SUFFIX, indexes[0]
-    if is_of_diffusers(config):
-        single, index = f"{DIFFUSERS_STEM}{_SUFFIX}", f"{DIFFUSERS_STEM}{INDEX_SUFFIX}"
-    if single in listing and (index not in listing or not _is_indexed(source, single, index)):
-        if index in listing:
-            warnings.append(f"{reference} holds both {single} and {index}; {single} is read, as transformers does")
-        weights = _gather(_read_headers(source, [single]))
-    elif index in listing:
-        weights = _open_indexed(source, listing, index)
-    else:
-        files, left = _find_files(source, listing, reference)
-        weights = _gather(_read_headers(source, files))
-        if left:
-            warnings.append(f"{reference} has no {index}; {_some(files)} are read, and not {_some(left)}")
-    return _with_tensors(weights, source, reference)
-
-
-def _with_tensors(weights: _Weights, source: Source, reference: str) -> _Weights:
-    if not weights.tensors:
-        raise CheckpointError("the weight files hold no tensors", where=_place(source, reference))
-    return weights
-
-
 def _place(source: Source, reference: str) -> str:
     return source.uri if source.uri == reference else f"{reference} ({source.uri})"
 
@@ -221,123 +179,3 @@ def _read_config(
             remedy="a model is a folder with config.json and safetensors files; check the path or prefix",
         )
     return parse_config(source.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES), where)
-
-
-def _is_indexed(source: Source, file: str, index: str) -> bool:
-    data = source.read(index, max_bytes=MAX_INDEX_BYTES)
-    return file in parse_index(data, f"{source.uri}/{index}").values()
-
-
-def _open_indexed(source: Source, listing: Mapping[str, FileStat], index: str) -> _Weights:
-    where = f"{source.uri}/{index}"
-    weight_map = parse_index(source.read(index, max_bytes=MAX_INDEX_BYTES), where)
-    files = sorted(set(weight_map.values()))
-    missing = [file for file in files if file not in listing]
-    if missing:
-        if isinstance(source, LinkedSource):
-            source.check_links(missing.__contains__)
-        raise CheckpointError(
-            f"{counted(len(missing), 'weight file')} of {len(files)} missing: {_some(missing)}",
-            where=source.uri,
-            remedy="the checkpoint is incomplete: download or copy the rest",
-        )
-    headers = _read_headers(source, files)
-    absent = [name for name, file in weight_map.items() if name not in headers[file][0].tensors]
-    if absent:
-        raise CheckpointError(
-            f"the index names files that lack {counted(len(absent), 'tensor')}: "
-            f"{_some(f'{name} in {weight_map[name]}' for name in absent)}",
-            where=where,
-            remedy="index and files are of different versions: download or copy both again",
-        )
-    tensors = {name: headers[file][0].tensors[name] for name, file in weight_map.items()}
-    unindexed = [
-        f"{name} (a copy in {file})" if name in weight_map else name
-        for file in files
-        for name in headers[file][0].tensors
-        if weight_map.get(name) != file
-    ]
-    return _Weights({file: headers[file][1] for file in files}, tensors, _metadata(headers), unindexed)
-
-
-def _find_files(source: Source, listing: Mapping[str, FileStat], reference: str) -> tuple[list[str], list[str]]:
-    """The weight files of a folder without an index, and those that hold the same weights in another form."""
-    if isinstance(source, LinkedSource):
-        source.check_links(lambda name: "/" not in name and name.endswith(_SUFFIX) and not name.startswith("adapter_"))
-    files = sorted(
-        name for name in listing if "/" not in name and name.endswith(_SUFFIX) and not name.startswith("adapter_")
-    )
-    if not files:
-        pickled = sorted(name for name in listing if "/" not in name and name.endswith(_PICKLED))
-        if pickled:
-            raise CheckpointError(
-                f"the weights are pickled ({_some(pickled)}); loading such files can run code, so they are not read",
-                where=_place(source, reference),
-                remedy="convert them: load the model with transformers and save it with save_pretrained()",
-            )
-        raise CheckpointError(
-            "there are no safetensors files",
-            where=_place(source, reference),
-            remedy="a model is a folder with config.json and safetensors files",
-        )
-    numbered = [match for name in files if (match := _NUMBERED.fullmatch(name))]
-    for stem, count in sorted({(match["stem"], match["count"]) for match in numbered}):
-        there = {int(match["number"]) for match in numbered if (match["stem"], match["count"]) == (stem, count)}
-        if len(there) < int(count):
-            raise CheckpointError(
-                f"there is no {INDEX_NAME}, and of the {int(count)} files {stem}-*-of-{count}{_SUFFIX} "
-                f"only {len(there)} are there",
-                where=_place(source, reference),
-                remedy="the checkpoint is incomplete: download or copy the rest",
-            )
-    # A series that transformers wrote is the whole model; Mistral's own files stand beside it under other names.
-    series = [match[0] for match in numbered if match["stem"] == _SERIES]
-    chosen = series or [name for name in files if not name.startswith(_CONSOLIDATED)] or files
-    return chosen, [name for name in files if name not in chosen]
-
-
-def _read_headers(source: Source, files: Sequence[str]) -> dict[str, tuple[Header, FileStat]]:
-    found: dict[str, tuple[Header, FileStat]] = {}
-    num_tensors = 0
-    with ThreadPoolExecutor(min(_NUM_THREADS, len(files)), thread_name_prefix="headers") as pool:
-        for name, read in zip(files, pool.map(lambda name: read_pinned_header(source, name), files), strict=True):
-            found[name] = read
-            num_tensors += len(read[0].tensors)
-            if num_tensors > MAX_TENSORS:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise CheckpointError(
-                    f"there are more than {MAX_TENSORS} tensors",
-                    where=source.uri,
-                    remedy="store the experts of a layer packed in one tensor, as transformers does",
-                )
-    return found
-
-
-def _gather(headers: Mapping[str, tuple[Header, FileStat]]) -> _Weights:
-    """All tensors of all files, which must have different names."""
-    weights = _Weights({file: stat for file, (_, stat) in headers.items()}, {}, _metadata(headers))
-    for file, (header, _) in headers.items():
-        for name, found in header.tensors.items():
-            if name in weights.tensors:
-                raise CheckpointError(
-                    f"tensor {name!r} is both in {weights.tensors[name][1].file} and in {file}",
-                    where=file,
-                    remedy=f"remove the files that do not belong to the model, or add {INDEX_NAME}; to merge one file, "
-                    "name it",
-                )
-            weights.tensors[name] = found
-    return weights
-
-
-def _metadata(headers: Mapping[str, tuple[Header, FileStat]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for header, _ in headers.values():
-        found = {**header.metadata, **found}
-    return found
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - _MAX_NAMED} more" if len(listed) > _MAX_NAMED else ""
-    return ", ".join(listed[:_MAX_NAMED]) + more

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_ray.checkpoint.adapter import WEIGHTS_NAME
+from mergekit_ray.checkpoint.adapter import PICKLED_NAME, WEIGHTS_NAME
 from mergekit_ray.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from mergekit_ray.checkpoint.layout import encode_header, in_file_order
 from mergekit_ray.checkpoint.models import open_models
@@ -71,7 +71,7 @@ from mergekit_ray.storage.protocols import PublishingSink
 WORK_FOLDER: Final = ".mergekit-ray-extract"
 MANIFEST_FILE: Final = "mergekit-ray.json"
 
-_OWN_FILES = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", "README.md", MANIFEST_FILE)
+_OWN_FILES = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, "README.md", MANIFEST_FILE)
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_LOCAL_WORKERS = 4
 _WORK_KEY = "work"

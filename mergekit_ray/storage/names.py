@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from mergekit_ray.core.errors import CheckpointError, ModelError
 
-WEIGHT_SUFFIXES = (".safetensors",)
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that torch.save wrote."""
+
+WEIGHT_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
 """Endings of files that are a model by themselves, where a recipe names one."""
 
 

@@ -307,7 +307,7 @@ def test_what_is_no_adapter(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no adapter_model\.safetensors"):
         folder.open()
     folder.store.put("adapter_model.bin", b"\x80")
-    with pytest.raises(CheckpointError, match=r"pickled \(adapter_model.bin\)"):
+    with pytest.raises(CheckpointError, match=r"adapter_model.bin: the file is in the format of torch before 1.6"):
         folder.open()
     folder.weights()
     with pytest.raises(CheckpointError, match="there are no tensors"):

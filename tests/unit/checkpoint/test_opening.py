@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_ray.checkpoint import opening
+from mergekit_ray.checkpoint import weight_files
 from mergekit_ray.checkpoint.index import parse_index
 from mergekit_ray.checkpoint.layout import encode_header
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
@@ -152,20 +152,13 @@ def test_an_index_cannot_point_elsewhere(folder: Folder, file: str) -> None:
         (b'{"weight_map":{"a":1}}', "no weight_map"),
         (b'{"weight_map":{}}', "weight_map is empty"),
         (b'{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}', "'a' occurs twice"),
-        (b'{"weight_map":{"a":"pytorch_model.bin"}}', "not a safetensors file"),
+        (b'{"weight_map":{"a":"pytorch_model.bin"}}', "not a .safetensors file"),
         (b"\xff", "not UTF-8"),
     ],
 )
 def test_a_malformed_index(index: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse_index(index, "index")
-
-
-def test_pickles_are_not_read(folder: Folder) -> None:
-    folder.store.put("pytorch_model.bin", b"\x80\x04")
-    with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\)") as caught:
-        folder.open()
-    assert "save_pretrained" in str(caught.value)
 
 
 def test_what_is_not_a_model(tmp_path: Path, folder: Folder) -> None:
@@ -220,7 +213,7 @@ STAYS = """
 
 
 def test_more_tensors_than_can_be_planned_are_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "MAX_TENSORS", 3)
+    monkeypatch.setattr(weight_files, "MAX_TENSORS", 3)
     for k in range(3):
         folder.weights(f"model-{k}.safetensors", f"a{k}")
     assert len(folder.open().tensors) == 3
