@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergekit_ray.config.transplant import TransplantOptions
     from mergekit_ray.core.dtypes import DType
     from mergekit_ray.core.plan import Plan
+    from mergekit_ray.operations.convert import convert
     from mergekit_ray.operations.extract_lora import extract_lora
     from mergekit_ray.operations.extract_options import ExtractOptions
     from mergekit_ray.operations.extraction_report import ExtractResult
@@ -72,6 +73,7 @@ __all__ = [
     "VerifyOptions",
     "ZeroEmbedding",
     "__version__",
+    "convert",
     "errors",
     "extract_lora",
     "inspect",
@@ -93,6 +95,7 @@ _HOMES = {
     "config.transplant": ("TransplantOptions",),
     "core.dtypes": ("DType",),
     "core.plan": ("Plan",),
+    "operations.convert": ("convert",),
     "operations.extract_lora": ("extract_lora",),
     "operations.extract_options": ("ExtractOptions",),
     "operations.extraction_report": ("ExtractResult",),

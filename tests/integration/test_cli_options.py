@@ -254,6 +254,7 @@ def test_help_has_neither_braces_nor_ranges() -> None:
         "reproduce",
         "extract-lora",
         "transplant",
+        "convert",
         "methods",
     ):
         shown = invoke(command, "--help").stdout
