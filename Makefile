@@ -120,7 +120,7 @@ ray: $(READY)  ## test executors and jobs with another version of Ray: the oldes
 
 fuzz: $(READY)  ## five minutes of coverage-guided fuzzing of each reader of files (atheris; Linux)
 	@$(BIN)/python $(PIP_INSTALL) atheris
-	for target in header index adapter recipe; do \
+	for target in header index adapter pickle archive recipe; do \
 		PYTHONPATH=tests $(BIN)/python -m fuzz.readers $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
 	done
 

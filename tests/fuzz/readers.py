@@ -3,30 +3,36 @@
     pip install atheris
     PYTHONPATH=tests python -m fuzz.readers header -max_total_time=300
 
-Targets: ``header``, ``index``, ``adapter``, ``recipe``. Options after the target are libFuzzer's. Inputs may do nothing
-but be read, or be refused by one of our own errors; anything else, and memory beyond 1 GiB, ends the run with the input
-in a file ``crash-...`` or ``oom-...`` here.
+Targets: ``header``, ``index``, ``adapter``, ``pickle``, ``archive``, ``recipe``. Options after the target are
+libFuzzer's. Inputs may do nothing but be read, or be refused by one of our own errors; anything else, and memory beyond
+1 GiB, ends the run with the input in a file ``crash-...`` or ``oom-...`` here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import atheris
+import torch
 
 with atheris.instrument_imports(include=["mergekit_ray", "yaml"]):
     from mergekit_ray.checkpoint.adapter_config import parse_adapter_config
     from mergekit_ray.checkpoint.header import LENGTH_BYTES, header_length, parse_header
     from mergekit_ray.checkpoint.index import parse_index
+    from mergekit_ray.checkpoint.pickled.machine import read_pickle
+    from mergekit_ray.checkpoint.pickled.reading import read_pinned_pickle
     from mergekit_ray.config.load import load_recipe
 
 from mergekit_ray.core.errors import CheckpointError, ConfigError
+from mergekit_ray.storage.local.store import LocalStore
 
 ROOT = Path(__file__).parents[2]
 MAX_MEMORY_MIB = 1024
@@ -56,6 +62,30 @@ def adapter(data: bytes) -> None:
     parse_adapter_config(data, "fuzz")
 
 
+def pickle(data: bytes) -> None:
+    """The structure of a pickled checkpoint."""
+    read_pickle(data, "fuzz")
+
+
+def archive(data: bytes) -> None:
+    """A whole pickled checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "x.bin").write_bytes(data)
+        found, _ = read_pinned_pickle(LocalStore(Path(folder)), "x.bin")
+    assert all(0 <= p.start <= p.end <= len(data) for _, p in found.tensors.values()), "a tensor lies beyond the file"
+
+
+def _saved() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(2, 3), "b": torch.nn.Parameter(torch.ones(2))}, buffer)
+    return buffer.getvalue()
+
+
+def _structure() -> bytes:
+    with zipfile.ZipFile(io.BytesIO(_saved())) as saved:
+        return saved.read("archive/data.pkl")
+
+
 def recipe(data: bytes) -> None:
     """A recipe, as the bytes of a file."""
     load_recipe(data, on_warning=lambda problem: None)
@@ -82,6 +112,8 @@ TARGETS: Mapping[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     ),
     "index": (index, [b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}']),
     "adapter": (adapter, [b'{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}}']),
+    "pickle": (pickle, [_structure()]),
+    "archive": (archive, [_saved()]),
     "recipe": (recipe, [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yml"))]),
 }
 

@@ -71,6 +71,10 @@ class UnknownError(Exception):
 
 _MARK: Final = object()
 _MAX_RANK: Final = 64
+_MAX_NUMBER: Final = 1 << 64
+_MAX_KEY: Final = 1 << 32
+"""Of larger numbers many can have one hash, so that a dictionary of them is slow."""
+
 _MAX_INSTRUCTIONS: Final = 20_000_000
 """A tensor takes some forty."""
 
@@ -208,6 +212,11 @@ class _Machine:
     def push(self, value: Saved) -> None:
         self._stack.append(value)
 
+    def number(self, value: int) -> None:
+        if abs(value) >= _MAX_NUMBER:
+            raise UnknownError("it has a number of more than 64 bits")
+        self.push(value)
+
     def pop(self) -> Saved:
         value = self._stack.pop()
         if value is _MARK:
@@ -307,8 +316,8 @@ class _Machine:
 
 
 def _set(into: dict[Saved, Saved], key: Saved, value: Saved) -> None:
-    if not isinstance(key, str | int | float | bool | None):
-        raise UnknownError("a dictionary's key is neither a text nor a number")
+    if not (isinstance(key, str) or (type(key) is int and abs(key) < _MAX_KEY)):
+        raise UnknownError("a dictionary's key is neither a text nor a small number")
     into[key] = value
 
 
@@ -342,7 +351,8 @@ _STEPS: Final[Mapping[str, Callable[[_Machine, Any], None]]] = {
     "EMPTY_TUPLE": _constant(()),
     "EMPTY_DICT": _fresh(dict),
     "EMPTY_LIST": _fresh(list),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "BINFLOAT"), _Machine.push),
+    "LONG1": _Machine.number,
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.memorise),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.recall),
