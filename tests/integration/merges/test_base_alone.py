@@ -10,12 +10,11 @@ import torch
 
 import mergekit_ray
 from mergekit_ray.config.load import RecipeWarning
-from mergekit_ray.config.method_checks import _adds_to_base
 from mergekit_ray.core.registry import METHODS
 from support.models import config_of, tensors_of
 from support.tokenizers.models import byte_level, save_model
 
-ADDING = [name for name in METHODS.names() if _adds_to_base(METHODS.get(name))]
+ADDING = [name for name in METHODS.names() if METHODS.get(name).adds_to_base()]
 
 
 @pytest.fixture(scope="module")
