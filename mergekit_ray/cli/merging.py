@@ -19,6 +19,7 @@ from mergekit_ray.cli.options import (
     Lenient,
     LogFormat,
     LogFormatOption,
+    MaxShardSize,
     Memory,
     Quiet,
     RecipeArgument,
@@ -51,6 +52,7 @@ def merge(
     *,
     options: MergeOptions,
     seed: Seed = None,
+    max_shard_size: MaxShardSize = None,
     lenient: Lenient = False,
     quiet: Quiet = False,
     log_format: LogFormatOption = LogFormat.text,
@@ -67,8 +69,11 @@ def merge(
         listening(voice.say) as signals,
     ):
         from mergekit_ray.operations.merge import merge as run
+        from mergekit_ray.operations.recipes import with_shard_size
 
         loaded = load(recipe, voice, lenient=lenient)
+        if max_shard_size is not None:
+            loaded = with_shard_size(loaded, max_shard_size)
         with voice.reporter() as told:
             result = run(loaded, output, seed=seed, options=options, reporter=told, stop=signals.graceful())
         # On a terminal the last event has just said it.

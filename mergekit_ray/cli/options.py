@@ -166,6 +166,16 @@ Memory = Annotated[
     ),
 ]
 
+MaxShardSize = Annotated[
+    int | None,
+    typer.Option(
+        "--max-shard-size",
+        parser=parse_memory,
+        metavar="SIZE",
+        help="Of an output file (default: 2GB); overrides the recipe's.",
+    ),
+]
+
 _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "executor": (
         Annotated[

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from mergekit_ray.config.load import Recipe
 from mergekit_ray.config.load import load_recipe as load_here
-from mergekit_ray.config.stages import StagedRecipe
+from mergekit_ray.config.stages import Stage, StagedRecipe
 from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES
 from mergekit_ray.core.errors import CheckpointError, ConfigError, Problem
 from mergekit_ray.storage.opening import open_source
@@ -66,6 +66,18 @@ def check_stage_names(recipe: Recipe) -> None:
                 f"the stage {name!r} has the name of a folder",
                 remedy=f"give the stage another name; a folder is named with its path: ./{name}",
             )
+
+
+def with_shard_size(recipe: Recipe, max_shard_size: int) -> Recipe:
+    """The recipe with another limit to the size of its output's files, in bytes; of stages, that of all."""
+    if isinstance(recipe, StagedRecipe):
+        return StagedRecipe(stages=[_sized(stage, max_shard_size) for stage in recipe.stages])
+    return _sized(recipe, max_shard_size)
+
+
+def _sized(recipe: Stage, max_shard_size: int) -> Stage:
+    output = recipe.output.model_copy(update={"max_shard_size": max_shard_size})
+    return recipe.model_copy(update={"output": output})
 
 
 def _fetch(uri: str) -> bytes:

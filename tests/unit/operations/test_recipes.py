@@ -8,7 +8,7 @@ import pytest
 
 import mergekit_ray
 from mergekit_ray.core.errors import ConfigError, MergekitRayError
-from mergekit_ray.operations.recipes import is_uri
+from mergekit_ray.operations.recipes import is_uri, with_shard_size
 from mergekit_ray.storage.local.store import LocalSource
 from mergekit_ray.storage.schemes import SCHEMES
 
@@ -64,3 +64,13 @@ def test_names_below_a_repository_belong_to_the_file(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SCHEMES, "get", lambda scheme: opener)
     assert mergekit_ray.load_recipe("hf://org/name/recipes/merge.yml").merge_method == "linear"
     assert asked == ["hf://org/name"]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_size_of_shards_is_that_of_every_stage(stages: int) -> None:
+    text = "---\n".join(f"name: s{i}\n{TEXT.replace('a/b', f's{i - 1}' if i else 'a/b')}" for i in range(stages))
+    recipe = mergekit_ray.load_recipe(f"{text}output: {{path: ./out, max_shard_size: 3GB}}\n")
+    changed = with_shard_size(recipe, 7)
+    assert [each.output.max_shard_size for each in getattr(changed, "stages", [changed])] == [7] * stages
+    assert changed.output.path == "./out"
+    assert recipe.output.max_shard_size == 3_000_000_000
