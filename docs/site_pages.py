@@ -41,11 +41,14 @@ def families() -> str:
 
 
 def commands() -> str:
-    """Every command with its arguments and options, as ``--help`` has them."""
+    """Every command with its arguments and options, as ``--help`` has them. Those of mergekit have a page of their own."""
     group: Any = typer.main.get_command(cli)
     lines = list(_command("mergekit-ray", group))
     for name, command in group.commands.items():
         lines += ["", f"## {name}", "", *_command(f"mergekit-ray {name}", command)]
+        below = {} if name == "compat" else getattr(command, "commands", {})
+        for part, each in below.items():
+            lines += ["", f"## {name} {part}", "", *_command(f"mergekit-ray {name} {part}", each)]
     return "\n".join(lines)
 
 

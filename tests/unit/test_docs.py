@@ -140,6 +140,7 @@ OTHERS = (
     "git",
     "cosign",
     "export",
+    "eval",
     "model_signing",
     "huggingface-cli",
     "hf",
@@ -165,6 +166,8 @@ def _check_ours(words: list[str]) -> None:
     else:
         assert program == "mergekit-ray", f"{program!r} is neither ours nor known"
         command = group.commands[arguments.pop(0)]
+    while hasattr(command, "commands") and not arguments[0].startswith("-"):
+        command = command.get_command(None, arguments.pop(0))
     # Raises for options that are not there, values of the wrong kind, and arguments that are missing.
     command.make_context(program, arguments)
 
@@ -277,7 +280,9 @@ def test_the_site_describes_every_command(site: Path) -> None:
     assert "<str>" not in page
     assert "-h, --help" in page
     group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    commands = dict(group.commands)
+    commands |= {f"recipe {name}": command for name, command in commands["recipe"].commands.items()}
+    for name, command in commands.items():
         assert f"mergekit-ray {name} " in page
         assert {option for parameter in command.params for option in parameter.opts if option[0] == "-"} <= set(
             re.findall(r"--?[\w-]+", page)
