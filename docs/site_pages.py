@@ -41,7 +41,7 @@ def families() -> str:
 
 
 def commands() -> str:
-    """Every command with its arguments and options, as ``--help`` has them. Those of mergekit have a page of their own."""
+    """Every command with its arguments and options, as ``--help`` has them, but for those of mergekit."""
     group: Any = typer.main.get_command(cli)
     lines = list(_command("mergekit-ray", group))
     for name, command in group.commands.items():

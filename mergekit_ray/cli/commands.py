@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from mergekit_ray.cli import merging, published, shuffling, to_safetensors, transplanting  # noqa: F401 - they add commands
+from mergekit_ray.cli import (  # noqa: F401 - they add their commands
+    compat,
+    merging,
+    published,
+    shuffling,
+    to_safetensors,
+    transplanting,
+)
 from mergekit_ray.cli.app import HELP, app, command
 from mergekit_ray.cli.options import (
     AsJson,

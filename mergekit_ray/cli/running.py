@@ -36,11 +36,13 @@ class _OurErrors:
     _voice = Voice()
     _path = ""
     """How the user calls the command."""
+    _given: tuple[str, ...] = ()
+    """What follows it."""
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **options: Any) -> Any:
         self._voice = Voice(log_format=_log_format(args), as_json="--json" in args)  # before anything is parsed
         parent = getattr(options.get("parent"), "command_path", "")
-        self._path = f"{parent} {info_name}".strip()
+        self._path, self._given = f"{parent} {info_name}".strip(), tuple(args)
         with self._told():
             return super().make_context(info_name, args, *more, **options)  # type: ignore[misc] # a mixin of click commands
 
@@ -67,7 +69,7 @@ class _OurErrors:
             # Without arguments, the error is the help.
             if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
                 raise
-            self._voice.fail(wrong_arguments(error, self._path))
+            self._voice.fail(wrong_arguments(error, self._path, self._given))
             raise typer.Exit(ConfigError.exit_code) from None
 
 
@@ -238,7 +240,9 @@ def excludes(option: str, given: Mapping[str, object]) -> None:
 
 
 def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
-    """The recipe in a file, in a store, or on standard input (``-``); what ``lenient`` lets pass is a warning.
+    """The recipe in a file, in a store, on standard input (``-``), or in a text of several lines.
+
+    What ``lenient`` lets pass is a warning.
 
     Raises:
         ConfigError: there is no such file, or the recipe is wrong.
@@ -247,7 +251,7 @@ def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
     from mergekit_ray.operations.recipes import is_uri, load_recipe
 
     return load_recipe(
-        recipe if is_uri(recipe) else Path("/dev/stdin" if recipe == "-" else recipe),
+        recipe if is_uri(recipe) or "\n" in recipe else Path("/dev/stdin" if recipe == "-" else recipe),
         lenient=lenient,
         on_warning=voice.warn,
     )

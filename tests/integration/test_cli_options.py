@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from mergekit_ray.cli import app, tables
-from mergekit_ray.cli.usage import _OF_EXTRACT_LORA, MERGEKIT_FLAGS
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.core.version import __version__
 from support.commands.terminal import plain, run_on_terminal
@@ -212,20 +212,6 @@ def test_wrong_arguments_are_told_in_our_words(arguments: str, said: str) -> Non
     assert (done.exit_code, done.stderr) == (2, f"error: {said}\n  see `root{command} --help`\n")
 
 
-@pytest.mark.parametrize("flags", MERGEKIT_FLAGS, ids=" ".join)
-def test_options_of_mergekit_are_explained(flags: tuple[str, ...]) -> None:
-    for flag in flags:
-        for given in (flag, flag.replace("--", "--no-")):
-            done = invoke("extract-lora", "tuned", "base", "out", given, "5")
-            told = f"error: {given} is an option of mergekit\n  here: {MERGEKIT_FLAGS[flags]}\n"
-            assert (done.exit_code, done.stderr) == (2, told)
-            done = invoke("merge", "recipe.yml", "out", given, "5")
-            if _OF_EXTRACT_LORA.isdisjoint(flags):
-                assert (done.exit_code, done.stderr) == (2, told)
-            else:
-                assert f"error: no such option: {given}" in done.stderr  # which is no answer in `merge`
-
-
 def test_tables_in_a_pipe_have_no_spaces_at_the_end_of_a_line(recipe: Path) -> None:
     for arguments in (["plan", str(recipe)], ["methods"], ["methods", "ties"]):
         lines = invoke(*arguments).stdout.splitlines()
@@ -233,32 +219,12 @@ def test_tables_in_a_pipe_have_no_spaces_at_the_end_of_a_line(recipe: Path) -> N
         assert [line for line in lines if line != line.rstrip()] == []
 
 
-def test_a_long_name_of_a_short_option_is_explained_too() -> None:
-    assert MERGEKIT_FLAGS[("-v",)] in invoke("merge", "recipe.yml", "out", "--verbose").stderr
-
-
-def test_the_page_for_users_of_mergekit_has_the_same_table() -> None:
-    page = (Path(__file__).parents[2] / "docs/from-mergekit.md").read_text()
-    for flags, here in MERGEKIT_FLAGS.items():
-        assert f"| {', '.join(f'`{flag}`' for flag in flags)} | {here} |\n" in page
-    assert len(re.findall(r"^\| `-", page, re.MULTILINE)) == len(MERGEKIT_FLAGS)
-
-
 def test_help_has_neither_braces_nor_ranges() -> None:
-    for command in (
-        "merge",
-        "plan",
-        "validate",
-        "verify",
-        "attest",
-        "reproduce",
-        "extract-lora",
-        "transplant",
-        "convert",
-        "methods",
-    ):
-        shown = invoke(command, "--help").stdout
-        assert not re.search(r"[{}]|x>=", shown), command
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for words in [[name], *([name, below] for below in getattr(command, "commands", ()))]:
+            shown = invoke(*words, "--help").stdout
+            assert not re.search(r"[{}]|x>=", shown.replace("{max_shard_size: 10GB}", "")), words
 
 
 @pytest.mark.parametrize("command", ["validate", "plan", "merge"])

@@ -59,15 +59,20 @@ class Program:
         return self._process.stdout.readline().strip()
 
 
-def of_mergekit(script: str) -> Iterator[Program]:
-    """A script in mergekit's own environment: the one that MERGEKIT_PYTHON names, or that ``make parity`` made."""
+def mergekit_python() -> Path:
+    """The Python of mergekit's own environment: the one that MERGEKIT_PYTHON names, or that ``make parity`` made."""
     named = os.environ.get("MERGEKIT_PYTHON")
     python = Path(named or REPOSITORY / ".venv-mergekit/bin/python")
     if not python.exists():
         if named:
             pytest.fail(f"MERGEKIT_PYTHON names {python}, which does not exist")
         pytest.skip("mergekit is not there to compare with: `make parity` installs it apart and runs these tests")
-    program = Program(python, script)
+    return python
+
+
+def of_mergekit(script: str) -> Iterator[Program]:
+    """A script in mergekit's own environment."""
+    program = Program(mergekit_python(), script)
     yield program
     program.close()
 
