@@ -11,6 +11,7 @@ import typer
 
 from mergekit_ray.cli.app import HELP, app
 from mergekit_ray.cli.mergekit_options import ARGUMENTS, COMMANDS, OPTIONS, Option
+from mergekit_ray.cli.options import Overwrite
 from mergekit_ray.cli.running import OurCommand, OurGroup, told_errors
 from mergekit_ray.cli.usage import number, whole
 from mergekit_ray.cli.voice import tell
@@ -96,6 +97,9 @@ def _run(command: str) -> Callable[..., None]:
 
     parameters = [_argument(name) for name in ARGUMENTS[command]]
     parameters += [_option(option) for option in sorted(OPTIONS[command], key=lambda each: not each.required)]
+    # mergekit writes over what is at the output. Its commands know no option for that, so ours keeps its name.
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("overwrite", keyword_only, default=False, annotation=Overwrite))
     # What typer reads: see `takes_merge_options`.
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # what inspect reads
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

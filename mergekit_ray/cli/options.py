@@ -133,6 +133,7 @@ DeviceOrNone = Annotated[str | None, _DEVICE]
 AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Accept NaN and infinities instead of refusing them.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")]
 AllowConfigConflicts = Annotated[
     bool, typer.Option("--allow-config-conflicts", help="Accept models whose configs contradict each other.")
 ]
@@ -207,7 +208,7 @@ _MERGE_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     ),
     "memory_bytes": (Memory, None),
     "device": (Device, "auto"),
-    "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace another model at OUT.")], False),
+    "overwrite": (Overwrite, False),
     "allow_non_finite": (AllowNonFinite, False),
     "allow_config_conflicts": (AllowConfigConflicts, False),
     "unsafe_ignore_tokenizers": (UnsafeIgnoreTokenizers, False),

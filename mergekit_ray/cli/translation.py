@@ -62,13 +62,15 @@ def translate(command: str, given: Mapping[str, Any]) -> Translation:
 
     Args:
         command: mergekit's, without `mergekit-`.
-        given: its arguments in lower case, and its options by `Option.key`; None is what was not given.
+        given: its arguments in lower case, its options by `Option.key`, and our ``overwrite``; None is what was not
+            given.
 
     Raises:
         MergekitRayError: it asks for what is not there, or what must be read for it cannot be read.
     """
     found = Translation()
     more = [word for option in OPTIONS[command] for word in _words(option, given.get(option.key), found)]
+    more += ["--overwrite"] if given.get("overwrite") else []
     device = _device(given)
     more += [] if device is None else ["--device", device]
     if given.get("out_shard_size") is not None and command != "extract-lora":

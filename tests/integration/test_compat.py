@@ -154,6 +154,19 @@ def test_exit_codes_are_those_of_the_command(words: tuple[str, ...], code: int, 
         assert done.stderr == f"mergekit-ray: this is: merge {' '.join(words)}\n{ours.stderr}"
 
 
+def test_another_model_at_the_output_is_replaced_on_request(work: Path) -> None:
+    linear = yaml.safe_load((work / "linear.yml").read_text())
+    (work / "other.yml").write_text(yaml.safe_dump({**linear, "models": linear["models"][:1]}))
+    assert run_command("mergekit-ray", "compat", "yaml", "linear.yml", "out", cwd=work).returncode == 0
+    done = run_command("mergekit-ray", "compat", "yaml", "other.yml", "out", cwd=work)
+    assert done.returncode == 2
+    assert "--overwrite" in done.stderr
+    done = run_command("mergekit-ray", "compat", "yaml", "other.yml", "out", "--overwrite", cwd=work)
+    assert done.returncode == 0, done.stderr
+    run_command("merge", "other.yml", "ours", cwd=work)
+    assert weights(work / "out") == weights(work / "ours")
+
+
 def test_a_dry_run_writes_no_model(work: Path) -> None:
     shuffle = ("compat", "layershuffle", "out", "-m", "base", "-m", "tuned", "--dry-run", "--print-yaml", "--fp16")
     done = run_command("mergekit-ray", *shuffle, cwd=work)

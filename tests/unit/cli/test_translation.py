@@ -20,6 +20,7 @@ LINEAR = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}  
 CASES: dict[str, str] = {
     "yaml c.yml out": "merge c.yml out",
     "mergekit-yaml c.yml out": "merge c.yml out",
+    "yaml c.yml out --overwrite": "merge c.yml out --overwrite",
     "yaml c.yml out --cuda": "merge c.yml out --device cuda",
     "yaml c.yml out --no-cuda": "merge c.yml out --device cpu",
     "yaml c.yml out --gpu-rich": "merge c.yml out --device cuda",
