@@ -136,33 +136,36 @@ def _multi(found: Translation, given: Mapping[str, Any], more: list[str]) -> Non
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         found.words = ["merge", config, out or str(folder), *more]  # which says what is wrong with the recipe
         return
-    unused = [stage for stage in stages if not any(_names(other, stage) for other in stages if other is not stage)]
+    unused = [stage for stage in stages if not any(_uses(other, stage) for other in stages if other is not stage)]
     last = next((stage for stage in unused if stage.get("name") is None), (unused or stages)[-1])
     if last.get("name") is None and out is None:
         raise ConfigError(
             "a stage has no name, and nothing says where it goes", where=config, remedy="add --out-path OUT"
         )
-    if last.get("name") is not None and out is not None:
-        found.note("--out-path", f"not used: all stages have names, so the last one goes to {folder / last['name']}")
-    target = str(folder / last["name"]) if last.get("name") is not None else out
+    target = out if last.get("name") is None else str(folder / str(last["name"]))
+    if out is not None and target != out:
+        found.note("--out-path", f"not used: all stages have names, so the last one goes to {target}")
     others = [stage for stage in unused if stage is not last]
-    if not others and unused:
+    if not others or any(stage.get("name") is None for stage in others):
         found.words = ["merge", config, target, *more]
         return
     for stage in others:
-        stage.setdefault("output", {"path": str(folder / str(stage.get("name")))})
-    _merge_text(
-        found, yaml.safe_dump({STAGES: [*(s for s in stages if s is not last), last]}, sort_keys=False), target, more
-    )
+        stage.setdefault("output", {"path": str(folder / str(stage["name"]))})
+    ordered = [*(stage for stage in stages if stage is not last), last]
+    _merge_text(found, yaml.safe_dump({STAGES: ordered}, sort_keys=False), target, more)
 
 
-def _names(data: Any, stage: Mapping[str, Any]) -> bool:
+_MODEL_KEYS: Final = frozenset({"model", "path", "base_model", "source_model", "source", "tokenizer_source"})
+
+
+def _uses(data: Any, stage: Mapping[str, Any]) -> bool:
     """Whether a part of a recipe names a stage as a model."""
-    if isinstance(data, dict):
-        return any(_names(value, stage) for key, value in data.items() if key != "name")
     if isinstance(data, list):
-        return any(_names(value, stage) for value in data)
-    return data is not None and data == stage.get("name")
+        return any(_uses(value, stage) for value in data)
+    if not isinstance(data, dict):
+        return False
+    named = any(data.get(key) == stage.get("name") for key in _MODEL_KEYS if data.get(key) is not None)
+    return named or any(_uses(value, stage) for value in data.values())
 
 
 def _pytorch(found: Translation, given: Mapping[str, Any], more: list[str]) -> None:

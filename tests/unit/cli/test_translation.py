@@ -192,6 +192,24 @@ def test_stages_go_where_nothing_merges_them(tmp_path: Path) -> None:
     assert recipe.last.name is None
 
 
+def test_a_stage_may_be_called_as_a_method_is(tmp_path: Path) -> None:
+    stages = [stage("a", name="linear"), stage("b", name="other", base_model={"model": {"path": "linear"}})]
+    assert multi(tmp_path, stages).words == ["merge", str(tmp_path / "multi.yml"), "between/other"]
+    _, text, out = multi(tmp_path, [stage("a", name="linear"), stage("b", name="other")]).words
+    assert [each.get("output") for each in yaml.safe_load(text)["stages"]] == [{"path": "between/linear"}, None]
+    assert out == "between/other"
+
+
+def test_stages_without_sense_are_left_to_merge(tmp_path: Path) -> None:
+    """Which says what is wrong, with the lines of the author's file."""
+    config = str(tmp_path / "multi.yml")
+    for stages in ([stage("y", name="x"), stage("x", name="y")], [stage("a"), stage("b")]):
+        words = multi(tmp_path, stages, "--out-path", "out").words
+        assert words[:2] == ["merge", config]
+        with pytest.raises(ConfigError):
+            mergekit_ray.load_recipe(Path(config))
+
+
 def test_a_stage_with_a_name_and_an_output_path_says_where_it_goes(tmp_path: Path) -> None:
     found = multi(tmp_path, [stage("a", name="x")], "--out-path", "out")
     assert found.words[2] == "between/x"
