@@ -209,7 +209,7 @@ OPTIONS: Final[Mapping[str, tuple[Option, ...]]] = {
         Option(("-m", "--model"), f"`--model` of {_SHUFFLE}", takes="TEXT", repeats=True, own=True),
         Option(("-w", "--weight"), f"`--weight` of {_SHUFFLE}", takes="FLOAT", repeats=True, own=True),
         _switch("--print-yaml", f"{_SHUFFLE} prints it", own=True),
-        Option(("--write-yaml",), "`mergekit-ray recipe shuffle ... > FILE`", takes="PATH", own=True),
+        Option(("--write-yaml",), "`mergekit-ray recipe shuffle` with `> FILE`", takes="PATH", own=True),
         Option(("--dry-run",), f"{_SHUFFLE} merges nothing", own=True),
         _FP16,
         _switch("--full-random", f"`--full-random` of {_SHUFFLE}", own=True),

@@ -52,7 +52,7 @@ def shuffle_command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Print a recipe that takes each layer from one of the models at random.
+    """Print a recipe of layers drawn from several models.
 
     `mergekit-ray recipe shuffle -m A -m B | merge - OUT` merges it.
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import typer.main
 import yaml
 from rich.cells import cell_len
 
@@ -21,8 +22,14 @@ from support.merging import COMMANDS, command_environment, recipe_of, run_comman
 from support.models import ModelLibrary
 from support.waiting import DEADLINE_SECONDS, wait_until
 
-NAMES = sorted(command.name or str(getattr(command.callback, "__name__", "")) for command in app.registered_commands)
-HELP = [("merge",), ("mergekit-ray",), *(("mergekit-ray", name) for name in NAMES)]
+GROUP: Any = typer.main.get_command(app)
+NAMES = sorted(GROUP.commands)
+HELP = [
+    ("merge",),
+    ("mergekit-ray",),
+    *(("mergekit-ray", name) for name in NAMES),
+    *(("mergekit-ray", name, below) for name in ("recipe", "compat") for below in GROUP.commands[name].commands),
+]
 WRONG = """\
 merge_method: linear
 models:
