@@ -16,6 +16,7 @@ from mergekit_ray.config.moe_recipe import MOE_KEYS, MoeRecipe, moe_findings
 from mergekit_ray.config.recipe import BODIES, MOE_METHOD, DenseRecipe, structure_findings
 from mergekit_ray.config.reference import IGNORED_KEYS
 from mergekit_ray.config.stages import Around, StagedRecipe, no_effect_of_precision, stage_findings
+from mergekit_ray.config.written import keep_text
 from mergekit_ray.config.yaml_source import MAX_TEXT_BYTES, STAGES, Document, YamlPath, read_yaml, too_large
 from mergekit_ray.core.declaration import MethodDeclaration
 from mergekit_ray.core.errors import ConfigError, Problem
@@ -69,7 +70,10 @@ def load_recipe(
     findings = [_as_warning(f) if lenient and f.is_unknown_key else f for f in collected.findings]
     if isinstance(collected.recipe, DenseRecipe) and collected.recipe.keep_precision:
         findings.append(no_effect_of_precision())
-    return _tell(collected, document, findings, on_warning)
+    recipe = _tell(collected, document, findings, on_warning)
+    if document.text is not None:
+        keep_text(recipe, document.text, recipe.to_data())
+    return recipe
 
 
 def _single(data: Any, methods: Methods, *, lenient: bool) -> Collected:

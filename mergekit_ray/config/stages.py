@@ -13,6 +13,7 @@ from mergekit_ray.config.findings import Finding
 from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.config.written import as_part
 from mergekit_ray.config.yaml_source import STAGES
 from mergekit_ray.core.shown import preformatted
 from mergekit_ray.core.sizes import counted
@@ -106,7 +107,8 @@ class StagedRecipe(RecipeModel):
             if id(each) in wanted:
                 wanted |= {id(self.named[name]) for name in _used(each) & self.named.keys()}
         stages = [each for each in self.stages if id(each) in wanted]
-        return StagedRecipe(stages=stages) if len(stages) > 1 else stage
+        part = StagedRecipe(stages=stages) if len(stages) > 1 else stage
+        return as_part(part, self, part.to_data(), stage.name)
 
     @property
     def named(self) -> Mapping[str, Stage]:

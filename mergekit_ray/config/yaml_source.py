@@ -51,12 +51,14 @@ class Document:
         positions: (line, column), both from 1, of each key and list item, by its path. Values reached through an alias
             or a merge key stand where they are written.
         problems: what is wrong with the text itself but does not keep it from being read (duplicate keys).
+        text: as it was read; None for data that never was text.
     """
 
     data: Any
     file: str = ""
     positions: Mapping[YamlPath, tuple[int, int]] = field(default_factory=dict)
     problems: list[tuple[YamlPath, tuple[int, int], str, str]] = field(default_factory=list)
+    text: str | None = None
 
     def position(self, path: YamlPath) -> tuple[int, int] | None:
         """Where ``path`` stands, or else the nearest thing around it; None for data without text."""
@@ -112,7 +114,7 @@ def read_yaml(text: str, file: str = "<text>") -> Document:
         raise _failure(file, line, what, "save the recipe as UTF-8 text") from None
     except UnicodeError:
         raise _failure(file, None, "not valid Unicode text", "save the recipe as UTF-8 text") from None
-    return Document(data, file, expander.positions, expander.problems)
+    return Document(data, file, expander.positions, expander.problems, text)
 
 
 def _syntax_error(file: str, text: str, error: yaml.MarkedYAMLError) -> ConfigError:

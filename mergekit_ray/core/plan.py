@@ -178,6 +178,10 @@ class Plan:
         dropped: input tensors that are not used, with the reason: ``{"<model>: <tensor>": reason}``.
         aliased: tensors that share another's data: ``{name: the name that carries it}``.
         warnings: what the user should know, in words.
+        recipe_text: the recipe as its author wrote it, without credentials, for the card; None if no file said it.
+            It is no part of what was asked for: neither JSON nor digest has it.
+        recipe_changes: what the recipe says other than that text, in words.
+        stage: the stage of that text that the plan makes; None for the last.
     """
 
     inputs: Mapping[str, InputModel]
@@ -190,10 +194,13 @@ class Plan:
     dropped: Mapping[str, str] = field(default_factory=dict)
     aliased: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    recipe_text: str | None = field(default=None, compare=False)
+    recipe_changes: tuple[str, ...] = field(default=(), compare=False)
+    stage: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Hide credentials: what a plan says goes into logs, the card and the manifest."""
-        for name in ("recipe", "dropped", "warnings"):
+        for name in ("recipe", "dropped", "warnings", "recipe_text", "recipe_changes"):
             object.__setattr__(self, name, redact_data(getattr(self, name)))
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from mergekit_ray.storage.names import repository_of
 from mergekit_ray.storage.protocols import Source
 
 _MAX_CARD_BYTES: Final = 4 << 20
+_IS_SEED: Final = re.compile(r"(stages\[\d+\]\.|backbone\.)*seed: ")
 
 
 def model_card(plan: Plan, licences: Mapping[str, str | None]) -> str:
@@ -36,7 +38,6 @@ def model_card(plan: Plan, licences: Mapping[str, str | None]) -> str:
     front |= _front_of(licences)
     front |= {"tags": ["merge", "mergekit", "mergekit-ray"]}
     method = plan.recipe.get("merge_method") or next(iter(plan.recipe), "merge")
-    recipe = yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)
     said = {key: f" ({licence})" if (licence := licences.get(key)) else "" for key in plan.inputs}
     listed = "\n".join(f"- {model.reference}{said[model.key]}" for model in models)
     return (
@@ -44,9 +45,42 @@ def model_card(plan: Plan, licences: Mapping[str, str | None]) -> str:
         f"# Merged model\n\n"
         f"Made with mergekit-ray {__version__} by `{method}` from\n\n{listed}\n\n"
         f"{plan.num_parameters:,} parameters, {format_bytes(plan.num_bytes)}. Digests of every tensor and the exact "
-        f"versions of the inputs are in `{MANIFEST_FILE}`: `mergekit-ray reproduce` merges them again and compares.\n\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n"
+        f"versions of the inputs are in `{MANIFEST_FILE}`.\n\n"
+        f"## Recipe\n\n{_recipe(plan)}\n"
+        f"{_how_to_reproduce(plan)}"
     )
+
+
+def _recipe(plan: Plan) -> str:
+    """As its author wrote it, and what was changed since."""
+    text = plan.recipe_text
+    if text is None:
+        return _fenced(yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True), "yaml")
+    shown = _fenced(text, "yaml")
+    if plan.stage is not None:
+        shown += f"\nThis model is its stage `{plan.stage}`.\n"
+    if plan.recipe_changes:
+        shown += f"\nMerged with {', '.join(f'`{change}`' for change in plan.recipe_changes)} instead.\n"
+    return shown
+
+
+def _how_to_reproduce(plan: Plan) -> str:
+    lines = [
+        f"pip install mergekit-ray=={__version__}",
+        f"mergekit-ray reproduce {MANIFEST_FILE} ./again  # from the same versions of the inputs; compares the digests",
+    ]
+    if "transplant" not in plan.recipe and plan.stage is None:
+        seeds = [change for change in plan.recipe_changes if _IS_SEED.match(change)]
+        if seeds == list(plan.recipe_changes):
+            command = f"mergekit-ray merge recipe.yml ./again{f' --seed {plan.seed}' if seeds else ''}"
+            lines.append(f"{command}  # the recipe above, with the inputs as they are now")
+    return "## Reproduce\n\n" + _fenced("\n".join(lines), "sh")
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence the text does not hold."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
 
 
 def _front_of(licences: Mapping[str, str | None]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from mergekit_ray.config.moe_recipe import MoeRecipe
 from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.config.stages import Stage, StagedRecipe
+from mergekit_ray.config.written import written_by_author
 from mergekit_ray.config.yaml_source import STAGES
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import MergekitRayError, PlanError
@@ -131,6 +132,7 @@ def make_plan(
         models = models_for(last)
         built = _built(last, models, allowed, routing)
     lowering = built.lowering
+    text = written_by_author(recipe, recipe.to_data())
     inputs = inputs_of(models, lowering.expressions.values())
     if isinstance(last, MoeRecipe) and last.gate_mode.needs_prompts:
         # What its routers are made of, whether or not a tensor is made of it too.
@@ -153,6 +155,9 @@ def make_plan(
         dropped={**dropped, **lowering.dropped},
         aliased=lowering.aliased,
         warnings=tuple(dict.fromkeys([*warnings, *built.warnings])),
+        recipe_text=None if text is None else text.text,
+        recipe_changes=() if text is None else text.changes,
+        stage=None if text is None else text.stage,
     )
 
 
