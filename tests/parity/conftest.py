@@ -134,10 +134,12 @@ def merge_both(
     """Merges a recipe with both programs."""
 
     def merge(recipe: Recipe, extra: str) -> Merged:
-        file = _write(recipe, extra, family(recipe.family), tmp_path / "recipe.yml")
-        ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-        mergekit.run(file, theirs, "--quiet", "--random-seed", "1", log=tmp_path / "theirs.log")
-        mergekit_ray.run(file, ours, "--quiet", log=tmp_path / "ours.log")
+        folder = tmp_path / recipe.name
+        folder.mkdir()
+        file = _write(recipe, extra, family(recipe.family), folder / "recipe.yml")
+        ours, theirs = folder / "ours", folder / "theirs"
+        mergekit.run(file, theirs, "--quiet", "--random-seed", "1", log=folder / "theirs.log")
+        mergekit_ray.run(file, ours, "--quiet", log=folder / "ours.log")
         return ours, theirs
 
     return merge
