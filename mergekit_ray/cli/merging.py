@@ -26,6 +26,7 @@ from mergekit_ray.cli.options import (
     Seed,
     UnsafeIgnoreTokenizers,
     Version,
+    in_flags,
     takes_merge_options,
 )
 from mergekit_ray.cli.running import (
@@ -71,7 +72,7 @@ def merge(
         from mergekit_ray.operations.merge import merge as run
         from mergekit_ray.operations.recipes import with_shard_size
 
-        loaded = load(recipe, voice, lenient=lenient)
+        loaded = load(recipe, voice.warn, lenient=lenient)
         if max_shard_size is not None:
             loaded = with_shard_size(loaded, max_shard_size)
         with voice.reporter() as told:
@@ -123,7 +124,7 @@ def plan_command(
         from mergekit_ray.planning.figures import figures
 
         shape = None if cluster is None else Cluster.parse(cluster)
-        loaded = load(recipe, voice, lenient=lenient)
+        loaded = load(recipe, voice.warn, lenient=lenient)
         planned = plan(
             loaded,
             seed=seed,
@@ -167,20 +168,23 @@ def validate(
     ] = False,
     allow_config_conflicts: AllowConfigConflicts = False,
     unsafe_ignore_tokenizers: UnsafeIgnoreTokenizers = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check RECIPE and report every fault in it."""
-    with told_errors(debug) as voice:
+    with told_errors(debug, as_json=as_json) as voice:
         if not models:
             flags = {"--unsafe-ignore-tokenizers": unsafe_ignore_tokenizers}
             needs("--models", {"--allow-config-conflicts": allow_config_conflicts, **flags})
         from mergekit_ray.planning.make import check_plannable
 
-        loaded = check_plannable(load(recipe, voice, lenient=lenient))
-        kind = loaded.kind
+        warned: list[str] = []
+        warn = (lambda message: warned.append(in_flags(str(message)))) if as_json else voice.warn
+        loaded = check_plannable(load(recipe, warn, lenient=lenient))
+        kind, found = loaded.kind, {}
         if models:
             from mergekit_ray.operations.prepare import prepare
-            from mergekit_ray.planning.figures import summary
+            from mergekit_ray.planning.figures import figures, summary
 
             prepared = prepare(
                 loaded,
@@ -190,7 +194,11 @@ def validate(
             prepared.check_routable()
             planned = prepared.plan
             for warning in planned.warnings:
-                voice.warn(warning)
-            tell(f"{recipe}: {kind}, valid, and its models fit together: {summary(planned)}", err=False)
+                warn(warning)
+            said, found = f"valid, and its models fit together: {summary(planned)}", figures(planned)
         else:
-            tell(f"{recipe}: {kind}, valid", err=False)
+            said = "valid"
+        if as_json:
+            typer.echo(json.dumps({"valid": True, "kind": kind, "warnings": warned, **found}))
+        else:
+            tell(f"{recipe}: {kind}, {said}", err=False)

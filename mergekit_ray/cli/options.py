@@ -14,6 +14,7 @@ import typer
 from mergekit_ray.cli.usage import number, one_of, whole
 from mergekit_ray.core.version import __version__
 from mergekit_ray.operations.options import MergeOptions
+from mergekit_ray.reporting.signals import RESUME, RESUME_CALL
 
 
 def _show_version(wanted: bool) -> None:
@@ -229,7 +230,7 @@ _PYTHON_OPTION: Final = re.compile(r"`(?P<outer>options=MergeOptions\()?(?P<name
 
 
 def in_flags(text: str) -> str:
-    """A message whose options are the command line's: ``--rank 16`` for `rank=16`, ``--memory 9MB`` for its bytes."""
+    """A message in the words of commands: ``--rank 16`` for `rank=16`, ``--memory 9MB`` for its bytes."""
 
     def flag(option: re.Match[str]) -> str:
         name, value = option["name"], option["value"].strip("'")
@@ -238,7 +239,7 @@ def in_flags(text: str) -> str:
         value = "" if value == "True" else value.replace("_000_000", "MB")
         return f"{_FLAGS[name]} {value}".rstrip()
 
-    return _PYTHON_OPTION.sub(flag, text)
+    return _PYTHON_OPTION.sub(flag, text).replace(RESUME_CALL, RESUME)
 
 
 def takes_merge_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

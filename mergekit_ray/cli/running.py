@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -239,10 +239,10 @@ def excludes(option: str, given: Mapping[str, object]) -> None:
             raise ConfigError(f"{name} has no effect beside {option}", remedy="leave out one of the two")
 
 
-def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
+def load(recipe: str, warn: Callable[[object], None], *, lenient: bool) -> Any:
     """The recipe in a file, in a store, on standard input (``-``), or in a text of several lines.
 
-    What ``lenient`` lets pass is a warning.
+    ``warn`` is told what has no effect.
 
     Raises:
         ConfigError: there is no such file, or the recipe is wrong.
@@ -253,5 +253,5 @@ def load(recipe: str, voice: Voice, *, lenient: bool) -> Any:
     return load_recipe(
         recipe if is_uri(recipe) or "\n" in recipe else Path("/dev/stdin" if recipe == "-" else recipe),
         lenient=lenient,
-        on_warning=voice.warn,
+        on_warning=warn,
     )

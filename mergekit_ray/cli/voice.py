@@ -30,23 +30,17 @@ class Voice:
 
     def __init__(self, *, quiet: bool = False, log_format: LogFormat = LogFormat.text, as_json: bool = False) -> None:
         self._quiet = quiet
-        self._as_json = as_json
         self._json: JsonReporter | None = None
-        if log_format is LogFormat.json:
+        self._in_place_of_the_result: JsonReporter | None = None
+        if log_format is LogFormat.json or as_json:
             from mergekit_ray.reporting.reporters import JsonReporter  # not for text: it imports the plan
 
-            self._json = JsonReporter()
-
-    def _in_place_of_the_result(self) -> JsonReporter | None:
-        if self._json is not None or not self._as_json:
-            return self._json
-        from mergekit_ray.reporting.reporters import JsonReporter
-
-        return JsonReporter()
+            self._in_place_of_the_result = JsonReporter()  # now: its clock starts
+            self._json = self._in_place_of_the_result if log_format is LogFormat.json else None
 
     def say(self, line: str, *, exit_code: int | None = None) -> None:
         """What a signal does: see `reporting.signals.Says`."""
-        told = self._json if exit_code is None else self._in_place_of_the_result()
+        told = self._json if exit_code is None else self._in_place_of_the_result
         if told is None:
             tell(line)
         elif exit_code is None:
@@ -65,7 +59,7 @@ class Voice:
 
     def fail(self, error: MergekitRayError) -> None:
         """What ends the command, with its exit code."""
-        told = self._in_place_of_the_result()
+        told = self._in_place_of_the_result
         if told is None:
             tell(in_flags(f"error: {error}"))
             return

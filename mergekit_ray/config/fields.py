@@ -62,8 +62,14 @@ else:
     class _Constructor(type(BaseModel)):
         """Calling a class of a recipe's parts: fields by their names in Python too, and our errors."""
 
-        def __call__(cls, /, **data: Any) -> Any:
+        def __call__(cls, /, *unnamed: Any, **data: Any) -> Any:
             fields = cls.model_fields
+            if unnamed:
+                first = next(iter(fields))
+                raise ConfigError(
+                    f"{cls.__name__} takes its fields by name, found {found(unnamed[0])} without one",
+                    remedy=f"write {cls.__name__}({first}=...)",
+                )
             written = {(fields[key].alias or key) if key in fields else key: value for key, value in data.items()}
             try:
                 return super().__call__(**written)

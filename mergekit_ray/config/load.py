@@ -26,6 +26,18 @@ from mergekit_ray.core.spelling import nearest
 Recipe: TypeAlias = DenseRecipe | MoeRecipe | StagedRecipe
 Methods: TypeAlias = Registry[type[MethodDeclaration]]
 
+_IGNORED_BESIDE_THE_METHOD = {
+    **dict.fromkeys(("random_seed", "random-seed"), "write `seed` to choose the random masks"),
+    **dict.fromkeys(
+        (
+            *("int8_mask", "embed_slerp", "cuda", "low_cpu_memory", "lazy_unpickle", "copy_tokenizer"),
+            *("write_model_card", "safe_serialization", "read_to_gpu", "multithread", "num_threads"),
+        ),
+        "it does not change the result",
+    ),
+}
+"""Keys that published recipes have at the top level, where mergekit ignores them, with what to say of each."""
+
 _SUFFIXES = (".yml", ".yaml")
 _WHAT_TO_WRITE = (
     "a dense merge has `merge_method` and `models` (or `slices` or `modules`); "
@@ -82,8 +94,9 @@ def _single(data: Any, methods: Methods, *, lenient: bool) -> Collected:
     if isinstance(kind, Finding):
         return Collected(None, [kind])
     names = _parameter_names(data.get("merge_method"), methods)
+    without_effect = _take_ignored(data)
     collected = collect(kind, data, names, lenient=lenient)
-    findings = [*collected.findings, *_ignored_keys(data)]
+    findings = [*collected.findings, *_ignored_keys(data), *without_effect]
     if collected.recipe is not None:
         semantic = without_echoes(_semantic(collected.recipe, methods), collected.damaged)
         findings += semantic
@@ -94,7 +107,7 @@ def _single(data: Any, methods: Methods, *, lenient: bool) -> Collected:
                 delete_at(data, finding.path)
             again = collect(kind, data, names, lenient=lenient)
             if again.recipe is not None:
-                findings = [*collected.findings, *_ignored_keys(data), *unknown]
+                findings = [*collected.findings, *_ignored_keys(data), *without_effect, *unknown]
                 findings += without_echoes(_semantic(again.recipe, methods), again.damaged)
                 collected = Collected(again.recipe, collected.findings, [*collected.damaged, *again.damaged])
     return Collected(collected.recipe, findings, collected.damaged)
@@ -207,12 +220,22 @@ def _kind(data: object) -> type[DenseRecipe | MoeRecipe] | Finding:
     return Finding((), f"neither kind of recipe; its keys are {keys[:200]}{spelt[:200]}", _WHAT_TO_WRITE)
 
 
+def _take_ignored(data: dict[str, Any]) -> list[Finding]:
+    """Remove the keys that mean nothing, known as they are; warnings for them."""
+    known = [key for key in data if key in _IGNORED_BESIDE_THE_METHOD]
+    for key in known:
+        del data[key]
+    return [
+        Finding((key,), f"{key} has no effect: {_IGNORED_BESIDE_THE_METHOD[key]}", is_warning=True) for key in known
+    ]
+
+
 def _ignored_keys(data: object, path: YamlPath = ()) -> list[Finding]:
     """Warnings for the keys of model references that mean nothing here."""
     findings: list[Finding] = []
     if isinstance(data, dict):
         for key, value in data.items():
-            if key in IGNORED_KEYS and ("model" in data or "path" in data):
+            if key in IGNORED_KEYS and value is not None and ("model" in data or "path" in data):
                 what = f"{key} has no effect: layers are found by looking at the checkpoint"
                 findings.append(Finding((*path, key), what, is_warning=True))
             findings += _ignored_keys(value, (*path, key))

@@ -33,6 +33,7 @@ IGNORED_KEYS = frozenset({"override_architecture"})
 
 _KEYS = ("model", "path", "revision", "lora")
 _UNREVISIONED = re.compile(r"/|\.{1,2}(/|$)|~|(?!hf:)[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME_WITHOUT_SLASHES = re.compile(r"(hf|s3|https?|file):/?(?!/)(?=.)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -67,6 +68,9 @@ class ModelReference:
                 raise ValueError(f"a model's {part} holds a control character: {text[:60]!r}")
             _check_no_credential(text)
         stripped = self.path.strip()
+        if unslashed := _SCHEME_WITHOUT_SLASHES.match(stripped):
+            uri = f"{unslashed[1]}://{stripped[unslashed.end() :]}"
+            raise ValueError(f"{stripped!r} has no `//` after the colon\nwrite {uri}; a folder is ./{stripped}")
         slashed = re.fullmatch(r"(.*[^/:\s])[/\s]*", stripped)  # not the slashes of `/` and `s3://`
         object.__setattr__(self, "path", slashed[1] if slashed else stripped)
         if self.revision is not None:
@@ -104,7 +108,9 @@ class ModelReference:
         if isinstance(value, str):
             return cls.parse(value)
         if not isinstance(value, Mapping):
-            raise ValueError(f"expected a model such as org/name, a folder or s3://bucket/prefix, found {found(value)}")
+            hint = "\nquote it" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+            wanted = "expected a model such as org/name, a folder or s3://bucket/prefix"
+            raise ValueError(f"{wanted}, found {found(value)}{hint}")
         for key in value:
             if key not in _KEYS and key not in IGNORED_KEYS:
                 raise ValueError(

@@ -39,6 +39,8 @@ _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-
 _SIMPLE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MAX_DIGITS = 400
+_OPENED = {"flow sequence": "[]", "flow mapping": "{}"}
+"""In the words of YAML's parser: what a bracket opens."""
 
 
 @dataclass
@@ -124,6 +126,10 @@ def _syntax_error(file: str, text: str, error: yaml.MarkedYAMLError) -> ConfigEr
     line = min(mark.line + 1, len(lines)) if mark else None
     what = f"not valid YAML: {error.problem or error.context or 'syntax error'}"
     began = error.context_mark.line + 1 if error.context_mark else None
+    opened = next((each for context, each in _OPENED.items() if context in (error.context or "")), None)
+    if opened is not None and began is not None and "expected" in (error.problem or ""):
+        what = f"not valid YAML: the {opened[0]!r} is not closed, or a comma is missing after it"
+        return _failure(file, began, what, f"check the brackets: write {opened[1]!r} where it ends")
     if error.context and error.problem:
         what += f" ({error.context}{f' that began at line {began}' if began and line and began < line else ''})"
     hint = "check the indentation, quotes and brackets just above"

@@ -14,6 +14,7 @@ import torch
 from mergekit_ray.core.errors import MergeError
 from mergekit_ray.core.expressions import Expression, Merge, Stored, stored
 from mergekit_ray.core.expressions.quantised import non_finite_codes
+from mergekit_ray.core.sizes import counted
 from mergekit_ray.evaluation.nodes.base import (
     Compilation,
     Guard,
@@ -83,8 +84,9 @@ class NonFiniteReport:
             found = first_non_finite(piece.data, codes.get(leaf))
             if found is not None:
                 load, index = leaf.origin(piece.start + found.index)
+                many = counted(found.count, "such value")
                 raise MergeError(
-                    f"{found.value} in the input, first at flat index {index} ({found.count} such values read)",
+                    f"{found.value} in the input, first at flat index {index} ({many} read)",
                     where=f"model {self._references.get(load.model, load.model)}, tensor {load.spec.name!r}",
                     remedy="use an undamaged checkpoint, or pass `options=MergeOptions(allow_non_finite=True)` "
                     "to merge it as it is",

@@ -23,7 +23,7 @@ from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.executors.watch import Pace, Standing, Watch
 from mergekit_ray.reporting.progress import Progress
 from mergekit_ray.reporting.reporters import Reporter
-from mergekit_ray.reporting.signals import GRACE_SECONDS, RESUME
+from mergekit_ray.reporting.signals import GRACE_SECONDS, RESUME_CALL
 from mergekit_ray.storage.fence import Fence
 from mergekit_ray.worker.resources import WorkerOptions
 
@@ -251,7 +251,7 @@ def run_shards(
         executor.start(job, len(shards))
         while run.is_unfinished:
             if stop.is_set():
-                raise Interrupted("stopped", remedy=RESUME)
+                raise Interrupted("stopped", remedy=RESUME_CALL)
             referee.check()
             run.hand_out()
             run.take(executor.wait(_WAIT_SECONDS))

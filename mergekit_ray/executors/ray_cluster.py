@@ -21,7 +21,7 @@ from mergekit_ray.core.secrets import holds_credential
 from mergekit_ray.core.version import __version__
 from mergekit_ray.executors.cluster import in_ray_cluster
 from mergekit_ray.executors.ray_waiting import Room
-from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.reporting.signals import RESUME_CALL
 
 MAX_CPUS_PER_WORKER: Final = 4
 """CPUs of a worker where nodes have them: more add little to one stream of reads and writes."""
@@ -178,7 +178,7 @@ class Cluster:
             raise StorageError(
                 "Ray has ended on this machine (its raylet no longer answers)",
                 where=self._raylet,
-                remedy=f"see raylet.out in Ray's logs (/tmp/ray/session_latest/logs), and {RESUME}",
+                remedy=f"see raylet.out in Ray's logs (/tmp/ray/session_latest/logs), and {RESUME_CALL}",
                 retryable=False,
             ) from error
         except OSError:  # it is busy: to be asked again

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from mergekit_ray.core.errors import StorageError
-from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.reporting.signals import RESUME_CALL
 
 CHECK_SECONDS: Final = 2.0
 """Between two questions."""
@@ -55,6 +55,6 @@ class Head:
             raise StorageError(
                 f"the Ray cluster's head node has not answered for {self._cluster.patience_seconds:.0f} s",
                 where=self._cluster.head,
-                remedy=f"bring the cluster up again, and {RESUME}",
+                remedy=f"bring the cluster up again, and {RESUME_CALL}",
             )
         return self._seen == self._asked

@@ -18,7 +18,7 @@ from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
 from mergekit_ray.operations.prepare import Prepared, RecipeLike, checked_recipe, prepare
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
-from mergekit_ray.output.places import check_apart
+from mergekit_ray.output.places import below, check_apart
 from mergekit_ray.planning.make import check_plannable
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
@@ -93,6 +93,13 @@ def _check_outputs(prepared: Sequence[tuple[Prepared, str]]) -> None:
     for i, place in enumerate(places):
         if place in places[:i]:
             raise PlanError("two stages have the same output", where=place, remedy="give each a place of its own")
+        for earlier in places[:i]:
+            if below(place, earlier) is not None or below(earlier, place) is not None:
+                raise PlanError(
+                    f"the output of a stage is inside that of another, {earlier}",
+                    where=place,
+                    remedy="give each a place beside the other",
+                )
         for other, _ in prepared:
             check_apart({model.uri: model.files for model in other.plan.inputs.values()}, place)
 
@@ -124,6 +131,6 @@ def _target_of(recipe: Recipe, output: str | Path | None) -> str:
     path = check_plannable(recipe).output.path
     if path is None:
         raise PlanError(
-            "no output is named", remedy="give one after the recipe, or add `output: path-or-uri` to the recipe"
+            "no output is named", remedy="name one as the second argument, or write `output: path-or-uri` in the recipe"
         )
     return path

@@ -46,7 +46,7 @@ from mergekit_ray.planning.beforehand.stages import check_fits, least_memory, st
 from mergekit_ray.planning.figures import figures, summary
 from mergekit_ray.planning.windows import check_memory, comfortable_memory
 from mergekit_ray.reporting.reporters import Reporter, SilentReporter, duration
-from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.reporting.signals import RESUME_CALL
 from mergekit_ray.storage.fence import open_fenced
 from mergekit_ray.storage.opening import open_sink, open_sources
 from mergekit_ray.storage.protocols import PublishingSink, Sink
@@ -215,7 +215,7 @@ class _Merge:
             StorageError: another driver has taken over.
         """
         if self.stop.is_set():
-            raise Interrupted("stopped", remedy=RESUME)
+            raise Interrupted("stopped", remedy=RESUME_CALL)
         self.lease.confirm()
 
 

@@ -72,8 +72,10 @@ def _how_to_reproduce(plan: Plan) -> str:
     if "transplant" not in plan.recipe and plan.stage is None:
         seeds = [change for change in plan.recipe_changes if _IS_SEED.match(change)]
         if seeds == list(plan.recipe_changes):
-            command = f"mergekit-ray merge recipe.yml ./again{f' --seed {plan.seed}' if seeds else ''}"
-            lines.append(f"{command}  # the recipe above, with the inputs as they are now")
+            command = (
+                "# the recipe above, with the inputs as they are now\nmergekit-ray merge recipe.yml ./again --seed SEED"
+            )
+            lines.append(command.replace("SEED", str(plan.seed)) if seeds else command.rpartition(" --")[0])
     return "## Reproduce\n\n" + _fenced("\n".join(lines), "sh")
 
 

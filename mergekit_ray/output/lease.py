@@ -31,7 +31,7 @@ from typing import Final
 from mergekit_ray.core.errors import CheckpointError, Interrupted, MergekitRayError, StorageError
 from mergekit_ray.output.holder import HELD, LONG_TERM, Holder, Term
 from mergekit_ray.reporting.reporters import Reporter
-from mergekit_ray.reporting.signals import RESUME
+from mergekit_ray.reporting.signals import RESUME_CALL
 from mergekit_ray.storage.fence import LEASE_FILE, MAX_LEASE_BYTES, Fence, guarded
 from mergekit_ray.storage.protocols import ConditionalSink, PublishingSink, RemainsSink, Sink
 
@@ -281,7 +281,7 @@ def _wait_for_end(
     deadline = time.monotonic() + term.watch_seconds
     while (left := deadline - time.monotonic()) > 0:
         if stop.is_set():
-            raise Interrupted("stopped", remedy=RESUME)
+            raise Interrupted("stopped", remedy=RESUME_CALL)
         time.sleep(min(left, _MAX_POLL_SECONDS, term.watch_seconds / 10))
         stat = sink.stat(LEASE_FILE)
         if stat is None:

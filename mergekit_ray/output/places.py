@@ -38,7 +38,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
     """
     for uri, files in inputs.items():
         place = (_cached(uri) if _is_folder(output) else None) or uri
-        inside = _below(output, place)
+        inside = below(output, place)
         if inside is not None:
             what = "the output is one of the inputs" if inside == "" else "the output is inside one of the inputs"
             raise PlanError(
@@ -47,7 +47,7 @@ def check_apart(inputs: Mapping[str, Collection[str]], output: str, written: Col
                 remedy="write to another folder, prefix or repository, beside the inputs"
                 + ("; or name the commit that is read, org/name@commit" if output.startswith("hf://") else ""),
             )
-        under = _below(place, output)
+        under = below(place, output)
         is_touched = under is not None and any(n == under or n.startswith(f"{under}/") for n in written)
         # A single file right in the output would go with whatever the result replaces.
         if under is not None and (under.startswith(WORK_FOLDER) or is_touched or under in files):
@@ -78,7 +78,7 @@ def _check_files(place: str, files: Collection[str], output: str) -> None:
             )
 
 
-def _below(inner: str, outer: str) -> str | None:
+def below(inner: str, outer: str) -> str | None:
     """The path of a folder or prefix relative to another that holds it; empty if they are one, None if it does not."""
     if _is_folder(inner) and _is_folder(outer):
         wanted, resolved = _identity(Path(outer)), Path(os.path.realpath(inner))

@@ -36,6 +36,8 @@ _MAX_VALUE: Final = 120
 _LANGUAGE_MODULES: Final = ("default", "text_decoder", "decoder", "language_model")
 """Names of modules that mean the language model whatever its tensors are called."""
 
+_ALLOW: Final = "`options=MergeOptions(allow_config_conflicts=True)`"
+
 
 @dataclass
 class Findings:
@@ -44,10 +46,12 @@ class Findings:
     Attributes:
         conflicts: one config cannot describe them all.
         remarks: one config can, and it may be meant.
+        are_unlike: tensors that would be merged differ in shape, so that no option helps.
     """
 
     conflicts: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    are_unlike: bool = False
 
 
 def check_agreement(
@@ -95,7 +99,9 @@ def check_pair(base: Model, tuned: Model, *, allow_conflicts: bool = False) -> l
             *other_differences(both),
         ],
     )
-    return _settled(found, "an adapter changes no config.json", allow_conflicts=allow_conflicts)
+    return _settled(
+        found, f"the adapter is loaded with the config.json of {base.reference}", allow_conflicts=allow_conflicts
+    )
 
 
 def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
@@ -104,8 +110,8 @@ def _settled(found: Findings, told: str, *, allow_conflicts: bool) -> list[str]:
         listed = [*found.conflicts[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
         raise ModelError(
             "no config.json can describe these models together:\n  " + "\n  ".join(listed),
-            remedy="use models of one architecture and size, or pass "
-            "`options=MergeOptions(allow_config_conflicts=True)` to go on anyway",
+            remedy="use models of one architecture and size"
+            + ("" if found.are_unlike else f", or pass {_ALLOW} to go on anyway"),
         )
     return [f"the models' configs differ: {line}; {told}" for line in (*found.conflicts, *found.remarks)]
 
@@ -206,6 +212,16 @@ def _compare(module: NormalModule, models: Mapping[ModelReference, Model], donor
     found.remarks += [*outer_differences(listed), *other_differences(listed)]
     if is_cut:
         found.conflicts += _unlike_layers(module, models, donor)
+    else:
+        found.are_unlike |= any(_unlike_shapes(donor, model) for model in listed)
+
+
+def _unlike_shapes(donor: Model, model: Model) -> bool:
+    """Whether tensors of the first layers have one name and two shapes."""
+    if donor.anatomy.main != model.anatomy.main or not (donor.anatomy.num_layers and model.anatomy.num_layers):
+        return False
+    ours, theirs = dict(_shapes(donor, 0)), dict(_shapes(model, 0))
+    return any(ours[rest] != theirs[rest] for rest in ours.keys() & theirs.keys())
 
 
 def _architectures(models: Sequence[Model]) -> list[str]:

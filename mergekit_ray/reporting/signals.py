@@ -24,6 +24,8 @@ GRACE_SECONDS: Final = 30.0
 """That shards in work have to clean up behind themselves."""
 
 RESUME: Final = "run the same command to resume"
+RESUME_CALL: Final = "make the same call again to resume"
+"""The same to a caller in Python; `cli.options.in_flags` makes the one of the other."""
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _MARGIN_SECONDS: Final = 5.0

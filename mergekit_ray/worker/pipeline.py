@@ -217,7 +217,7 @@ class ShardPipeline:
     def _check(self) -> bool:
         """Whether to go on. Raises if the user asked to stop."""
         if self._user_stop.is_set():
-            raise Interrupted("stopped", remedy="run the same command to resume")
+            raise Interrupted("stopped", remedy="make the same call again to resume")
         return not self._failed.is_set()
 
     def _choice(self, ready: _Ready) -> Choice:

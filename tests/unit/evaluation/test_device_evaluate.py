@@ -246,7 +246,7 @@ def test_a_bad_input_is_named_as_on_the_cpu(method: str, streamed: bool) -> None
     with pytest.raises(MergeError) as caught:
         on_device(session_on(SimulatedDevice()), tree, inputs, streamed=streamed, references={"model 0": "org/damaged"})
     assert caught.value.where == "model org/damaged, tensor 'w'"
-    assert "nan in the input, first at flat index 123456 (1 such values read)" in caught.value.what
+    assert "nan in the input, first at flat index 123456 (1 such value read)" in caught.value.what
     allowed = on_device(session_on(SimulatedDevice()), tree, inputs, allow_non_finite=True)
     torch.testing.assert_close(allowed, evaluate(tree, inputs, allow_non_finite=True), equal_nan=True)
 

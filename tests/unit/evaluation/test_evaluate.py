@@ -187,7 +187,7 @@ def test_a_bad_input_is_named_by_model_tensor_and_index(bad: float, method: str,
     with pytest.raises(MergeError) as caught:
         evaluate(tree, inputs, references={guilty: "org/damaged"})
     assert caught.value.where == "model org/damaged, tensor 'layer.w'"
-    assert f"{bad} in the input, first at flat index 69000 (1 such values read)" in caught.value.what
+    assert f"{bad} in the input, first at flat index 69000 (1 such value read)" in caught.value.what
     assert "`options=MergeOptions(allow_non_finite=True)`" in str(caught.value)
 
 

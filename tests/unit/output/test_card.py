@@ -35,7 +35,7 @@ def test_the_card_has_the_recipe_as_it_was_written(tmp_path: Path, models: list[
     card = model_card(prepare(path).plan, {})
     assert f"```yaml\n{path.read_text()}```\n" in card
     assert "instead" not in card
-    assert "mergekit-ray merge recipe.yml ./again  #" in card
+    assert "mergekit-ray merge recipe.yml ./again\n" in card
 
 
 def test_the_card_says_what_was_changed(tmp_path: Path, models: list[Path]) -> None:
