@@ -71,7 +71,8 @@ def check_stage_names(recipe: Recipe) -> None:
 def with_shard_size(recipe: Recipe, max_shard_size: int) -> Recipe:
     """The recipe with another limit to the size of its output's files, in bytes; of stages, that of all."""
     if isinstance(recipe, StagedRecipe):
-        return StagedRecipe(stages=[_sized(stage, max_shard_size) for stage in recipe.stages])
+        sized = tuple(_sized(stage, max_shard_size) for stage in recipe.stages)
+        return recipe.model_copy(update={"stages": sized})
     return _sized(recipe, max_shard_size)
 
 
