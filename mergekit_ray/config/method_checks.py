@@ -238,7 +238,10 @@ def _count_findings(
         yield Finding(_listing(piece), what, "list the models to merge into it", is_warning=True)
     elif num_inputs < method.min_models:
         what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
-        yield Finding(_listing(piece), what, "list more models", depends=(piece.path, *base_damage))
+        hint = "list more models"
+        if piece.base is not None and method.base is BaseUse.OPTIONAL:
+            hint += f", or remove `base_model` if {piece.base} is to be merged itself"
+        yield Finding(_listing(piece), what, hint, depends=(piece.path, *base_damage))
     elif method.max_models is not None and num_inputs > method.max_models:
         what = f"{method.name} takes {wanted}{beside}, found {num_inputs}"
         if method.base_is_input and piece.base is not None and num_inputs == method.max_models + 1:
@@ -268,25 +271,18 @@ def _global_findings(
     is_needed: bool,
     method: type[MethodDeclaration],
 ) -> Iterator[Finding]:
-    """A parameter that a slice has once: not missing, and not set differently beside two of its models."""
+    """A parameter that a slice has once: not missing, and not set beside a model, where mergekit ignores it too."""
+    inner = [path for path, level in levels if name in level]
     if is_needed and not is_set(piece.levels, name):
         hint = f"write `parameters: {{{name}: 0.5}}` in the recipe or the slice"
         depends = (("parameters",), piece.path, ("base_model",), ("modules",))
-        yield Finding(("parameters", name), f"{method.name} needs the parameter {name!r}", hint, depends=depends)
-    inner = [(path, level[name]) for path, level in levels if name in level]
-    if not inner:
+        what = f"{method.name} needs the parameter {name!r}"
+        what += " once for all models, and does not take it from one" if inner else ""
+        yield Finding((*(inner[0] if inner else ("parameters",)), name), what, hint, depends=depends)
         return
-    num_inner = len(inner)
-    wider = [level[name] for level in piece.levels if name in level][:-num_inner]
-    if any(not isinstance(setting, Conditional) for setting in wider):
-        what = f"{name} has no effect here: {method.name} has one for all models, and an outer level sets it"
-        for path, _ in inner:
-            yield Finding((*path, name), what, is_warning=True)
-        return
-    for path, setting in inner[1:]:
-        if setting != inner[0][1]:
-            what = f"{method.name} has one {name} for all models, but {format_path(inner[0][0])} sets another"
-            yield Finding((*path, name), what, "set it once, under the recipe's `parameters`")
+    for path in inner:
+        what = f"{name} has no effect beside a model: {method.name} has one for all models"
+        yield Finding((*path, name), what, "write it under the recipe's or the slice's `parameters`", is_warning=True)
 
 
 def _base_findings(method: type[MethodDeclaration], piece: NormalSlice) -> Iterator[Finding]:

@@ -48,8 +48,7 @@ class NormalSlice:
         base: the base model, if the method works with one.
         base_layer_range: the base's layers: its own if it is listed among the sources, else those that all inputs
             share; None for all layers, or if there is no base.
-        levels: the ``parameters`` that apply to the slice as a whole, nearest first. Those of the sources come last: a
-            global parameter written beside a model, where no wider level sets it, has only one meaning.
+        levels: the ``parameters`` that apply to the slice as a whole, nearest first. Those of its sources do not.
         path: where in the recipe it stands.
     """
 
@@ -138,5 +137,4 @@ def _slice(
         ranges = {source.layer_range for source in inputs}
         shared = next(iter(ranges)) if len(ranges) == 1 else None
         base_layer_range = listed_base.layer_range if listed_base is not None else shared
-    inner = tuple(source.parameters for source in listed if source.parameters)
-    return NormalSlice(tuple(inputs), base, base_layer_range, (*outer, *inner), path)
+    return NormalSlice(tuple(inputs), base, base_layer_range, outer, path)

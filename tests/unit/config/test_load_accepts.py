@@ -136,22 +136,31 @@ def test_untidy_spellings_of_one_recipe_plan_the_same(text: str, methods: Method
     "text",
     [
         "parameters: {t: 0.5}\nmodels: [{model: a}, {model: b}]\n",
-        "models: [{model: a}, {model: b, parameters: {t: 0.5}}]\n",
         "models: [{model: b}]\nparameters: {t: 0.5}\n",
-        "models: [{model: a, parameters: {t: 0.5}}, {model: b, parameters: {t: 0.5}}]\n",
         "slices:\n - sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]\n"
         "   parameters: {t: 0.5}\n",
-        "slices:\n - sources:\n    - {model: a, layer_range: [0, 4], parameters: {t: 0.5}}\n"
-        "    - {model: b, layer_range: [0, 4]}\n",
         "modules: {text: {models: [{model: a}, {model: b}], parameters: {t: 0.5}}}\n",
     ],
 )
-def test_t_may_stand_at_any_level(text: str, methods: Methods) -> None:
+def test_t_may_stand_at_any_level_but_beside_a_model(text: str, methods: Methods) -> None:
     recipe = load("merge_method: slerp\nbase_model: a\n" + text, methods)
     (module,) = normalise(recipe, methods)
     (piece,) = module.slices
     assert [str(source.model) for source in piece.inputs] == ["b"]
     assert next(level["t"] for level in piece.levels if "t" in level) == 0.5
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        "{filter: mlp.up_proj, value: 1}, {filter: mlp, value: 2}, {value: 3}",
+        "{filter: '*.mlp.*', value: 1}, {filter: mlp, value: 2}, {value: 3}",
+        "{filter: l, value: 1}, {filter: '*.[mlp]*', value: 2}, {value: 3}",
+        "{filter: up_proj, value: 1}, {filter: down_proj, value: 2}",
+    ],
+)
+def test_filters_that_may_apply_are_no_warning(cases: str, methods: Methods) -> None:
+    assert not warnings_of(HEAD.replace("weight: 1", f"weight: [{cases}]"), methods)
 
 
 def test_a_base_listed_twice_needs_no_weight(methods: Methods) -> None:
@@ -211,7 +220,37 @@ def warnings_of(text: str, methods: Methods, **options: Any) -> list[tuple[str, 
             "merge_method: slerp\nbase_model: a\nparameters: {t: 0}\nmodels:\n  - {model: b, parameters: {t: 1}}\n",
             5,
             "models[0].parameters.t",
-            "an outer level sets it",
+            "no effect beside a model",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - {model: b, parameters: {weight: 1, normalize: false}}\n",
+            3,
+            "models[0].parameters.normalize",
+            "no effect beside a model: linear has one for all models",
+        ),
+        (
+            HEAD.replace("weight: 1", "weight: [{filter: mlp, value: 1}, {value: 2}, {filter: norm, value: 3}]"),
+            3,
+            "models[0].parameters.weight[2]",
+            "never applies: an entry without `filter` stands before it",
+        ),
+        (
+            HEAD.replace("weight: 1", "weight: [{filter: mlp, value: 1}, {filter: mlp.up_proj, value: 2}, {value: 3}]"),
+            3,
+            "models[0].parameters.weight[1]",
+            "never applies: the filter 'mlp' stands before it",
+        ),
+        (
+            HEAD.replace("weight: 1", "weight: [{filter: mlp, value: 1}, {filter: '*.mlp.*', value: 2}, {value: 3}]"),
+            3,
+            "models[0].parameters.weight[1]",
+            "never applies: the filter 'mlp' stands before it",
+        ),
+        (
+            HEAD.replace("weight: 1", "weight: [{value: 1}, {value: 2}]"),
+            3,
+            "models[0].parameters.weight[1]",
+            "never applies",
         ),
     ],
 )

@@ -199,7 +199,13 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "different numbers of layers: [0, 8] (8), [0, 9] (9)",
             "same length",
         ),
-        (SLERP + "models: [{model: b}, {model: c}]\n", 4, "models", "base_model a is neither of b and c", "make one"),
+        (
+            SLERP + "models: [{model: b}, {model: c}]\n",
+            4,
+            "models",
+            "base_model a is neither of b and c",
+            "mergekit refuses",
+        ),
         (SLERP + "models: [{model: a}]\n", 4, "models", "takes exactly 1 model beside", ""),
         (
             "merge_method: slerp\nmodels: [{model: b}]\nbase_model: a\n",
@@ -218,10 +224,18 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
         (
             "merge_method: slerp\nbase_model: a\nmodels:\n"
             "  - {model: a, parameters: {t: 0}}\n  - {model: b, parameters: {t: 1}}\n",
-            5,
-            "models[1].parameters.t",
-            "models[0].parameters sets another",
-            "set it once",
+            4,
+            "models[0].parameters.t",
+            "slerp needs the parameter 't' once for all models, and does not take it from one",
+            "in the recipe or the slice",
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\nslices:\n  - sources:\n      - {model: a, layer_range: [0, 4]}\n"
+            "      - {model: b, layer_range: [0, 4], parameters: {t: 0.3}}\n",
+            6,
+            "slices[0].sources[1].parameters.t",
+            "once for all models",
+            "in the recipe or the slice",
         ),
         (
             "merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n",

@@ -53,7 +53,7 @@ parameters: {weight: 4}
     assert module.name == "m"
     (piece,) = module.slices
     assert [[level["weight"] for level in source.levels] for source in piece.inputs] == [[1, 2, 3, 4], [2, 3, 4]]
-    assert [level["weight"] for level in piece.levels] == [2, 3, 4, 1]
+    assert [level["weight"] for level in piece.levels] == [2, 3, 4]
     assert piece.inputs[1].path == ("modules", "m", "slices", 0, "sources", 1)
     assert piece.num_layers == 4
 
