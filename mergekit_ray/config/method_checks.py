@@ -20,7 +20,7 @@ from mergekit_ray.config.settings import (
     is_set,
     scalars,
 )
-from mergekit_ray.config.yaml_source import YamlPath, format_path
+from mergekit_ray.config.yaml_source import YamlPath
 from mergekit_ray.core.declaration import BaseUse, MethodDeclaration, Parameters
 from mergekit_ray.core.errors import ConfigError
 from mergekit_ray.core.registry import Registry
