@@ -32,6 +32,10 @@ _MISSING_HINTS = {
     "experts": "list `experts`, each with `source_model` and `positive_prompts`",
 }
 
+_MODEL_KEYS = ("model", "source_model", "base_model")
+_MODEL_PARTS = {"revision": "@", "lora": "+"}
+"""What people write beside a model's name though it is a part of it, with the sign before it there."""
+
 _EXPECTED = {
     "tuple_type": "a list",
     "list_type": "a list",
@@ -106,16 +110,24 @@ def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     return f"did you mean {near!r}?" if near else ""
 
 
-def unknown_key(path: YamlPath, accepted: Collection[str], parameters: Collection[str] = ()) -> Finding:
+def unknown_key(
+    path: YamlPath, accepted: Collection[str], parameters: Collection[str] = (), value: object = None
+) -> Finding:
     """The finding for a key that means nothing where it stands.
 
     Args:
         path: down to the key.
         accepted: the keys that would mean something.
         parameters: names of the method's parameters, which people forget to write under ``parameters``.
+        value: what stands there.
     """
     key = str(path[-1])
-    hint = did_you_mean(key, accepted)
+    model = next((name for name in _MODEL_KEYS if name in accepted), None)
+    if key in _MODEL_PARTS and model is not None:
+        part = value if isinstance(value, str) else key.upper()
+        hint = f"it is a part of the model's name: write `{model}: NAME{_MODEL_PARTS[key]}{part}`"
+    else:
+        hint = did_you_mean(key, accepted)
     if not hint and key in parameters and "parameters" in accepted:
         hint = f"{key} is a parameter: write it under `parameters:`"
     what = f"unknown key {found(key)}; accepted: {', '.join(sorted(accepted))}"
@@ -143,7 +155,7 @@ def findings_of(
     for detail in details:
         path = detail["loc"]
         if detail["type"] == "extra_forbidden":
-            findings.append(unknown_key(path, accepted_keys(root, path), parameters))
+            findings.append(unknown_key(path, accepted_keys(root, path), parameters, detail["input"]))
         elif detail["type"] == SETTINGS_ERROR:
             findings += [Finding((*path, *below), what, hint) for below, what, hint in detail["ctx"]["issues"]]
         elif detail["type"] == FINDINGS_ERROR:
@@ -185,6 +197,8 @@ def _wording(detail: ErrorDetails) -> tuple[str, str]:
         hint = ""
         if kind == "model_type" and isinstance(value, str) and detail["loc"][-2:-1] in (("models",), ("experts",)):
             hint = f"write `- {'model' if detail['loc'][-2] == 'models' else 'source_model'}: {value[:60]}`"
+        elif kind == "model_type" and isinstance(value, str) and detail["loc"][-1:] == ("tokenizer",):
+            hint = f"write `tokenizer: {{source: {value[:60]}}}`"
         elif kind == "string_type" and isinstance(value, bool | int | float):
             hint = "quote it"
         return f"{wanted(detail)}, found {found(value)}", hint
