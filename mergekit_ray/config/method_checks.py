@@ -160,8 +160,7 @@ def _parameter_findings(method: type[MethodDeclaration], name: str, setting: Set
             findings.append(Finding((*path, *below), f"{error}, found {found(value)}"))
     if findings:
         return findings
-    if isinstance(setting, Conditional):
-        findings = list(_unreachable(setting, path))
+    findings += _shadowed(setting, path)
     for gradient in gradients(setting):
         try:
             check_gradient(declared, name, gradient)
@@ -170,22 +169,22 @@ def _parameter_findings(method: type[MethodDeclaration], name: str, setting: Set
     return findings
 
 
-def _unreachable(setting: Conditional, path: YamlPath) -> Iterator[Finding]:
-    """Entries after one that takes all of their tensors."""
-    for index, case in enumerate(setting.cases):
-        for before, other in enumerate(setting.cases[:index]):
-            if _covers(other.filter, case.filter):
-                what = f"this entry has no effect: the first that fits counts, and {format_path((*path, before))} fits"
-                what += " every tensor" if other.filter is None else " all of its tensors"
-                yield Finding((*path, index), what, "put the entry for more tensors last", is_warning=True)
-                break
+def _shadowed(setting: Setting, path: YamlPath) -> Iterator[Finding]:
+    """Warnings of entries that never apply, as one before them takes all of their tensors."""
+    cases = setting.cases if isinstance(setting, Conditional) else ()
+    for i, case in enumerate(cases):
+        first = next((each for each in cases[:i] if _covers(each.filter, case.filter)), None)
+        if first is not None:
+            entry = "an entry without `filter`" if first.filter is None else f"the filter {found(first.filter)}"
+            what = f"this entry never applies: {entry} stands before it, and the first that matches counts"
+            yield Finding((*path, i), what, "move it further up, or remove it", is_warning=True)
 
 
-def _covers(wide: str | None, narrow: str | None) -> bool:
-    """Whether a filter is sure to match whatever another one does."""
-    if wide is None or narrow is None:
-        return wide is None
-    return wide == narrow or ("*" not in wide + narrow and wide in narrow)
+def _covers(wider: str | None, narrower: str | None) -> bool:
+    """Whether every tensor of one filter is certainly one of another; None is all tensors."""
+    if wider is None or wider == narrower:
+        return True
+    return narrower is not None and wider in narrower and not set("*?[") & set(wider) and "[" not in narrower
 
 
 def _declared(method: type[MethodDeclaration], scope: str) -> type[Parameters]:
@@ -247,9 +246,9 @@ def _count_findings(
         if method.base_is_input and piece.base is not None and num_inputs == method.max_models + 1:
             names = " and ".join(str(source.model) for source in piece.inputs[:2])
             what = f"{method.name} merges the base model with one other; base_model {piece.base} is neither of {names}"
-            hint = "make one of the two the base_model (mergekit takes no third model here, either)"
+            hint = "make one of the two the base_model; mergekit refuses three models, too"
             if method.name == "slerp":
-                hint += ", or choose nuslerp, which interpolates the two models' task vectors of a third"
+                hint += ". Or choose nuslerp, which interpolates the two models' changes to a third"
         else:
             hint = "remove models, or choose a method that takes more"
         yield Finding(_listing(piece), what, hint, depends=(piece.path, *base_damage))
