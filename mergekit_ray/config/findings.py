@@ -128,6 +128,8 @@ def unknown_key(
         hint = f"it is a part of the model's name: write `{model}: NAME{_MODEL_PARTS[key]}{part}`"
     else:
         hint = did_you_mean(key, accepted)
+    if not hint and key == "merge_method":
+        hint = "a merge has one method: write one merge for each (documents separated by `---`), and stack them in the last"
     if not hint and key in parameters and "parameters" in accepted:
         hint = f"{key} is a parameter: write it under `parameters:`"
     what = f"unknown key {found(key)}; accepted: {', '.join(sorted(accepted))}"
@@ -201,6 +203,8 @@ def _wording(detail: ErrorDetails) -> tuple[str, str]:
             hint = f"write `tokenizer: {{source: {value[:60]}}}`"
         elif kind == "string_type" and isinstance(value, bool | int | float):
             hint = "quote it"
+        elif kind in ("list_type", "tuple_type") and isinstance(value, Mapping):
+            hint = "begin each item with `- `"
         return f"{wanted(detail)}, found {found(value)}", hint
     if kind == "too_short":
         if isinstance(value, str):

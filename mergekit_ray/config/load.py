@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,6 +39,7 @@ _IGNORED_BESIDE_THE_METHOD = {
 """Keys that published recipes have at the top level, where mergekit ignores them, with what to say of each."""
 
 _SUFFIXES = (".yml", ".yaml")
+_OF_ENTRIES = ("models", "sources", "experts", "shared_experts")
 _WHAT_TO_WRITE = (
     "a dense merge has `merge_method` and `models` (or `slices` or `modules`); "
     "a Mixture of Experts has `base_model` and `experts`"
@@ -93,10 +94,10 @@ def _single(data: Any, methods: Methods, *, lenient: bool) -> Collected:
     kind = _kind(data)
     if isinstance(kind, Finding):
         return Collected(None, [kind])
+    ignored = [*_without_ignored(data), *_ignored_keys(data)]
     names = _parameter_names(data.get("merge_method"), methods)
-    without_effect = _take_ignored(data)
     collected = collect(kind, data, names, lenient=lenient)
-    findings = [*collected.findings, *_ignored_keys(data), *without_effect]
+    findings = [*collected.findings, *ignored]
     if collected.recipe is not None:
         semantic = without_echoes(_semantic(collected.recipe, methods), collected.damaged)
         findings += semantic
@@ -107,7 +108,7 @@ def _single(data: Any, methods: Methods, *, lenient: bool) -> Collected:
                 delete_at(data, finding.path)
             again = collect(kind, data, names, lenient=lenient)
             if again.recipe is not None:
-                findings = [*collected.findings, *_ignored_keys(data), *without_effect, *unknown]
+                findings = [*collected.findings, *ignored, *unknown]
                 findings += without_echoes(_semantic(again.recipe, methods), again.damaged)
                 collected = Collected(again.recipe, collected.findings, [*collected.damaged, *again.damaged])
     return Collected(collected.recipe, findings, collected.damaged)
@@ -220,14 +221,26 @@ def _kind(data: object) -> type[DenseRecipe | MoeRecipe] | Finding:
     return Finding((), f"neither kind of recipe; its keys are {keys[:200]}{spelt[:200]}", _WHAT_TO_WRITE)
 
 
-def _take_ignored(data: dict[str, Any]) -> list[Finding]:
-    """Remove the keys that mean nothing, known as they are; warnings for them."""
-    known = [key for key in data if key in _IGNORED_BESIDE_THE_METHOD]
-    for key in known:
-        del data[key]
-    return [
-        Finding((key,), f"{key} has no effect: {_IGNORED_BESIDE_THE_METHOD[key]}", is_warning=True) for key in known
-    ]
+def _without_ignored(data: dict[str, Any]) -> list[Finding]:
+    """Take out what recipes have and nothing reads, with a warning for each."""
+    known = {key: why for key, why in _IGNORED_BESIDE_THE_METHOD.items() if key in data}
+    findings = [Finding((key,), f"{key} has no effect: {why}", is_warning=True) for key, why in known.items()]
+    findings += [Finding(path, "the name of an entry has no effect", is_warning=True) for path in _entry_names(data)]
+    for finding in findings:
+        delete_at(data, finding.path)
+    return findings
+
+
+def _entry_names(data: object, path: YamlPath = ()) -> Iterator[YamlPath]:
+    """Where models, sources and experts have a name."""
+    if isinstance(data, dict):
+        if len(path) > 1 and path[-2] in _OF_ENTRIES and isinstance(path[-1], int) and "name" in data:
+            yield (*path, "name")
+        for key, value in data.items():
+            yield from _entry_names(value, (*path, key))
+    elif isinstance(data, list):
+        for index, item in enumerate(data):
+            yield from _entry_names(item, (*path, index))
 
 
 def _ignored_keys(data: object, path: YamlPath = ()) -> list[Finding]:

@@ -72,7 +72,9 @@ class ModelReference:
             uri = f"{unslashed[1]}://{stripped[unslashed.end() :]}"
             raise ValueError(f"{stripped!r} has no `//` after the colon\nwrite {uri}; a folder is ./{stripped}")
         slashed = re.fullmatch(r"(.*[^/:\s])[/\s]*", stripped)  # not the slashes of `/` and `s3://`
-        object.__setattr__(self, "path", slashed[1] if slashed else stripped)
+        path = slashed[1] if slashed else stripped
+        # Of a folder, slashes in a row are one; keys of a store may hold several.
+        object.__setattr__(self, "path", path if "://" in path else re.sub("/{2,}", "/", path))
         if self.revision is not None:
             if _UNREVISIONED.match(self.path):
                 raise ValueError(f"{self.path!r} is not on the Hub, so it has no revision {self.revision!r}")
