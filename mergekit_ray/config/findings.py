@@ -129,7 +129,7 @@ def unknown_key(
     else:
         hint = did_you_mean(key, accepted)
     if not hint and key == "merge_method":
-        hint = "a merge has one method: write one merge for each (documents separated by `---`), and stack them in the last"
+        hint = "a merge has one method: write a document for each (after `---`), and stack what they make in the last"
     if not hint and key in parameters and "parameters" in accepted:
         hint = f"{key} is a parameter: write it under `parameters:`"
     what = f"unknown key {found(key)}; accepted: {', '.join(sorted(accepted))}"
