@@ -176,18 +176,18 @@ def validate(
         if not models:
             flags = {"--unsafe-ignore-tokenizers": unsafe_ignore_tokenizers}
             needs("--models", {"--allow-config-conflicts": allow_config_conflicts, **flags})
-        from mergekit_ray.planning.make import check_plannable
+        from mergekit_ray.operations.before import parts_of, prepare_parts
 
         warned: list[str] = []
         warn = (lambda message: warned.append(in_flags(str(message)))) if as_json else voice.warn
-        loaded = check_plannable(load(recipe, warn, lenient=lenient))
-        kind, found = loaded.kind, {}
+        loaded = load(recipe, warn, lenient=lenient)
+        parts, kind, found = parts_of(loaded, None), loaded.kind, {}
         if models:
-            from mergekit_ray.operations.prepare import prepare
             from mergekit_ray.planning.figures import figures, summary
 
-            prepared = prepare(
-                loaded,
+
+            *_, prepared = prepare_parts(
+                parts,
                 allow_config_conflicts=allow_config_conflicts,
                 unsafe_ignore_tokenizers=unsafe_ignore_tokenizers,
             )

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from mergekit_ray.config.load import Recipe
-from mergekit_ray.config.stages import StagedRecipe
 from mergekit_ray.core.arguments import check_argument, options_or
 from mergekit_ray.core.errors import PlanError
 from mergekit_ray.core.plan import Plan
+from mergekit_ray.operations.before import parts_of, prepare_parts
 from mergekit_ray.operations.kept_routers import KeptRouters
 from mergekit_ray.operations.options import MergeOptions
-from mergekit_ray.operations.prepare import Prepared, RecipeLike, checked_recipe, prepare
+from mergekit_ray.operations.prepare import Prepared, RecipeLike, checked_recipe
 from mergekit_ray.operations.run_plan import MergeResult, run_plan
-from mergekit_ray.output.places import below, check_apart
-from mergekit_ray.planning.make import check_plannable
 from mergekit_ray.reporting.reporters import Reporter
 from mergekit_ray.reporting.showing import visible
-from mergekit_ray.storage.opening import open_sink
 
 
 def merge(
@@ -60,48 +55,24 @@ def merge(
     if device is not None:
         chosen = replace(chosen, device=device)
     chosen.check()
-    wanted = [(loaded, _target_of(loaded, output))]
-    if isinstance(loaded, StagedRecipe):
-        wanted = [*((loaded.upto(stage), str(stage.output.path)) for stage in loaded.written), *wanted]
-    prepared = [
-        (
-            prepare(
-                part,
-                seed=seed,
-                allow_config_conflicts=chosen.allow_config_conflicts,
-                unsafe_ignore_tokenizers=chosen.unsafe_ignore_tokenizers,
-            ),
-            target,
+    parts = parts_of(loaded, _said(output))
+    targets = [part.place for part in parts if part.place is not None]
+    if parts[-1].place is None:
+        raise PlanError(
+            "no output is named", remedy="name one as the second argument, or write `output: path-or-uri` in the recipe"
         )
-        for part, target in wanted
-    ]
-    _check_outputs(prepared)
+    found = prepare_parts(
+        parts,
+        seed=seed,
+        allow_config_conflicts=chosen.allow_config_conflicts,
+        unsafe_ignore_tokenizers=chosen.unsafe_ignore_tokenizers,
+    )
+    prepared = list(zip(found, targets, strict=True))
     with visible(reporter, progress=progress) as tell:
         if len(prepared) == 1:
             return _carry_out(*prepared[0], chosen, tell, stop)
         with stop if isinstance(stop, AbstractContextManager) else nullcontext(stop or threading.Event()) as stopped:
             return [_carry_out(*each, chosen, tell, stopped) for each in prepared][-1]
-
-
-def _check_outputs(prepared: Sequence[tuple[Prepared, str]]) -> None:
-    """Check that no stage's output is another's, or an input of one.
-
-    Raises:
-        PlanError: naming it, before anything is written.
-    """
-    places = [open_sink(target).uri for _, target in prepared] if len(prepared) > 1 else []
-    for i, place in enumerate(places):
-        if place in places[:i]:
-            raise PlanError("two stages have the same output", where=place, remedy="give each a place of its own")
-        for earlier in places[:i]:
-            if below(place, earlier) is not None or below(earlier, place) is not None:
-                raise PlanError(
-                    f"the output of a stage is inside that of another, {earlier}",
-                    where=place,
-                    remedy="give each a place beside the other",
-                )
-        for other, _ in prepared:
-            check_apart({model.uri: model.files for model in other.plan.inputs.values()}, place)
 
 
 def _carry_out(
@@ -118,19 +89,13 @@ def _carry_out(
     return run_plan(prepared.plan, target, options, reporter=tell, stop=stop, route=needed)
 
 
-def _target_of(recipe: Recipe, output: str | Path | None) -> str:
-    """Where the result goes: ``output``, or what the recipe says.
+def _said(output: str | Path | None) -> str | None:
+    """The output that a caller names.
 
     Raises:
-        ConfigError: ``output`` is neither text nor a path.
-        PlanError: neither names a place, or the recipe is of a kind that cannot be merged.
+        ConfigError: it is neither text nor a path.
     """
-    if output is not None:
-        check_argument("output", output, (str, os.PathLike), "a folder or URI")
-        return os.fspath(output)
-    path = check_plannable(recipe).output.path
-    if path is None:
-        raise PlanError(
-            "no output is named", remedy="name one as the second argument, or write `output: path-or-uri` in the recipe"
-        )
-    return path
+    if output is None:
+        return None
+    check_argument("output", output, (str, os.PathLike), "a folder or URI")
+    return os.fspath(output)

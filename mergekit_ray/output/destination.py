@@ -88,10 +88,7 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     Raises:
         PlanError: the place is taken, or it is not apart from the inputs (see `check_apart`).
     """
-    # A recipe may merge a commit of a repository into the same repository: the commit stays, and so do the inputs.
-    is_hub = sink.uri.startswith("hf://")
-    inputs = {m.uri: m.files for m in plan.inputs.values() if not (is_hub and _names_its_commit(m))}
-    check_apart(inputs, sink.uri, _written(plan))
+    check_inputs_apart(plan, sink.uri)
     folder = f"{RECORD_ROOT}/{plan.digest}"
     staging = f"{folder}/{STAGED}"
     present = {stat.name: stat for stat in sink.list()}
@@ -127,6 +124,18 @@ def inspect(sink: Sink, plan: Plan, *, overwrite: bool) -> Destination:
     first, last = ([name for name in foreign if (name in (work or ())) is wanted] for wanted in (True, False))
     done = _done(sink, plan, present)
     return Destination(sink, folder, done, clear_first=tuple(first), clear_last=tuple(last))
+
+
+def check_inputs_apart(plan: Plan, output: str) -> None:
+    """Check that carrying out a plan at an output touches none of its inputs.
+
+    Raises:
+        PlanError: see `check_apart`.
+    """
+    # A recipe may merge a commit of a repository into the same repository: the commit stays, and so do the inputs.
+    is_hub = output.startswith("hf://")
+    inputs = {m.uri: m.files for m in plan.inputs.values() if not (is_hub and _names_its_commit(m))}
+    check_apart(inputs, output, _written(plan))
 
 
 def _occupant(sink: Sink, plan: Plan, foreign: Sequence[str], manifest: Mapping[str, Any] | None) -> str | None:

@@ -72,10 +72,12 @@ def check_agreement(
     """
     found = Findings()
     donor = models[recipe.donor]
+    merged: list[list[Model]] = []  # tensor by tensor
     if isinstance(recipe, MoeRecipe):
         sources = [expert.source_model for expert in (*recipe.experts, *(recipe.shared_experts or ()))]
         # Attention is not taken from them; what is must fit (`planning.moe.checks`).
         everyone = [models[each] for each in dict.fromkeys((recipe.donor, *sources))]
+        merged.append(everyone)
         found.remarks += [*differences(everyone, (*SIZES, *NUANCES)), *other_differences(everyone)]
     dense = recipe.backbone if isinstance(recipe, MoeRecipe) else recipe
     stacks = [module for module in normalise(dense) if _is_language(module, donor)] if dense is not None else []
