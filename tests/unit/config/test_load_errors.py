@@ -215,34 +215,6 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "or remove `base_model` if a is to be merged itself",
         ),
         (
-            "merge_method: passthrough\nmodels:\n  - model: org/a\n    revision: v1\n",
-            4,
-            "models[0].revision",
-            "unknown key 'revision'",
-            "write `model: NAME@v1`",
-        ),
-        (
-            "base_model: org/a\ngate_mode: random\nexperts:\n  - source_model: org/a\n    lora: org/l\n",
-            5,
-            "experts[0].lora",
-            "unknown key 'lora'",
-            "write `source_model: NAME+org/l`",
-        ),
-        (
-            "merge_method: slerp\nbase_model: a\nparameters: {t: 0}\nmodels: [{model: b}]\nrevision: v1\n",
-            5,
-            "revision",
-            "unknown key 'revision'",
-            "write `base_model: NAME@v1`",
-        ),
-        (
-            HEAD + "tokenizer: union\n",
-            4,
-            "tokenizer",
-            "expected a mapping, found 'union'",
-            "write `tokenizer: {source: union}`",
-        ),
-        (
             "merge_method: slerp\nmodels: [{model: b}]\nbase_model: a\n",
             1,
             "parameters.t",
@@ -255,22 +227,6 @@ SLERP = "merge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\n"
             "base_model",
             "slerp needs a base model",
             "one of",
-        ),
-        (
-            "merge_method: slerp\nbase_model: a\nmodels:\n"
-            "  - {model: a, parameters: {t: 0}}\n  - {model: b, parameters: {t: 1}}\n",
-            4,
-            "models[0].parameters.t",
-            "slerp needs the parameter 't' once for all models, and does not take it from one",
-            "in the recipe or the slice",
-        ),
-        (
-            "merge_method: slerp\nbase_model: a\nslices:\n  - sources:\n      - {model: a, layer_range: [0, 4]}\n"
-            "      - {model: b, layer_range: [0, 4], parameters: {t: 0.3}}\n",
-            6,
-            "slices[0].sources[1].parameters.t",
-            "once for all models",
-            "in the recipe or the slice",
         ),
         (
             "merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n",

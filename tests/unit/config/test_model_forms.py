@@ -9,6 +9,7 @@ import pytest
 
 from mergekit_ray.config.load import load_recipe
 from mergekit_ray.config.reference import ModelReference
+from mergekit_ray.core.errors import ConfigError
 
 FORMS: dict[str, tuple[Any, str]] = {
     "path": ({"path": "org/m"}, "org/m"),
@@ -168,3 +169,75 @@ def test_what_mergekit_wrote_into_its_outputs_is_read() -> None:
     ]
     assert models == [["/models/a", "/models/b"], ["/models/between/x", "/models/c"], ["/models/a", "/models/b"]]
     assert load_recipe(WRITTEN_LAST).vocabulary.model_references() == (ModelReference("/models/c"),)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "path", "what", "hint"),
+    [
+        (
+            "merge_method: passthrough\nmodels:\n  - model: org/a\n    revision: v1\n",
+            4,
+            "models[0].revision",
+            "unknown key 'revision'",
+            "write `model: NAME@v1`",
+        ),
+        (
+            "base_model: org/a\ngate_mode: random\nexperts:\n  - source_model: org/a\n    lora: org/l\n",
+            5,
+            "experts[0].lora",
+            "unknown key 'lora'",
+            "write `source_model: NAME+org/l`",
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\nparameters: {t: 0}\nmodels: [{model: b}]\nrevision: v1\n",
+            5,
+            "revision",
+            "unknown key 'revision'",
+            "write `base_model: NAME@v1`",
+        ),
+        (
+            "merge_method: passthrough\nmodels:\n  - model: 7\n",
+            3,
+            "models[0].model",
+            "expected a model's name, found the number 7",
+            "quote it: '7'",
+        ),
+        (
+            "merge_method: passthrough\nmodels:\n  - model: a\ntokenizer: union\n",
+            4,
+            "tokenizer",
+            "expected a mapping, found 'union'",
+            "write `tokenizer: {source: union}`",
+        ),
+        (
+            "merge_method: nuslerp\nbase_model: a\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n",
+            4,
+            "models",
+            "takes exactly 2 models beside the base model, found 1",
+            "or remove `base_model` if a is to be merged itself",
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\nslices:\n  - sources:\n      - {model: a, layer_range: [0, 4]}\n"
+            "      - {model: b, layer_range: [0, 4], parameters: {t: 0.3}}\n",
+            6,
+            "slices[0].sources[1].parameters.t",
+            "once for all models",
+            "in the recipe or the slice",
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\nmodels:\n"
+            "  - {model: a, parameters: {t: 0}}\n  - {model: b, parameters: {t: 1}}\n",
+            4,
+            "models[0].parameters.t",
+            "slerp needs the parameter 't' once for all models, and does not take it from one",
+            "in the recipe or the slice",
+        ),
+    ],
+)
+def test_what_a_model_cannot_say_gets_a_hint(text: str, line: int, path: str, what: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(text)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.path) == (f"<text>:{line}", path)
+    assert what in problem.what
+    assert hint in problem.hint

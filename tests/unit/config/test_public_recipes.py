@@ -111,7 +111,7 @@ def test_it_is_refused_in_words_that_name_the_fault(what: str) -> None:
         (LINEAR.replace("o/a", "7"), "quote it"),
         (
             "merge_method: slerp\nbase_model: o/c\nmodels: [{model: o/a}, {model: o/b}]\nparameters: {t: 1}\n",
-            "or choose nuslerp",
+            "choose nuslerp",
         ),
         ("merge_method: linear\nmodels: [{model: o/a}\ndtype: bfloat16\n", "the '[' is not closed"),
         (LINEAR + "merge_method_args: {}\n", "unknown key"),
