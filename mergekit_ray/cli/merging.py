@@ -185,7 +185,6 @@ def validate(
         if models:
             from mergekit_ray.planning.figures import figures, summary
 
-
             *_, prepared = prepare_parts(
                 parts,
                 allow_config_conflicts=allow_config_conflicts,

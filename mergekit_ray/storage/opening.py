@@ -23,6 +23,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _HUB_FILE = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.\-]*/[\w.\-]+)/(?P<name>[^@]+)(@(?P<revision>.+))?", re.ASCII | re.DOTALL
 )
+_WITHOUT_SLASHES = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):(?!//)/?(.*)", re.DOTALL)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?", re.ASCII)
 _LOCK = threading.Lock()
 
@@ -165,9 +166,17 @@ def _scheme_of(reference: str) -> str | None:
     """The scheme of a URI, None for a path or a name.
 
     Raises:
-        ConfigError: the URI holds a credential: URIs are printed, and written into manifests.
+        ConfigError: the URI holds a credential: URIs are printed, and written into manifests. Or it lacks its slashes.
     """
     scheme = _SCHEME.match(reference)
+    short = _WITHOUT_SLASHES.fullmatch(reference)
+    if short is not None and _is_known(short[1].lower()):
+        raise ConfigError(
+            f"after `{short[1]}:`, a URI has two slashes",
+            where=reference,
+            remedy=f"write {short[1]}://{'/' if short[1].lower() == 'file' else ''}{short[2]}, or ./{reference} "
+            "for a folder of this name",
+        )
     if scheme and holds_credential(reference):
         raise ConfigError(
             "a URI must not hold a credential",
@@ -182,6 +191,11 @@ def _opener(scheme: str) -> Opener:
     # A registry discovers its entries at the first look-up; two threads must not race through that.
     with _LOCK:
         return SCHEMES.get(scheme)
+
+
+def _is_known(scheme: str) -> bool:
+    with _LOCK:
+        return scheme in SCHEMES or scheme in SINKS
 
 
 def _nearest_folder(path: Path) -> Path | None:

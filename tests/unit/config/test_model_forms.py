@@ -199,8 +199,8 @@ def test_what_mergekit_wrote_into_its_outputs_is_read() -> None:
             "merge_method: passthrough\nmodels:\n  - model: 7\n",
             3,
             "models[0].model",
-            "expected a model's name, found the number 7",
-            "quote it: '7'",
+            "expected a model such as org/name, a folder or s3://bucket/prefix, found 7",
+            "quote it",
         ),
         (
             "merge_method: passthrough\nmodels:\n  - model: a\ntokenizer: union\n",

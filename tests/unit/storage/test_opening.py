@@ -176,6 +176,28 @@ def test_an_unknown_scheme_lists_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(
+    ("reference", "meant"),
+    [
+        ("hf:me/x", "hf://me/x"),
+        ("S3:bucket/x", "S3://bucket/x"),
+        ("s3:/bucket/x", "s3://bucket/x"),
+        ("file:/models/x", "file:///models/x"),
+    ],
+)
+def test_a_uri_without_its_slashes_is_no_folder(reference: str, meant: str) -> None:
+    for open_place in (open_source, open_sink):
+        with pytest.raises(ConfigError, match="two slashes") as caught:
+            open_place(reference)
+        assert caught.value.remedy == f"write {meant}, or ./{reference} for a folder of this name"
+
+
+def test_a_folder_may_have_a_colon(tmp_path: Path) -> None:
+    for name in ("run:3", "hf:x"):
+        (tmp_path / name).mkdir()
+        assert open_source(f"{tmp_path}/{name}").uri == f"{tmp_path}/{name}"
+
+
+@pytest.mark.parametrize(
     ("uri", "message"),
     [
         ("s3://", "no bucket"),

@@ -1,3 +1,5 @@
+"""Models of other sizes: no remedy is offered that does not help."""
+
 from __future__ import annotations
 
 import pytest
