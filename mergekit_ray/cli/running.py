@@ -242,7 +242,7 @@ def excludes(option: str, given: Mapping[str, object]) -> None:
 def load(recipe: str, warn: Callable[[object], None], *, lenient: bool) -> Any:
     """The recipe in a file, in a store, on standard input (``-``), or in a text of several lines.
 
-    ``warn`` is told what has no effect.
+    ``warn`` gets what has no effect.
 
     Raises:
         ConfigError: there is no such file, or the recipe is wrong.

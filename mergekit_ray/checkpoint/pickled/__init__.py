@@ -1,1 +1,1 @@
-"""Weights that ``torch.save`` pickled, read as data: where each tensor lies in the file. Nothing of the file is run."""
+"""Weights that ``torch.save`` pickled, read as data: where in the file each tensor is. Nothing of the file is run."""

@@ -91,7 +91,7 @@ def read_archive(source: Source, name: str) -> Archive:
 
 
 def places(source: Source, archive: Archive, keys: Iterable[str]) -> dict[str, Record]:
-    """Where storages lie in the file, by the header before each.
+    """Where in the file storages are, by the header before each.
 
     Args:
         source: the store that has the file.

@@ -12,7 +12,7 @@ from mergekit_ray.planning.beforehand.part import Beforehand, beforehand, identi
 from mergekit_ray.planning.windows import check_memory, memory_needed, too_large
 
 ANYWHERE: Final = "s3://"
-"""For a place that is not known: what is read from a store takes more memory than what lies on a disk."""
+"""For a place that is not known: what is read from a store takes more memory than what is on a disk."""
 
 
 def stages_apart(plan: Plan, memory_bytes: int) -> Beforehand | None:
