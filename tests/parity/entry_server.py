@@ -1,10 +1,10 @@
-"""Runs a console script many times from one warm interpreter: `python entry_server.py SCRIPT`.
+"""Runs a console script many times from one warm interpreter: `python entry_server.py SCRIPT [MODULE...]`.
 
-SCRIPT is the name of an installed console script, or ``module:function``. Each line of stdin is a JSON object with
-``args`` and ``log``; the script runs in a forked child with these arguments, its output going to the file ``log``; its
-exit code is printed as one line. A run starts in milliseconds instead of the seconds that importing torch takes, and
-shares nothing with the run before it. mergekit's interpreter runs this file as well as ours, so it imports nothing of
-the project.
+SCRIPT is the name of an installed console script, or ``module:function``. Torch and each MODULE are imported first.
+Each line of stdin is a JSON object with ``args`` and ``log``; the script runs in a forked child with these arguments,
+its output going to the file ``log``; its exit code is printed as one line. A run starts in milliseconds instead of the
+seconds that importing takes, and shares nothing with the run before it. mergekit's interpreter runs this file as well
+as ours, so it imports nothing of the project.
 """
 
 import importlib
@@ -53,8 +53,9 @@ def run(function: Callable[[], object], script: str, args: Sequence[str], log: s
 
 def main() -> None:
     """Serves until stdin ends."""
-    script = sys.argv[1]
-    importlib.import_module("torch")
+    script, *modules = sys.argv[1:]
+    for module in ("torch", *modules):
+        importlib.import_module(module)
     function = load(script)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     replies.write("ready\n")
