@@ -31,7 +31,7 @@ def convert_command(
     log_format: LogFormatOption = LogFormat.text,
     debug: Debug = False,
 ) -> None:
-    """Write MODEL, whose weights may be pickled (.bin), as safetensors at OUT.
+    """Write a model with pickled weights (.bin) as safetensors.
 
     Nothing of a pickle is run. Every tensor keeps its dtype and its bits; config and tokenizer are copied.
     """

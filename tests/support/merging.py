@@ -133,7 +133,10 @@ def recipe_of(method: str, base: Path, tuned: Sequence[Path], **more: Any) -> di
     return {"merge_method": method, "base_model": str(base), "models": listed, **more}
 
 
-def undisturbed(recipe: Mapping[str, Any], out: Path) -> dict[str, bytes]:
-    """All files of a merge by two local workers with which nothing interferes."""
+def undisturbed(recipe: Mapping[str, Any] | Path, out: Path) -> dict[str, bytes]:
+    """All files of a merge by two local workers with which nothing interferes.
+
+    The card shows the text of a recipe that is read from a file.
+    """
     mergekit_ray.merge(recipe, out, options=MergeOptions(executor="local", num_workers=2))
     return contents(out)

@@ -67,7 +67,7 @@ def test_the_head_is_killed_with_all_its_workers(num_done: int, models: ModelLib
         said, wrong = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == 0, wrong
     assert any(json.loads(line)["event"] == "resumed" for line in said.splitlines())
-    assert contents(out) == undisturbed(recipe, tmp_path / "expected")
+    assert contents(out) == undisturbed(path, tmp_path / "expected")
 
 
 def test_ray_is_killed_on_the_drivers_machine(models: ModelLibrary, tmp_path: Path) -> None:
@@ -123,4 +123,4 @@ def test_the_head_is_killed_before_the_first_shard_and_after_the_last(
         with RayHead() as head, merging(head, path, out) as process:
             said, _ = process.communicate(timeout=DEADLINE_SECONDS)
             assert process.returncode == 0, said
-    assert contents(out) == undisturbed(recipe, tmp_path / "expected")
+    assert contents(out) == undisturbed(path, tmp_path / "expected")

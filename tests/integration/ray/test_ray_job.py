@@ -15,8 +15,6 @@ import psutil
 import pytest
 import yaml
 
-import mergekit_ray
-from mergekit_ray.operations.options import MergeOptions
 from support.merging import COMMANDS, recipe_of, run_command, undisturbed
 from support.models import ModelLibrary, contents, load
 from support.servers.ray_cluster import freeze
@@ -63,8 +61,7 @@ def test_submitted_merge_publishes_a_model(
     assert '"RayWorker"' in head.get(f"{head.dashboard}/api/v0/actors")
     assert run_command("mergekit-ray", "verify", out).returncode == 0
     load(out)
-    mergekit_ray.merge(recipe, tmp_path / "local", options=MergeOptions(executor="local"))
-    assert contents(out) == contents(tmp_path / "local")
+    assert contents(out) == undisturbed(working_dir / "configs" / "ties.yml", tmp_path / "local")
 
 
 def test_wrong_recipe_reaches_the_submitter(head: RayHead, working_dir: Path, tmp_path: Path) -> None:
@@ -78,12 +75,13 @@ def test_wrong_recipe_reaches_the_submitter(head: RayHead, working_dir: Path, tm
 
 
 @pytest.fixture
-def many(working_dir: Path, models: ModelLibrary) -> dict[str, Any]:
+def many(working_dir: Path, models: ModelLibrary) -> Path:
     """``configs/many.yml`` of over a hundred shards: long enough to be interrupted."""
     base, *tuned = (models.get("llama", variant, num_layers=16) for variant in range(3))
     recipe = recipe_of("ties", base, tuned, output={"max_shard_size": 1})
-    (working_dir / "configs" / "many.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return recipe
+    file = working_dir / "configs" / "many.yml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return file
 
 
 class Submitted:
@@ -130,7 +128,7 @@ class Submitted:
 
 
 def test_interrupting_the_submitter_does_not_stop_the_job(
-    head: RayHead, working_dir: Path, many: dict[str, Any], tmp_path: Path
+    head: RayHead, working_dir: Path, many: Path, tmp_path: Path
 ) -> None:
     job = Submitted(head, working_dir, "interrupted", tmp_path / "out")
     assert job.status == "RUNNING"
@@ -143,7 +141,7 @@ def test_interrupting_the_submitter_does_not_stop_the_job(
 
 
 def test_a_job_that_is_stopped_leaves_nothing_half_written_and_is_resumed(
-    head: RayHead, working_dir: Path, many: dict[str, Any], tmp_path: Path
+    head: RayHead, working_dir: Path, many: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     job = Submitted(head, working_dir, "stopped", out)

@@ -87,6 +87,6 @@ def test_the_package_comes_with_the_job(
     done = submit(head, project, "--runtime-env", str(described))
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"RayWorker"' in head.get(f"{head.dashboard}/api/v0/actors")  # on the cluster, which has no package either
-    assert contents(tmp_path / "out") == undisturbed(recipe, tmp_path / "expected")
+    assert contents(tmp_path / "out") == undisturbed(project / "recipe.yml", tmp_path / "expected")
     manifest = json.loads((tmp_path / "out/mergekit-ray.json").read_text())
     assert manifest["software"]["mergekit-ray"] == mergekit_ray.__version__

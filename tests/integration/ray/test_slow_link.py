@@ -54,4 +54,4 @@ def test_a_worker_behind_a_link_of_1_kbit_per_second(models: ModelLibrary, tmp_p
     given_up = [each["worker"] for each in told if each["event"] == "worker_given_up"]
     assert len(given_up) == 1
     assert given_up[0].startswith("worker-0 ")
-    assert contents(out) == undisturbed(recipe, tmp_path / "expected")
+    assert contents(out) == undisturbed(path, tmp_path / "expected")
