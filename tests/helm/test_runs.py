@@ -59,6 +59,7 @@ def test_every_option() -> None:
         "seed": 12345678901,
         "lenient": True,
         "quiet": False,
+        "max_shard_size": None,  # recipes say it
         "log_format": options["log_format"],
         "debug": True,
         "version": None,

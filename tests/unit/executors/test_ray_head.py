@@ -50,7 +50,7 @@ def test_a_head_that_stays_away_ends_the_merge() -> None:
         clock.now += 1
         executor.wait(0)
     clock.now += 1
-    with pytest.raises(StorageError, match=r"(?s)has not answered for 40 s.*run the same command"):
+    with pytest.raises(StorageError, match=r"(?s)has not answered for 40 s.*make the same call again"):
         executor.wait(0)
     executor.close()
 
