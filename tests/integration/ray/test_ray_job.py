@@ -136,7 +136,7 @@ def test_interrupting_the_submitter_does_not_stop_the_job(
     job.process.communicate(timeout=DEADLINE_SECONDS)
     job.go_on()
     wait_until(lambda: job.status != "RUNNING", every=0.5)
-    assert job.status == "SUCCEEDED", job.told
+    assert job.status == "SUCCEEDED", json.dumps(job.told)
     assert contents(tmp_path / "out") == undisturbed(many, tmp_path / "expected")
 
 
