@@ -16,6 +16,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.storage.protocols import FileStat, Source
+from mergekit_ray.storage.single_file import file_uri
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -67,7 +68,7 @@ def read_pinned_header(source: Source, name: str) -> tuple[Header, FileStat]:
         CheckpointError: the file is not there, malformed, or was replaced between the two requests.
         StorageError: the store failed.
     """
-    where = f"{source.uri}/{name}"
+    where = file_uri(source, name)
     data, stat = source.read_head(name, HEAD_BYTES)
     end = LENGTH_BYTES + header_length(data, stat.num_bytes, where)
     if end > len(data):

@@ -123,7 +123,8 @@ def print_plan(plan: Plan, memory_bytes: int | None = None) -> None:
 
 def _memory_line(plan: Plan) -> str:
     least, needed = least_memory(plan), memory_needed(plan)
-    first = f" ({format_bytes(needed)} unless earlier stages are computed first)" if least < needed else ""
+    told = format_bytes(needed)
+    first = f" ({told} unless earlier stages are computed first)" if told != format_bytes(least) else ""
     return (
         f"A worker needs at least {format_bytes(least)} of memory{first}, and gets "
         f"{format_bytes(comfortable_memory(plan))} unless `merge --memory` says otherwise."

@@ -13,6 +13,7 @@ from mergekit_ray.checkpoint.weight_files import SAFETENSORS
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.plan import InputFile, InputModel
 from mergekit_ray.storage.protocols import Source
+from mergekit_ray.storage.single_file import file_uri
 
 _NUM_READERS: Final = 8
 
@@ -43,7 +44,7 @@ def header_digest(source: Source, file: InputFile) -> str:
     Raises:
         CheckpointError, StorageError: see `header_digests`.
     """
-    where = f"{source.uri}/{file.name}"
+    where = file_uri(source, file.name)
     is_pickled = not file.name.endswith(SAFETENSORS)
     if is_pickled:
         archive = read_archive(source, file.name)

@@ -78,6 +78,11 @@ class MappedSingleFile(SingleFile):
         return self._store.map_range(self._inner(name), start, end, version=version)
 
 
+def file_uri(source: Source, name: str) -> str:
+    """Path or URI of a file, for messages."""
+    return source.uri if isinstance(source, SingleFile) else f"{source.uri}/{name}"
+
+
 def single_file(store: Source, place: str, uri: str) -> SingleFile:
     """A file of a store as a store of its own. See `SingleFile`."""
     return (MappedSingleFile if isinstance(store, MappableSource) else SingleFile)(store, place, uri)

@@ -20,6 +20,7 @@ from typing import Final
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.sizes import format_bytes
 from mergekit_ray.storage.protocols import FileStat, Source
+from mergekit_ray.storage.single_file import file_uri
 
 MAX_PICKLE_BYTES: Final = 100_000_000
 """As much as a safetensors header may have. A tensor takes some 200."""
@@ -79,7 +80,7 @@ def read_archive(source: Source, name: str) -> Archive:
         CheckpointError: the file is not there, or not such an archive; malformed; or too large a directory or pickle.
         StorageError: the store failed.
     """
-    where = f"{source.uri}/{name}"
+    where = file_uri(source, name)
     head, stat = source.read_head(name, len(_LOCAL_SIGNATURE))
     if not head.startswith(_LOCAL_SIGNATURE):
         raise _not_an_archive(head, where)
@@ -102,7 +103,7 @@ def places(source: Source, archive: Archive, keys: Iterable[str]) -> dict[str, R
         CheckpointError: one is not there, or its bytes are not where the archive's directory says; or the file changed.
         StorageError: the store failed.
     """
-    name, where = archive.stat.name, f"{source.uri}/{archive.stat.name}"
+    name, where = archive.stat.name, file_uri(source, archive.stat.name)
     wanted = sorted(((key, _entry(archive, key, where)) for key in set(keys)), key=lambda each: each[1].header_offset)
     ranges, buffers = [], []
     for _, entry in wanted:

@@ -13,6 +13,7 @@ from mergekit_ray.core.dtypes import DType
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.core.tensors import Location, TensorSpec
 from mergekit_ray.storage.protocols import FileStat, Source
+from mergekit_ray.storage.single_file import file_uri
 
 _WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "module", "weight", "weights", "params", "params_ema")
 """Under what trainers save a model's tensors beside others."""
@@ -31,7 +32,7 @@ def read_pinned_pickle(source: Source, name: str) -> tuple[Header, FileStat]:
             meanwhile; its pickle refers to something else than tensors (names what); a tensor is not contiguous.
         StorageError: the store failed.
     """
-    where = f"{source.uri}/{name}"
+    where = file_uri(source, name)
     archive = read_archive(source, name)
     tensors, left = _tensors(read_pickle(archive.pickle, where), where)
     used = {tensor.storage.key: tensor.storage for tensor in tensors.values()}

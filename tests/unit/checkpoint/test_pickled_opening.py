@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from mergekit_ray.checkpoint.opening import Checkpoint, open_checkpoint
 from mergekit_ray.core.errors import CheckpointError
 from mergekit_ray.storage.local.store import LocalStore
+from mergekit_ray.storage.opening import open_source
 
 A, B = {"a": torch.zeros(2)}, {"b": torch.ones(2, 3)}
 
@@ -85,6 +86,14 @@ def test_what_else_a_file_holds_is_told(folder: Path) -> None:
     checkpoint = opened(folder)
     assert list(checkpoint.tensors) == ["a"]
     assert checkpoint.warnings == ["pytorch_model.bin of org/model holds more than the model: 'epoch' is not read"]
+
+
+@pytest.mark.parametrize("name", ["unet.pt", "unet.safetensors"])
+def test_a_damaged_file_is_named_once(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK" + bytes(100))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(open_source(str(tmp_path / name)), "org/model", allow_raw=True)
+    assert caught.value.where == str(tmp_path / name)
 
 
 def test_no_weights_at_all(folder: Path) -> None:
