@@ -101,7 +101,7 @@ def _run(command: str) -> Callable[..., None]:
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     parameters.append(inspect.Parameter("overwrite", keyword_only, default=False, annotation=Overwrite))
     # What typer reads: see `takes_merge_options`.
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # what inspect reads
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # functions may have it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = f"Do what {COMMANDS[command]} does."
     return run

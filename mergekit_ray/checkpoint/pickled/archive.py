@@ -43,8 +43,7 @@ _ERRORS = (
     struct.error,
     EOFError,
     OverflowError,
-    NotImplementedError,
-    RuntimeError,
+    RuntimeError,  # NotImplementedError among them, for what zipfile cannot unpack
     KeyError,
 )
 """What zipfile raises for archives that are not well-formed."""

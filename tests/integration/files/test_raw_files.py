@@ -51,7 +51,7 @@ def linear(*models: Path | str, **rest: Any) -> dict[str, Any]:
 
 def mean(*files: Path) -> Mapping[str, torch.Tensor]:
     found = [load_file(file) for file in files]
-    return {name: sum(each[name] for each in found) / len(found) for name in SHAPES}  # type: ignore[misc] # of tensors
+    return {name: sum(each[name] for each in found) / len(found) for name in SHAPES}  # type: ignore[misc] # sum() begins with an int
 
 
 def check(file: Path, expected: Mapping[str, torch.Tensor]) -> None:

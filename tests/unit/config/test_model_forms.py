@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mergekit_ray.config.load import load_recipe
+from mergekit_ray.config.recipe import DenseRecipe
 from mergekit_ray.config.reference import ModelReference
 from mergekit_ray.core.errors import ConfigError
 
@@ -168,7 +169,10 @@ def test_what_mergekit_wrote_into_its_outputs_is_read() -> None:
         for text in (WRITTEN_FIRST, WRITTEN_LAST, WRITTEN_MIXTURE)
     ]
     assert models == [["/models/a", "/models/b"], ["/models/between/x", "/models/c"], ["/models/a", "/models/b"]]
-    assert load_recipe(WRITTEN_LAST).vocabulary.model_references() == (ModelReference("/models/c"),)  # type: ignore[union-attr]
+    last = load_recipe(WRITTEN_LAST)
+    assert isinstance(last, DenseRecipe)
+    assert last.vocabulary is not None
+    assert last.vocabulary.model_references() == (ModelReference("/models/c"),)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ class TestNames:
         recipe = linear(files["c"], files["c"])
         recipe["models"][0]["parameters"] = {"weight": [{"filter": "blocks.0", "value": 0.25}, {"value": 3}]}
         merges = {t.spec.name: t.expression for shard in plan(recipe).shards for t in shard.tensors}
-        weights = {name: merge.input_parameters[0]["weight"] for name, merge in merges.items()}  # type: ignore[attr-defined] # Merge
+        weights = {name: merge.input_parameters[0]["weight"] for name, merge in merges.items()}  # type: ignore[attr-defined] # each is a Merge
         assert weights == {**dict.fromkeys(COMMON, 3.0), "blocks.0.w": 0.25}
 
     def test_may_be_excluded(self, files: dict[str, str]) -> None:
