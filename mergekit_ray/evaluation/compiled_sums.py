@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -15,16 +15,20 @@ from mergekit_ray.core.expressions import Expression, Merge, Stored
 from mergekit_ray.core.registry import METHODS
 from mergekit_ray.evaluation.pieces import Bytes, Filling, Pieces
 from mergekit_ray.evaluation.pool import ComputePool
-from mergekit_ray.methods.shared.combinations import Clamped, Combination, Kept, Sum
+from mergekit_ray.methods.shared.combinations import Clamped, Interpolation, Kept, Sum
 from mergekit_ray.methods.shared.gram import DOT_ELEMENTS, num_products, summed_products
+from mergekit_ray.methods.shared.numbers import INPUT, Number, formula_of
 from mergekit_ray.methods.shared.protocol import BLOCK_ELEMENTS, SumMethod
 from mergekit_ray.methods.shared.random_mask import RandomMask, stream
 from mergekit_ray.methods.shared.sign import zero_divisor
 
 BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
-"""Dtypes that the loops read and write, and what carries their bits."""
+"""Dtypes of which norms and products are taken, and what carries their bits."""
 
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+_Compute = Callable[[int, int, int], bool]
+"""Writes so many elements from a flat index on to an address; says whether all is finite."""
 
 _RUN_ELEMENTS: Final = 1 << 14
 """Elements that a thread is given at least."""
@@ -49,15 +53,19 @@ class CompiledSum:
         """Why an expression is not of this kind, in words; None if it is."""
         if not isinstance(expression, Merge):
             return f"there are no compiled loops for {expression.kind}"
-        if not issubclass(METHODS.get(expression.method), SumMethod):
+        method = METHODS.get(expression.method)
+        if not issubclass(method, SumMethod):
             return f"{expression.method} has no compiled loop"
         if expression.compute_dtype is not DType.F32:
             return (
                 f"the compiled loops compute in float32, and the recipe asks for {expression.compute_dtype.config_name}"
             )
         for x in (expression, *_read_by(expression)):
-            if x.spec.dtype not in BITS:
-                return f"the compiled loops take bfloat16 and float32, and one tensor is {x.spec.dtype.config_name}"
+            if not x.spec.dtype.is_floating or (x.spec.dtype not in BITS and not method.sums_as_stored):
+                return (
+                    f"the compiled loops of {expression.method} take bfloat16 and float32, and one tensor is "
+                    f"{x.spec.dtype.config_name}"
+                )
         if not all(isinstance(x, Stored) for x in _read_by(expression)):
             return "the compiled loops read tensors straight from files, and one input is computed first"
         return None
@@ -80,8 +88,7 @@ class CompiledSum:
         assert issubclass(method, SumMethod)  # seen to by `of`
         vectors = _Runs.of(self._vectors, pieces)
         base = None if self._base is None else _Runs.of([self._base], pieces)
-        inputs = [vectors, *([] if base is None else [base])]
-        if not all(runs.are_aligned for runs in inputs):
+        if not vectors.are_aligned or (base is not None and not base.are_aligned):
             return None
         try:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
@@ -90,7 +97,7 @@ class CompiledSum:
         if how is None:
             return None
         width = self._merge.spec.dtype.itemsize
-        shows_non_finite = method.propagates_non_finite or not isinstance(how, Sum)
+        compute = self._kept(how, vectors, base) if isinstance(how, Kept) else self._stored(how, vectors, base)
 
         def fill(start: int, out: Bytes) -> bool:
             num_elements = out.size // width
@@ -98,13 +105,52 @@ class CompiledSum:
             def run(first: int, last: int) -> bool:
                 low = first * _RUN_ELEMENTS
                 size = min(last * _RUN_ELEMENTS, num_elements) - low
-                if not shows_non_finite and not all(x.all_finite(start + low, size) for x in inputs):
-                    return False
-                return _fill(how, vectors, base, start + low, (_address(out) + low * width, width), size)
+                return compute(start + low, _address(out) + low * width, size)
 
             return all(pool.map_runs(-(-num_elements // _RUN_ELEMENTS), run))
 
         return fill
+
+    def _stored(self, how: Sum | Interpolation | Clamped, vectors: _Runs, base: _Runs | None) -> _Compute:
+        """Of tensors as they are."""
+        from mergekit_ray.methods.compiled import formula_loops  # noqa: PLC0415 - LLVM loads where something is computed
+
+        leaves = [*self._vectors, *([] if self._base is None else [self._base])]
+        numbers = [Number(INPUT, index=place) for place in range(len(leaves))]
+        num_vectors = len(self._vectors)
+        formula, values = formula_of(how.formula(numbers[:num_vectors], None if base is None else numbers[-1]))
+        scalars = np.array(values, np.float32)
+        loop = formula_loops.loop(
+            formula,
+            [leaf.spec.dtype for leaf in leaves],
+            self._merge.spec.dtype,
+            sees_inputs=not METHODS.get(self._merge.method).propagates_non_finite,
+        )
+
+        def compute(start: int, out: int, size: int) -> bool:
+            addresses = vectors.at(start) if base is None else np.concatenate([vectors.at(start), base.at(start)])
+            return loop(addresses, scalars, out, size)
+
+        return compute
+
+    def _kept(self, kept: Kept, vectors: _Runs, base: _Runs | None) -> _Compute:
+        """Of what masks keep of changes."""
+        from mergekit_ray.methods.compiled import kept_sums  # noqa: PLC0415 - numba loads where something is computed
+
+        how, width = kept.how, self._merge.spec.dtype.itemsize
+        factors = np.array(how.factors, np.float32)
+
+        def compute(start: int, out: int, size: int) -> bool:
+            masks = _words(kept.masks, start, size)
+            common = vectors.at(start), vectors.widths, _place_of(base, start), masks, factors
+            if isinstance(how, Sum):
+                steps = how.rounds_products, np.float32(how.divisor), np.float32(how.scale)
+                return bool(kept_sums.sum_of_kept(*common, steps, (out, width), size))
+            negligible = zero_divisor(how.weights, float(np.finfo(np.float32).eps)) if how.normalize else math.inf
+            election = np.array(how.weights, np.float32), np.float32(how.scale), np.float32(negligible)
+            return bool(kept_sums.elected_of_kept(*common, election, (out, width), size))
+
+        return compute
 
 
 def _read_by(merge: Merge) -> list[Expression]:
@@ -141,14 +187,6 @@ class _Runs:
     def at(self, element: int) -> _Integers:
         """The addresses of the elements with a flat index."""
         return self.addresses + element * self.widths
-
-    def all_finite(self, start: int, size: int) -> bool:
-        """Whether no element from flat index ``start`` on is a NaN or an infinity."""
-        from mergekit_ray.methods.compiled import runs  # noqa: PLC0415 - numba is imported where something is computed
-
-        return all(
-            runs.all_finite(address, width, size) for address, width in zip(self.at(start), self.widths, strict=True)
-        )
 
 
 def _address(data: Bytes) -> int:
@@ -218,47 +256,6 @@ class _Tensor:
 def _place_of(base: _Runs | None, element: int) -> tuple[int, int]:
     """The address of an element of the base, and the width; 0 and 0 without one."""
     return (0, 0) if base is None else (int(base.at(element)[0]), int(base.widths[0]))
-
-
-def _fill(how: Combination, vectors: _Runs, base: _Runs | None, start: int, out: tuple[int, int], size: int) -> bool:
-    """Write the result of so many elements; whether it is finite.
-
-    Args:
-        how: it is made.
-        vectors: that it is made of.
-        base: see `CompiledSum`.
-        start: flat index of the first element.
-        out: address for it, and width of a result in bytes.
-        size: elements.
-    """
-    from mergekit_ray.methods.compiled import sums  # noqa: PLC0415 - numba is imported where something is computed
-
-    inputs = vectors.at(start), vectors.widths
-    if isinstance(how, Kept):
-        return _fill_kept(how, inputs, _place_of(base, start), start, out, size)
-    if not isinstance(how, Sum):
-        return bool(sums.of_two(*inputs, isinstance(how, Clamped), np.float32(how.t), out, size))
-    factors = np.array(how.factors, np.float32)
-    return bool(sums.weighted_sum(*inputs, _place_of(base, start), factors, _steps(how), out, size))
-
-
-def _fill_kept(
-    kept: Kept, inputs: tuple[_Integers, _Integers], base: tuple[int, int], start: int, out: tuple[int, int], size: int
-) -> bool:
-    """`_fill`, of what masks keep of changes."""
-    from mergekit_ray.methods.compiled import kept_sums  # noqa: PLC0415 - as above
-
-    masks, how = _words(kept.masks, start, size), kept.how
-    factors = np.array(how.factors, np.float32)
-    if isinstance(how, Sum):
-        return bool(kept_sums.sum_of_kept(*inputs, base, masks, factors, _steps(how), out, size))
-    negligible = zero_divisor(how.weights, float(np.finfo(np.float32).eps)) if how.normalize else math.inf
-    election = np.array(how.weights, np.float32), np.float32(how.scale), np.float32(negligible)
-    return bool(kept_sums.elected_of_kept(*inputs, base, masks, factors, election, out, size))
-
-
-def _steps(how: Sum) -> tuple[bool, np.float32, np.float32]:
-    return how.rounds_products, np.float32(how.divisor), np.float32(how.scale)
 
 
 def _words(masks: Sequence[RandomMask], start: int, size: int) -> tuple[int, Any, Any, _Integers]:

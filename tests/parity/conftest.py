@@ -20,7 +20,7 @@ SERVER = Path(__file__).with_name("entry_server.py")
 OURS = "mergekit_ray.cli:merge_main"
 OUR_MODULES = tuple(
     f"mergekit_ray.{name}"
-    for name in ("operations.merge", "operations.write_shards", "executors.local", "methods.compiled.sums")
+    for name in ("operations.merge", "operations.write_shards", "executors.local", "methods.compiled.formula_loops")
 )
 """What a merge imports as it goes, at five times the cost of merging the models here."""
 

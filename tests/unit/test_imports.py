@@ -100,7 +100,7 @@ def test_help_imports_nothing_heavy(code: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("linear", ["numba"]),
+        ("linear", []),
         ("passthrough", []),
         ("slerp", ["numba"]),
         ("dare_linear", ["numba"]),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_ray.methods.compiled.election import add_elected_block
+from mergekit_ray.methods.compiled.intrinsics import fma
 from mergekit_ray.methods.compiled.jit import compiled
 from mergekit_ray.methods.compiled.masks import LANES, Words, add_norms, drop_in_block
 from mergekit_ray.methods.compiled.runs import (
@@ -25,7 +26,6 @@ from mergekit_ray.methods.compiled.runs import (
     read_change,
     store,
 )
-from mergekit_ray.methods.compiled.sums import Steps, add, add_term, finish
 
 Limits = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -33,6 +33,10 @@ Masks = tuple[int, Words, Words, Limits]
 """The offset of a run's first element in its hash block; ``mix(i)`` of every offset in one; the key words of the hash
 blocks that the run touches, ``[masks, blocks, 2]``; and each mask's limit, below which a word must be for its element
 to be kept: 2^32 keeps all, 0 none."""
+
+Steps = tuple[bool, np.float32, np.float32]
+"""Whether products are rounded before they are added (otherwise they are added fused); what the sum is divided by, and
+what it is multiplied with then: 1 to leave that out."""
 
 Election = tuple[Floats, np.float32, np.float32]
 """``weights``, ``scale`` and ``zero_divisor`` of `election.add_elected`."""
@@ -113,9 +117,9 @@ def sum_of_kept(
         origin, total = origin_block[:length], total_block[:length]
         is_finite &= _read_kept(addresses, widths, base, masks, start, origin, changes)
         for k in range(addresses.size):
-            add_term(changes[k, :length], factors[k], k == 0, steps, total)
-        finish(total, steps)
-        add(origin, total)
+            _add_term(changes[k, :length], factors[k], k == 0, steps, total)
+        _finish(total, steps)
+        _add(origin, total)
         is_finite &= store(total, out_address + start * out_width, out_width)
         start += length
     return is_finite
@@ -184,3 +188,55 @@ def _read_kept(
         elif limits[k] < _ALL:
             drop_in_block(change, mixed, keys[k, hash_block], limits[k])
     return is_finite
+
+
+@compiled
+def _add_term(x: Floats, factor: np.float32, is_first: bool, steps: Steps, total: Floats) -> None:
+    """``factor · x`` onto a sum, or as the first term of one."""
+    if is_first:
+        _multiply(x, factor, total)
+    elif steps[0]:
+        _add_rounded(x, factor, total)
+    else:
+        _add_fused(x, factor, total)
+
+
+@compiled
+def _finish(total: Floats, steps: Steps) -> None:
+    """Divide and multiply a sum."""
+    _, divisor, scale = steps
+    if divisor != np.float32(1.0):
+        _divide(total, divisor)
+    if scale != np.float32(1.0):
+        _multiply(total, scale, total)
+
+
+@compiled
+def _multiply(x: Floats, factor: np.float32, out: Floats) -> None:
+    for i in range(x.size):
+        out[i] = x[i] * factor
+
+
+@compiled
+def _add_fused(x: Floats, factor: np.float32, total: Floats) -> None:
+    for i in range(x.size):
+        total[i] = fma(x[i], factor, total[i])
+
+
+@compiled
+def _add_rounded(x: Floats, factor: np.float32, total: Floats) -> None:
+    for i in range(x.size):
+        total[i] += x[i] * factor
+
+
+@compiled
+def _add(x: Floats, total: Floats) -> None:
+    """``x`` onto a sum."""
+    for i in range(x.size):
+        total[i] += x[i]
+
+
+@compiled
+def _divide(total: Floats, divisor: np.float32) -> None:
+    for i in range(total.size):
+        total[i] /= divisor

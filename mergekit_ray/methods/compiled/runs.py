@@ -23,7 +23,6 @@ Place = tuple[int, int]
 """The address of the first element of a run, and the bytes of an element."""
 
 _EXPONENT = np.uint32(0x7F800000)
-_UPPER_EXPONENT = np.uint32(0x7F80)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 LARGEST_ROUNDED = np.uint32(0x7F7F7FFF)
 """Above are NaN, infinity, and what is rounded to a bfloat16 infinity."""
@@ -33,21 +32,6 @@ _SIXTEEN = np.uint32(16)
 
 BLOCK = 1 << 9
 """Elements handled at a time: a few such runs stay in the nearest cache of a core. A multiple of `LANES`."""
-
-
-@compiled
-def all_finite(address: int, width: int, size: int) -> bool:
-    """Whether no number of a run is a NaN or an infinity."""
-    spoiled = np.uint32(0)
-    if width == 2:
-        bits = carray(pointer_to(address), size, np.uint16)
-        for i in range(size):
-            spoiled |= np.uint32((bits[i] & _UPPER_EXPONENT) == _UPPER_EXPONENT)
-    else:
-        words = carray(pointer_to(address), size, np.uint32)
-        for i in range(size):
-            spoiled |= np.uint32((words[i] & _EXPONENT) == _EXPONENT)
-    return bool(spoiled == 0)
 
 
 @compiled
