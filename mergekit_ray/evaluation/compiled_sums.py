@@ -23,7 +23,7 @@ from mergekit_ray.methods.shared.random_mask import RandomMask, stream
 from mergekit_ray.methods.shared.sign import zero_divisor
 
 BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
-"""Dtypes of which norms and products are taken, and what carries their bits."""
+"""Dtypes that masks are of, and what carries their bits."""
 
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -61,7 +61,7 @@ class CompiledSum:
                 f"the compiled loops compute in float32, and the recipe asks for {expression.compute_dtype.config_name}"
             )
         for x in (expression, *_read_by(expression)):
-            if not x.spec.dtype.is_floating or (x.spec.dtype not in BITS and not method.sums_as_stored):
+            if not x.spec.dtype.is_floating or (x.spec.dtype not in BITS and method.masks):
                 return (
                     f"the compiled loops of {expression.method} take bfloat16 and float32, and one tensor is "
                     f"{x.spec.dtype.config_name}"
@@ -94,7 +94,7 @@ class CompiledSum:
             how = method.sum_of(_Tensor(self._merge, vectors, base, pool))
         except MergeError:
             return None  # the evaluator says it, and of which tensor
-        if how is None:
+        if how is None or (isinstance(how, Kept) and not method.masks):
             return None
         width = self._merge.spec.dtype.itemsize
         compute = self._kept(how, vectors, base) if isinstance(how, Kept) else self._stored(how, vectors, base)
@@ -115,21 +115,16 @@ class CompiledSum:
         """Of tensors as they are."""
         from mergekit_ray.methods.compiled import formula_loops  # noqa: PLC0415 - LLVM loads where something is computed
 
-        leaves = [*self._vectors, *([] if self._base is None else [self._base])]
-        numbers = [Number(INPUT, index=place) for place in range(len(leaves))]
-        num_vectors = len(self._vectors)
-        formula, values = formula_of(how.formula(numbers[:num_vectors], None if base is None else numbers[-1]))
+        inputs = vectors if base is None else vectors.and_of(base)
+        numbers = [Number(INPUT, index=place) for place in range(len(inputs.dtypes))]
+        of_vectors, of_base = (numbers, None) if base is None else (numbers[:-1], numbers[-1])
+        formula, values = formula_of(how.formula(of_vectors, of_base))
         scalars = np.array(values, np.float32)
-        loop = formula_loops.loop(
-            formula,
-            [leaf.spec.dtype for leaf in leaves],
-            self._merge.spec.dtype,
-            sees_inputs=not METHODS.get(self._merge.method).propagates_non_finite,
-        )
+        sees_inputs = not METHODS.get(self._merge.method).propagates_non_finite
+        loop = formula_loops.loop(formula, inputs.dtypes, self._merge.spec.dtype, sees_inputs=sees_inputs)
 
         def compute(start: int, out: int, size: int) -> bool:
-            addresses = vectors.at(start) if base is None else np.concatenate([vectors.at(start), base.at(start)])
-            return loop(addresses, scalars, out, size)
+            return loop(inputs.at(start), scalars, out, size)
 
         return compute
 
@@ -165,11 +160,13 @@ class _Runs:
     Attributes:
         addresses: of the first element that each tensor has, or would have, in memory: int64.
         widths: of their elements, bytes: int64.
+        dtypes: of the tensors.
         data: the memory itself, which lives as long as this.
     """
 
     addresses: _Integers
     widths: _Integers
+    dtypes: Sequence[DType]
     data: Sequence[Bytes]
 
     @classmethod
@@ -177,7 +174,17 @@ class _Runs:
         widths = [leaf.spec.dtype.itemsize for leaf in leaves]
         data, starts = zip(*(pieces[leaf] for leaf in leaves), strict=True)
         addresses = [_address(x) - start * width for x, start, width in zip(data, starts, widths, strict=True)]
-        return cls(np.array(addresses, np.int64), np.array(widths, np.int64), data)
+        dtypes = [leaf.spec.dtype for leaf in leaves]
+        return cls(np.array(addresses, np.int64), np.array(widths, np.int64), dtypes, data)
+
+    def and_of(self, other: Self) -> Self:
+        """These, and those of others behind them."""
+        return type(self)(
+            np.concatenate([self.addresses, other.addresses]),
+            np.concatenate([self.widths, other.widths]),
+            [*self.dtypes, *other.dtypes],
+            [*self.data, *other.data],
+        )
 
     @property
     def are_aligned(self) -> bool:
@@ -214,18 +221,13 @@ class _Tensor:
 
         num_pairs = num_products(len(self._vectors.widths))
 
+        inputs = self._vectors if self._base is None else self._vectors.and_of(self._base)
+
         def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-            found = np.empty((last - first, num_pairs))
             start = first * DOT_ELEMENTS
-            products.inner_products(
-                self._vectors.at(start),
-                self._vectors.widths,
-                _place_of(self._base, start),
-                min(last * DOT_ELEMENTS, self._num_elements) - start,
-                DOT_ELEMENTS,
-                found,
-            )
-            return found
+            size = min(last * DOT_ELEMENTS, self._num_elements) - start
+            has_base = self._base is not None
+            return products.inner_products(inputs.at(start), inputs.dtypes, size, DOT_ELEMENTS, has_base=has_base)
 
         parts = np.concatenate(self._pool.map_runs(-(-self._num_elements // DOT_ELEMENTS), run))
         return summed_products([parts.T.tolist()], num_pairs)

@@ -34,6 +34,7 @@ class _Dare(SumMethod, ReduceMethod):
     """Random trim of task vectors: each element is kept with probability ``density`` (Yu et al. 2024)."""
 
     reference = "https://arxiv.org/abs/2311.03099"
+    masks = True
     base = BaseUse.REQUIRED
     model_parameters = TrimmedParameters
     global_parameters = DareParameters

@@ -45,7 +45,6 @@ class Linear(NormalizedMethod, SumMethod):
     global_parameters = LinearParameters
     propagates_non_finite = True
     widens = True
-    sums_as_stored = True
 
     @classmethod
     def sum_of(cls, tensor: SummedTensor) -> Sum:

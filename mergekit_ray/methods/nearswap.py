@@ -46,7 +46,6 @@ class Nearswap(SumMethod):
     base_is_input = True
     max_models = 1
     global_parameters = NearswapParameters
-    sums_as_stored = True
 
     @classmethod
     def sum_of(cls, tensor: SummedTensor) -> Clamped | None:

@@ -39,7 +39,6 @@ class TaskArithmetic(NormalizedMethod, SumMethod):
     model_parameters = WeightedParameters
     global_parameters = TaskArithmeticParameters
     propagates_non_finite = True
-    sums_as_stored = True
 
     @classmethod
     def sum_of(cls, tensor: SummedTensor) -> Sum:

@@ -102,7 +102,7 @@ def test_help_imports_nothing_heavy(code: str, line: str) -> None:
     [
         ("linear", []),
         ("passthrough", []),
-        ("slerp", ["numba"]),
+        ("slerp", []),
         ("dare_linear", ["numba"]),
         ("ties", ["numba", "torch"]),
     ],

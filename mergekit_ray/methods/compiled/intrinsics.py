@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from mergekit_ray.methods.compiled.products import LANES
 
 
 def _fused(_typing: Any, a: Any, _b: Any, _c: Any) -> Any:
@@ -48,11 +49,6 @@ pointer_to: Any = intrinsic(_to_pointer)
 """The memory at an address, for `numba.carray`."""
 
 
-LANES: Final = 32
-"""Independent partial sums of `add_products`: as many as an ordinary processor has room for in registers. Part of the
-result: the same everywhere."""
-
-
 _PART: Final = 8
 """Lanes that are one vector."""
 
@@ -66,65 +62,12 @@ def _to_add_products(_typing: Any, x: Any, y: Any, number: Any, lanes: Any) -> A
     return types.void(x, y, number, lanes), emit
 
 
-def _to_add_pairs(num_runs: int) -> Any:
-    def to_add_pairs(_typing: Any, first: Any, stride: Any, number: Any, lanes: Any) -> Any:
-        def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
-            runs = [args[0]]
-            for _ in range(1, num_runs):
-                runs.append(builder.add(runs[-1], args[1]))
-            _emit_products(builder, _singles(builder, runs), _all_pairs(num_runs), args[2], args[3])
-
-        return types.void(first, stride, number, lanes), emit
-
-    return to_add_pairs
-
-
-def _to_add_pairs_of_halves(num_runs: int, *, has_base: bool) -> Any:
-    def to_add_pairs(_typing: Any, addresses: Any, base: Any, start: Any, number: Any, lanes: Any) -> Any:
-        def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> None:
-            addresses, base, start, number, lanes = args
-            offset = builder.mul(start, start.type(2))
-            table = builder.inttoptr(addresses, base.type.as_pointer())
-            runs = [builder.load(builder.gep(table, [base.type(k)])) for k in range(num_runs)]
-            origins = [builder.add(base, offset)] if has_base else []
-            read = _halves(builder, [builder.add(run, offset) for run in runs], origins)
-            _emit_products(builder, read, _all_pairs(num_runs), number, lanes)
-
-        return types.void(addresses, base, start, number, lanes), emit
-
-    return to_add_pairs
-
-
-def _all_pairs(num_runs: int) -> list[tuple[int, int]]:
-    return list(itertools.combinations_with_replacement(range(num_runs), 2))
-
-
 def _singles(builder: Any, runs: Sequence[Any]) -> Callable[[Any], list[Any]]:
     """What reads `_PART` numbers of each run of float32."""
     pointers = [builder.inttoptr(run, _NARROW.as_pointer()) for run in runs]
 
     def read(at: Any) -> list[Any]:
         return [builder.load(builder.gep(pointer, [at]), align=4) for pointer in pointers]
-
-    return read
-
-
-def widened(builder: Any, pointer: Any, at: Any, width: int) -> Any:
-    """Emit what reads ``width`` bfloat16 numbers, so many times ``at`` from a pointer to as many, as float32."""
-    words = ir.VectorType(ir.IntType(32), width)
-    halves = builder.load(builder.gep(pointer, [at]), align=2)
-    shifted = builder.shl(builder.zext(halves, words), ir.Constant(words, [16] * width))
-    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), width))
-
-
-def _halves(builder: Any, runs: Sequence[Any], origins: Sequence[Any]) -> Callable[[Any], list[Any]]:
-    """What reads `_PART` numbers of each run of bfloat16 as float32, without those of an origin if there is one."""
-    kind = ir.VectorType(ir.IntType(16), _PART).as_pointer()
-    pointers = [builder.inttoptr(run, kind) for run in (*runs, *origins)]
-
-    def read(at: Any) -> list[Any]:
-        numbers = [widened(builder, pointer, at, _PART) for pointer in pointers]
-        return [builder.fsub(x, numbers[-1]) for x in numbers[:-1]] if origins else numbers
 
     return read
 
@@ -182,29 +125,3 @@ add_products: Any = intrinsic(_to_add_products)
 
 Arguments are addresses and a number: of the runs' first elements, of whole rounds of `LANES` elements, of the lanes.
 """
-
-add_pairs_of_two: Any = intrinsic(_to_add_pairs(2))
-"""`add_products` of every pair of two runs, each with itself and with the other, to as many rows of lanes.
-
-Arguments are the address of the first run, how many bytes further each next one is, whole rounds, and the address of
-the first row of lanes. Pairs are ``i <= j``, row by row of the upper triangle.
-"""
-
-add_pairs_of_three: Any = intrinsic(_to_add_pairs(3))
-"""The same for three runs, of which there are six pairs: as many lanes as an ordinary processor's registers hold."""
-
-add_pairs_of_two_halves: Any = intrinsic(_to_add_pairs_of_halves(2, has_base=False))
-"""`add_pairs_of_two` of runs of bfloat16 in memory.
-
-Arguments are the address of the runs' addresses (int64), the address of a base, which element begins, whole rounds, and
-the address of the first row of lanes.
-"""
-
-add_pairs_of_three_halves: Any = intrinsic(_to_add_pairs_of_halves(3, has_base=False))
-"""The same for three runs."""
-
-add_pairs_of_two_changes: Any = intrinsic(_to_add_pairs_of_halves(2, has_base=True))
-"""`add_pairs_of_two_halves` of what runs differ from the base by, in float32."""
-
-add_pairs_of_three_changes: Any = intrinsic(_to_add_pairs_of_halves(3, has_base=True))
-"""The same for three runs."""

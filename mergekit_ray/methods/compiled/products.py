@@ -1,116 +1,155 @@
 """Inner products of tensors, or of their changes, from the numbers in memory, without torch.
 
-Arguments are those of `mergekit_ray.methods.compiled.runs`. Products of float32 numbers are exact in float64.
+Products of float32 numbers are exact in float64, so whether they are fused with the sums or not makes no difference.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, Final
+
 import numpy as np
 
-from mergekit_ray.methods.compiled.intrinsics import (
-    LANES,
-    add_pairs_of_three,
-    add_pairs_of_three_changes,
-    add_pairs_of_three_halves,
-    add_pairs_of_two,
-    add_pairs_of_two_changes,
-    add_pairs_of_two_halves,
-    add_products,
-)
-from mergekit_ray.methods.compiled.jit import compiled
-from mergekit_ray.methods.compiled.runs import (
-    BLOCK,
-    Addresses,
-    Doubles,
-    Floats,
-    Place,
-    Widths,
-    read,
-    read_change,
-)
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.methods.compiled.native import Body, native
+
+Addresses = np.ndarray[Any, np.dtype[np.int64]]
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+
+LANES: Final = 32
+"""Independent partial sums: as many as an ordinary processor has room for in registers. Part of the result: the same
+everywhere."""
+
+_PART: Final = 8
+"""Lanes that are one vector."""
+
+_PAIRS: Final = 6
+"""Pairs at a time: their lanes fill the registers. Those of three tensors are as many."""
+
+_BLOCK: Final = 1 << 13
+"""Elements that are gone over once for so many pairs, while they are in cache."""
 
 
-@compiled
-def inner_products(addresses: Addresses, widths: Widths, base: Place, size: int, part: int, found: Doubles) -> None:
-    """Partial sums of ``Σ x_i y_i`` of each pair of tensors, or of their changes ``x - base``, as `dot` has them.
+def inner_products(
+    addresses: Addresses, dtypes: Sequence[DType], size: int, part: int, *, has_base: bool = False
+) -> Doubles:
+    """Partial sums of ``Σ x_i y_i`` of each pair of tensors, or of their changes ``x - base``.
+
+    Element ``i`` of a part goes to lane ``i % LANES``, and what whole rounds leave to the first lane. The lanes are
+    added in order.
 
     Args:
-        addresses: of the first element of each tensor's run.
-        widths: bytes.
-        base: where its run is; address 0 without a base.
+        addresses: of the first element of each tensor's run, the base's last.
+        dtypes: of these.
         size: elements.
-        part: elements in a partial sum, a multiple of 512.
-        found: filled with ``[parts, pairs]``, pairs ``i <= j`` row by row of the upper triangle.
+        part: elements in a partial sum, a multiple of `LANES`.
+        has_base: the last one is the base.
+
+    Returns:
+        ``[parts, pairs]``, pairs ``i <= j`` row by row of the upper triangle.
     """
-    base_address, base_width = base
-    number = addresses.size
-    block = min(BLOCK, size)
-    origin_block, runs = np.empty(block, np.float32), np.empty((number, block), np.float32)
-    lanes = np.empty((found.shape[1], LANES))
-    are_halves = number in (2, 3) and (base_address == 0 or base_width == 2) and (widths == 2).all()
-    for index in range(found.shape[0]):
-        lanes[:] = 0.0
-        first, last = index * part, min((index + 1) * part, size)
-        if are_halves:
-            num_rounds = (last - first) // LANES
-            _add_pairs_of_halves(addresses, base_address, first, num_rounds, lanes)
-            first += num_rounds * LANES
-        for start in range(first, last, BLOCK):
-            length = min(BLOCK, last - start)
-            if base_address != 0:
-                read(base_address + start * base_width, base_width, origin_block[:length])
-            for k in range(number):
-                if base_address != 0:
-                    read_change(addresses[k] + start * widths[k], widths[k], origin_block[:length], runs[k, :length])
-                else:
-                    read(addresses[k] + start * widths[k], widths[k], runs[k, :length])
-            _add_pairs(runs, length, lanes)
-        for pair in range(found.shape[1]):
-            found[index, pair] = lanes[pair].sum()
+    pairs = list(itertools.combinations_with_replacement(range(len(dtypes) - has_base), 2))
+    sizes = np.array([dtype.itemsize for dtype in dtypes], np.int64)
+    add = _adder(tuple(pairs), tuple(dtypes), has_base)
+    block = part if len(pairs) <= _PAIRS else min(part, _BLOCK)
+    lanes = np.zeros((-(-size // part), len(pairs), LANES))
+    starts = [
+        (index, start)
+        for index in range(lanes.shape[0])
+        for start in range(index * part, min((index + 1) * part, size), block)
+    ]
+    places = addresses + np.array([start for _, start in starts], np.int64)[:, np.newaxis] * sizes
+    table, table_row, first_lane, lanes_row = places.ctypes.data, places.strides[0], lanes.ctypes.data, lanes.strides[0]
+    for row, (index, start) in enumerate(starts):
+        stop = min(start + block, (index + 1) * part, size)
+        add(table + row * table_row, first_lane + index * lanes_row, stop - start)
+    found: Doubles = np.add.accumulate(lanes, axis=2)[:, :, -1]
+    return found
 
 
-@compiled
-def _add_pairs_of_halves(addresses: Addresses, base: int, start: int, num_rounds: int, lanes: Doubles) -> None:
-    """`_add_pairs` of whole rounds of two or three runs of bfloat16 numbers, or of their changes."""
-    table, place = addresses.ctypes.data, lanes.ctypes.data
-    if addresses.size == 2:
-        if base != 0:
-            add_pairs_of_two_changes(table, base, start, num_rounds, place)
-        else:
-            add_pairs_of_two_halves(table, base, start, num_rounds, place)
-    elif base != 0:
-        add_pairs_of_three_changes(table, base, start, num_rounds, place)
-    else:
-        add_pairs_of_three_halves(table, base, start, num_rounds, place)
+@functools.cache
+def _adder(pairs: Sequence[tuple[int, int]], dtypes: Sequence[DType], has_base: bool) -> Any:
+    """What adds the products of a run to lanes, given where the addresses and the lanes are, and how many elements."""
+    return native(_source(pairs, dtypes, has_base=has_base), None, *[ctypes.c_void_p] * 2, ctypes.c_int64)
 
 
-@compiled
-def dot(x: Floats, y: Floats) -> float:
-    """``Σ x_i y_i`` in float64, where products of float32 numbers are exact."""
-    lanes = np.zeros(LANES)
-    _add_products(x, y, lanes)
-    return float(lanes.sum())
+def _source(pairs: Sequence[tuple[int, int]], dtypes: Sequence[DType], *, has_base: bool) -> str:
+    """The function: for a few pairs at a time whole rounds of `LANES` elements, then what is left, one by one."""
+    numbers = itertools.count()
+    lines = ["define void @loop(ptr %addresses, ptr %lanes, i64 %size) {", "entry:"]
+    for i in range(len(dtypes)):
+        lines.append(f"  %p{i} = getelementptr ptr, ptr %addresses, i64 {i}")
+        lines.append(f"  %a{i} = load ptr, ptr %p{i}, align 8")
+    lines += [f"  %whole = and i64 %size, -{LANES}", "  br label %g0"]
+    groups = [dict(list(enumerate(pairs))[i : i + _PAIRS]) for i in range(0, len(pairs), _PAIRS)]
+    num_loops = 2 * len(groups)
+    for number, group in enumerate(groups):
+        for place, (width, num_parts, bounds) in enumerate(
+            ((_PART, LANES // _PART, ("0", "%whole")), (1, 1, ("%whole", "%size")))
+        ):
+            name = f"g{2 * number + place}"
+            body = Body(width, numbers)
+            summed = _summed(body, name, group, num_parts, dtypes, has_base=has_base)
+            lines += _looped(body, name, num_parts, bounds, summed)
+            lines.append(f"  br label %g{2 * number + place + 1}")
+    return "\n".join([*lines, f"g{num_loops}:", "  ret void", "}"])
 
 
-@compiled
-def _add_products(x: Floats, y: Floats, lanes: Doubles) -> None:
-    rounds = x.size // LANES
-    add_products(x.ctypes.data, y.ctypes.data, rounds, lanes.ctypes.data)
-    for i in range(rounds * LANES, x.size):
-        lanes[0] += np.float64(x[i]) * np.float64(y[i])
+def _summed(
+    body: Body, name: str, group: dict[int, tuple[int, int]], num_parts: int, dtypes: Sequence[DType], *, has_base: bool
+) -> dict[tuple[int, int], str]:
+    """Emit a round; returns the lanes then, by pair and part."""
+    wide, summed = body.vector("double"), {}
+    used = sorted({i for pair in group.values() for i in pair})
+    for part in range(num_parts):
+        index = body.made(f"add i64 %{name}.i, {part * body.width}")
+        base = body.load(f"%a{len(dtypes) - 1}", index, dtypes[-1]) if has_base else None
+        xs = {}
+        for i in used:
+            x = body.load(f"%a{i}", index, dtypes[i])
+            x = x if base is None else body.made(f"fsub {body.floats} {x}, {base}")
+            xs[i] = body.made(f"fpext {body.floats} {x} to {wide}")
+        for pair, (i, j) in group.items():
+            product = body.made(f"fmul contract {wide} {xs[i]}, {xs[j]}")
+            summed[pair, part] = body.made(f"fadd contract {wide} %{name}.l{pair}.{part}, {product}")
+    return summed
 
 
-@compiled
-def _add_pairs(runs: Floats, length: int, lanes: Doubles) -> None:
-    """`_add_products` of the first elements of all pairs of runs, two and three of them in one loop."""
-    number, rounds = runs.shape[0], length // LANES
-    if number == 2:
-        add_pairs_of_two(runs.ctypes.data, runs.strides[0], rounds, lanes.ctypes.data)
-    elif number == 3:
-        add_pairs_of_three(runs.ctypes.data, runs.strides[0], rounds, lanes.ctypes.data)
-    first = rounds * LANES if number in (2, 3) else 0
-    pair = 0
-    for i in range(number):
-        for j in range(i, number):
-            _add_products(runs[i, first:length], runs[j, first:length], lanes[pair])
-            pair += 1
+def _looped(
+    body: Body,
+    name: str,
+    num_parts: int,
+    bounds: tuple[str, str],
+    summed: dict[tuple[int, int], str],
+) -> list[str]:
+    """A body from a first element on to a last one, between reading the lanes and writing them."""
+    wide, (first, last) = body.vector("double"), bounds
+    lines = [f"{name}:"]
+    for pair, part in summed:
+        place = f"%{name}.p{pair}.{part}"
+        lines.append(f"  {place} = getelementptr double, ptr %lanes, i64 {pair * LANES + part * body.width}")
+        lines.append(f"  %{name}.b{pair}.{part} = load {wide}, ptr {place}, align 8")
+    lines += [
+        f"  %{name}.any = icmp ult i64 {first}, {last}",
+        f"  br i1 %{name}.any, label %{name}.loop, label %{name}.done",
+        f"{name}.loop:",
+        f"  %{name}.i = phi i64 [ {first}, %{name} ], [ %{name}.next, %{name}.loop ]",
+    ]
+    ends = {
+        (pair, part): f"[ %{name}.b{pair}.{part}, %{name} ], [ {x}, %{name}.loop ]"
+        for (pair, part), x in summed.items()
+    }
+    lines += [f"  %{name}.l{pair}.{part} = phi {wide} {end}" for (pair, part), end in ends.items()]
+    lines += [
+        *body.lines,
+        f"  %{name}.next = add i64 %{name}.i, {body.width * num_parts}",
+        f"  %{name}.more = icmp ult i64 %{name}.next, {last}",
+        f"  br i1 %{name}.more, label %{name}.loop, label %{name}.done",
+        f"{name}.done:",
+    ]
+    lines += [f"  %{name}.e{pair}.{part} = phi {wide} {end}" for (pair, part), end in ends.items()]
+    lines += [f"  store {wide} %{name}.e{pair}.{part}, ptr %{name}.p{pair}.{part}, align 8" for pair, part in ends]
+    return lines

@@ -10,8 +10,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from mergekit_ray.methods.compiled.intrinsics import add_products
 from mergekit_ray.methods.compiled.jit import compiled
-from mergekit_ray.methods.compiled.products import dot
+from mergekit_ray.methods.compiled.products import LANES
 from mergekit_ray.methods.compiled.runs import Doubles, Floats, read
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -66,6 +67,17 @@ class Solutions(NamedTuple):
     coefficients: Doubles
     sizes: Integers
     active: Flags
+
+
+@compiled
+def dot(x: Floats, y: Floats) -> float:
+    """``Σ x_i y_i`` in float64, where products of float32 numbers are exact."""
+    lanes = np.zeros(LANES)
+    rounds = x.size // LANES
+    add_products(x.ctypes.data, y.ctypes.data, rounds, lanes.ctypes.data)
+    for i in range(rounds * LANES, x.size):
+        lanes[0] += np.float64(x[i]) * np.float64(y[i])
+    return float(lanes.sum())
 
 
 @compiled

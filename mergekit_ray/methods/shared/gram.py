@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
+from mergekit_ray.core.dtypes import DType
 from mergekit_ray.methods.compiled import is_single_on_cpu
 from mergekit_ray.methods.shared.accumulate import weighted_sum_
 from mergekit_ray.methods.shared.protocol import Chunk, Operands
@@ -79,25 +80,25 @@ def summed_products(blocks: Sequence[Sequence[Sequence[float]]], number: int) ->
     return found if all(map(math.isfinite, found)) else [math.nan] * number
 
 
-def _block_products(chunk: Chunk) -> list[Sequence[float]]:
+def _block_products(chunk: Chunk) -> Sequence[Sequence[float]]:
     if is_single_on_cpu(chunk.inputs[0]):
         return dots([run.numpy() for run in vectors(chunk)])
     return [partial_sums(product, product).tolist() for product in products(chunk)]
 
 
-def dots(runs: Sequence[np.ndarray]) -> list[Sequence[float]]:
+def dots(runs: Sequence[np.ndarray]) -> Sequence[Sequence[float]]:
     """Partial sums of the inner products of each pair ``i <= j`` of float32 runs, on the CPU.
 
-    One for every `DOT_ELEMENTS` elements, so runs are to begin where a multiple of that does.
+    One for every `DOT_ELEMENTS` elements, so runs are to begin where a multiple of that does, and to be contiguous.
     """
+    import numpy as np  # noqa: PLC0415 - as torch is
+
     from mergekit_ray.methods.compiled import products as loops  # noqa: PLC0415 - compilers load where they are needed
 
-    places = range(0, runs[0].size, DOT_ELEMENTS)
-    return [
-        [loops.dot(run[place : place + DOT_ELEMENTS], other[place : place + DOT_ELEMENTS]) for place in places]
-        for i, run in enumerate(runs)
-        for other in runs[i:]
-    ]
+    addresses = np.array([run.ctypes.data for run in runs], np.int64)
+    found = loops.inner_products(addresses, [DType.F32] * len(runs), runs[0].size, DOT_ELEMENTS)
+    sums: list[list[float]] = found.T.tolist()
+    return sums
 
 
 def gram_matrix(operands: Operands) -> Matrix:

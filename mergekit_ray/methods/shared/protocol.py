@@ -151,11 +151,11 @@ class SumMethod(ElementwiseMethod):
     """A method with a compiled loop: its result is a sum of the models or of their changes, or something as simple.
 
     Attributes:
-        sums_as_stored: whether `sum_of` follows from the parameters alone, and masks nothing. Loops take tensors of any
-            floating dtype then. Norms, products and masks are taken of bfloat16 and float32.
+        masks: whether `sum_of` gives a `Kept`, whose loop takes bfloat16 and float32 only. The others take any floating
+            dtypes.
     """
 
-    sums_as_stored: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -19,8 +19,8 @@ def linear(dtype: torch.dtype = torch.bfloat16, out: DType | None = None) -> Mer
     return MethodCase("linear", weights=TWO, has_base=False).tree(Inputs(), dtype, out)
 
 
-def slerp(dtype: torch.dtype) -> Merge:
-    return MethodCase("slerp", {"t": 0.5}, ({},)).tree(Inputs(), dtype)
+def dare(dtype: torch.dtype) -> Merge:
+    return MethodCase("dare_linear", weights=weighted(0.5, 0.5, density=0.5)).tree(Inputs(), dtype)
 
 
 def of(method: str, **more: float) -> Merge:
@@ -44,7 +44,7 @@ NOISE = Noise(Constant(TensorSpec("gate", DType.F32, (4, 4)), 0.0), "normal", 0.
         (linear(torch.float32, DType.BF16), Strategy.COMPILED, "from the bytes read"),
         (NOISE, Strategy.COMPILED, "from the bytes read"),
         (linear(torch.float16, DType.F64), Strategy.COMPILED, "from the bytes read"),
-        (slerp(torch.float16), Strategy.TORCH, "slerp take bfloat16 and float32, and one tensor is float16"),
+        (dare(torch.float16), Strategy.TORCH, "dare_linear take bfloat16 and float32, and one tensor is float16"),
         (cast_first(), Strategy.TORCH, "one input is computed first"),
         (of("ties", density=0.5), Strategy.TORCH, "ties has no compiled loop"),
         (Cast(Inputs().load("a", torch.zeros(3)), DType.BF16), Strategy.TORCH, "no compiled loops for cast"),

@@ -15,7 +15,7 @@ import torch
 
 from mergekit_ray.core.dtypes import DType
 from mergekit_ray.evaluation.scratch import TORCH_DTYPES
-from mergekit_ray.methods.compiled import formula_loops
+from mergekit_ray.methods.compiled import formula_loops, native
 from mergekit_ray.methods.compiled.formula_loops import WIDTH, loop
 from mergekit_ray.methods.shared.numbers import INPUT, Number, fma, formula_of, maximum, minimum
 from support.memory_inputs import DTYPES
@@ -157,7 +157,8 @@ def test_the_bits_do_not_depend_on_the_processor(monkeypatch: pytest.MonkeyPatch
     for mix in itertools.product(KINDS, repeat=3):
         inputs = [numbers(3 * WIDTH + 5, seed, dtype) for seed, dtype in enumerate(mix)]
         for out in KINDS:
-            monkeypatch.setattr(formula_loops, "processor", lambda: (BASELINE, ""))
+            for module in (formula_loops, native):
+                monkeypatch.setattr(module, "processor", lambda: (BASELINE, ""))
             limited, _ = computed(result, inputs, out)
             monkeypatch.undo()
             assert bits(computed(result, inputs, out)[0]) == bits(limited)

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mergekit_ray.methods.compiled.intrinsics import LANES
-from mergekit_ray.methods.compiled.products import inner_products
+from mergekit_ray.core.dtypes import DType
+from mergekit_ray.methods.compiled.products import LANES, inner_products
 
 
 def lane_sums(x: np.ndarray, y: np.ndarray) -> float:
@@ -32,18 +32,16 @@ def test_inner_products_of_all_pairs(number: int, size: int, has_base: bool, wid
     values = rng.standard_normal((number + 1, size)).astype(np.float32)
     values.view(np.uint32)[:] &= np.uint32(0xFFFF0000)  # as a bfloat16 holds them
     stored = values if width == 4 else (values.view(np.uint32) >> 16).astype(np.uint16)
-    addresses = np.array([row.ctypes.data for row in stored[1:]], dtype=np.int64)
-    widths = np.full(number, width, dtype=np.int64)
+    rows = [*stored[1:], stored[0]] if has_base else stored[1:]
+    addresses = np.array([row.ctypes.data for row in rows], dtype=np.int64)
     part = 512
-    found = np.empty((-(-size // part), number * (number + 1) // 2))
-    base = (stored[0].ctypes.data if has_base else 0, width)
-    inner_products(addresses, widths, base, size, part, found)
+    dtypes = [DType.F32 if width == 4 else DType.BF16] * len(rows)
+    found = inner_products(addresses, dtypes, size, part, has_base=has_base)
+    assert found.shape == (-(-size // part), number * (number + 1) // 2)
     changes = values[1:] - values[0] if has_base else values[1:]
     for index, sums in enumerate(found):
         run = changes[:, index * part : (index + 1) * part]
         pairs = itertools.combinations_with_replacement(range(number), 2)
         expected = [lane_sums(run[i], run[j]) for i, j in pairs]
-        # float64 products of float32 numbers are exact, and lanes add in order: fused or not, with one rounding each.
-        np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-12 * size)
-        if size <= LANES:
-            assert sums.tolist() == pytest.approx(expected, rel=1e-15)
+        # Products are exact, and lanes add in order: fused or not, with one rounding each.
+        assert sums.tolist() == expected
