@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import platform
 
 import numpy as np
 import pytest
 
 from mergekit_ray.core.dtypes import DType
+from mergekit_ray.methods.compiled import native, products
 from mergekit_ray.methods.compiled.products import LANES, inner_products
 
 
@@ -45,3 +47,22 @@ def test_inner_products_of_all_pairs(number: int, size: int, has_base: bool, wid
         expected = [lane_sums(run[i], run[j]) for i, j in pairs]
         # Products are exact, and lanes add in order: fused or not, with one rounding each.
         assert sums.tolist() == expected
+
+
+def test_the_bits_depend_neither_on_the_dtypes_nor_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that every dtype holds; with fused products and wide vectors, and without."""
+    rng = np.random.default_rng(1)
+    values = (rng.integers(-128, 128, (4, 1300)) / 64).astype(np.float32)
+    bfloat16 = (values[1].view(np.uint32) >> 16).astype(np.uint16)
+    stored = [values[0].astype(np.float16), bfloat16, values[2], values[3].astype(np.float64)]
+    addresses = np.array([x.ctypes.data for x in stored], np.int64)
+    found = [
+        inner_products(np.array([x.ctypes.data for x in values], np.int64), [DType.F32] * 4, 1300, 512, has_base=True)
+    ]
+    for processor in (native.processor(), ("generic" if platform.machine() == "aarch64" else "x86-64", "")):
+        products._adder.cache_clear()
+        monkeypatch.setattr(native, "processor", lambda: processor)  # noqa: B023 - called in the same turn
+        found.append(inner_products(addresses, [DType.F16, DType.BF16, DType.F32, DType.F64], 1300, 512, has_base=True))
+    products._adder.cache_clear()
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[1], found[2])
