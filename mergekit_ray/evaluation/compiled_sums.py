@@ -62,8 +62,9 @@ class CompiledSum:
             )
         for x in (expression, *_read_by(expression)):
             if not x.spec.dtype.is_floating or (x.spec.dtype not in BITS and method.masks):
+                taken = "bfloat16 and float32" if method.masks else "floating dtypes of 16 bits and more"
                 return (
-                    f"the compiled loops of {expression.method} take bfloat16 and float32, and one tensor is "
+                    f"the compiled loops of {expression.method} take {taken}, and one tensor is "
                     f"{x.spec.dtype.config_name}"
                 )
         if not all(isinstance(x, Stored) for x in _read_by(expression)):

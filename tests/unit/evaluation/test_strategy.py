@@ -44,6 +44,7 @@ NOISE = Noise(Constant(TensorSpec("gate", DType.F32, (4, 4)), 0.0), "normal", 0.
         (linear(torch.float32, DType.BF16), Strategy.COMPILED, "from the bytes read"),
         (NOISE, Strategy.COMPILED, "from the bytes read"),
         (linear(torch.float16, DType.F64), Strategy.COMPILED, "from the bytes read"),
+        (linear(torch.float8_e4m3fn, DType.BF16), Strategy.TORCH, "16 bits and more, and one tensor is float8_e4m3fn"),
         (dare(torch.float16), Strategy.TORCH, "dare_linear take bfloat16 and float32, and one tensor is float16"),
         (cast_first(), Strategy.TORCH, "one input is computed first"),
         (of("ties", density=0.5), Strategy.TORCH, "ties has no compiled loop"),
