@@ -23,7 +23,7 @@ from mergekit_ray.methods.shared.random_mask import RandomMask, stream
 from mergekit_ray.methods.shared.sign import zero_divisor
 
 BITS: Final[dict[DType, type[np.unsignedinteger[Any]]]] = {DType.BF16: np.uint16, DType.F32: np.uint32}
-"""Dtypes that masks are of, and what carries their bits."""
+"""Dtypes of what masks drop some of, and of routers; and what carries their bits."""
 
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -221,7 +221,6 @@ class _Tensor:
         from mergekit_ray.methods.compiled import products  # noqa: PLC0415 - as above
 
         num_pairs = num_products(len(self._vectors.widths))
-
         inputs = self._vectors if self._base is None else self._vectors.and_of(self._base)
 
         def run(first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:

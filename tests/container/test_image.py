@@ -136,7 +136,7 @@ def test_merge_on_a_read_only_file_system(
     image: Image, inputs: Path, mounted: list[str], tmp_path: Path, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = "merge recipe.yml /tmp/merged >&2 && mergekit-ray verify /tmp/merged >&2"
-    command += " && tar --create --directory /tmp/merged ."
+    command += " && ls /tmp/numba/*/*.nbi >&2 && tar --create --directory /tmp/merged ."
     done = image.run("bash", "-c", command, options=[*mounted, WRITABLE_TMP, f"--user={user}"])
     assert done.returncode == 0, done.stderr.decode()
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.methods.compiled.native import Body, native, processor
+from mergekit_ray.methods.compiled.native import Body, loaded_addresses, native, processor, turns
 from mergekit_ray.methods.shared.numbers import INPUT, SCALAR, Formula
 
 WIDTH: Final = 16
@@ -34,9 +34,7 @@ def _source(formula: Formula, dtypes: Sequence[DType], out: DType, *, sees_input
     """The function: steps of `WIDTH` elements, then what is left, one by one."""
     numbers = itertools.count()
     lines = ["define i32 @loop(ptr %addresses, ptr %scalars, ptr %out, i64 %size) {", "entry:"]
-    for i in range(len(dtypes)):
-        lines.append(f"  %p{i} = getelementptr ptr, ptr %addresses, i64 {i}")
-        lines.append(f"  %a{i} = load ptr, ptr %p{i}, align 8")
+    lines += loaded_addresses(len(dtypes))
     for k in range(formula.num_scalars):
         lines.append(f"  %q{k} = getelementptr float, ptr %scalars, i64 {k}")
         lines.append(f"  %s{k} = load float, ptr %q{k}, align 4")
@@ -91,7 +89,7 @@ def _compute(
 def _looped(
     body: Body, name: str, num_scalars: int, bounds: tuple[str, str], following: Mapping[str, str]
 ) -> list[str]:
-    """A body from a first element on to a last one.
+    """A body from a first element on to a last one, and the largest of what it carries.
 
     Args:
         body: of the loop.
@@ -100,7 +98,6 @@ def _looped(
         bounds: the first element, and the one after the last.
         following: what the values that are carried from one turn to the next are after each.
     """
-    first, last = bounds
     lines = [f"{name}:"]
     for k in range(num_scalars):
         lines.append(f"  %{name}.f{k} = insertelement {body.floats} poison, float %s{k}, i32 0")
@@ -108,27 +105,10 @@ def _looped(
             f"  %{name}.s{k} = shufflevector {body.floats} %{name}.f{k}, {body.floats} poison, "
             f"{body.words} zeroinitializer"
         )
-    lines += [
-        f"  %{name}.any = icmp ult i64 {first}, {last}",
-        f"  br i1 %{name}.any, label %{name}.loop, label %{name}.done",
-        f"{name}.loop:",
-        f"  %{name}.i = phi i64 [ {first}, %{name} ], [ %{name}.next, %{name}.loop ]",
-        *(
-            f"  %{name}.{kind} = phi {body.words} [ zeroinitializer, %{name} ], [ {value}, %{name}.loop ]"
-            for kind, value in following.items()
-        ),
-        *body.lines,
-        f"  %{name}.next = add i64 %{name}.i, {body.width}",
-        f"  %{name}.more = icmp ult i64 %{name}.next, {last}",
-        f"  br i1 %{name}.more, label %{name}.loop, label %{name}.done",
-        f"{name}.done:",
-        *(
-            f"  %{name}.all.{kind} = phi {body.words} [ zeroinitializer, %{name} ], [ {value}, %{name}.loop ]"
-            for kind, value in following.items()
-        ),
-    ]
+    carried = {kind: (body.words, "zeroinitializer", value) for kind, value in following.items()}
+    lines += turns(body, name, body.width, bounds, carried)
     for kind in following:
-        value = f"{body.words} %{name}.all.{kind}"
+        value = f"{body.words} %{name}.{kind}.end"
         lines.append(f"  %{name}.{kind}.one = call i32 @llvm.vector.reduce.umax.v{body.width}i32({value})")
     return lines
 

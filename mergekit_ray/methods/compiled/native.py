@@ -10,7 +10,7 @@ import ctypes
 import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import llvmlite.binding as llvm
@@ -134,6 +134,48 @@ class Body:
             condition = self.made(f"fcmp {comparison} {self.floats} {x}, {y}")
             return self.chosen(condition, x, y, self.floats)
         return self.made(f"{operation} {self.floats} {x}, {y}")
+
+
+def loaded_addresses(number: int) -> list[str]:
+    """Lines that make ``%a0`` and so on of so many addresses in a table."""
+    lines = []
+    for i in range(number):
+        lines.append(f"  %p{i} = getelementptr ptr, ptr %addresses, i64 {i}")
+        lines.append(f"  %a{i} = load ptr, ptr %p{i}, align 8")
+    return lines
+
+
+def turns(
+    body: Body, name: str, step: int, bounds: tuple[str, str], carried: Mapping[str, tuple[str, str, str]]
+) -> list[str]:
+    """A body from a first element on to a last one. ``%NAME.i`` is the element that a turn begins with.
+
+    Args:
+        body: of the loop.
+        name: of the block before it, that of its values begin with.
+        step: elements in a turn.
+        bounds: the first element, and the one after the last.
+        carried: values from one turn to the next, ``%NAME.KEY`` in the body and ``%NAME.KEY.end`` behind it: their
+            type, what they are at first, and what they are after a turn.
+    """
+    first, last = bounds
+    ends = {
+        key: f"phi {kind} [ {at_first}, %{name} ], [ {x}, %{name}.loop ]"
+        for key, (kind, at_first, x) in carried.items()
+    }
+    return [
+        f"  %{name}.any = icmp ult i64 {first}, {last}",
+        f"  br i1 %{name}.any, label %{name}.loop, label %{name}.done",
+        f"{name}.loop:",
+        f"  %{name}.i = phi i64 [ {first}, %{name} ], [ %{name}.next, %{name}.loop ]",
+        *(f"  %{name}.{key} = {end}" for key, end in ends.items()),
+        *body.lines,
+        f"  %{name}.next = add i64 %{name}.i, {step}",
+        f"  %{name}.more = icmp ult i64 %{name}.next, {last}",
+        f"  br i1 %{name}.more, label %{name}.loop, label %{name}.done",
+        f"{name}.done:",
+        *(f"  %{name}.{key}.end = {end}" for key, end in ends.items()),
+    ]
 
 
 _lock = threading.RLock()

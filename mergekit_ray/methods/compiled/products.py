@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergekit_ray.core.dtypes import DType
-from mergekit_ray.methods.compiled.native import Body, native
+from mergekit_ray.methods.compiled.native import Body, loaded_addresses, native, turns
 
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -80,9 +80,7 @@ def _source(pairs: Sequence[tuple[int, int]], dtypes: Sequence[DType], *, has_ba
     """The function: for a few pairs at a time whole rounds of `LANES` elements, then what is left, one by one."""
     numbers = itertools.count()
     lines = ["define void @loop(ptr %addresses, ptr %lanes, i64 %size) {", "entry:"]
-    for i in range(len(dtypes)):
-        lines.append(f"  %p{i} = getelementptr ptr, ptr %addresses, i64 {i}")
-        lines.append(f"  %a{i} = load ptr, ptr %p{i}, align 8")
+    lines += loaded_addresses(len(dtypes))
     lines += [f"  %whole = and i64 %size, -{LANES}", "  br label %g0"]
     groups = [dict(list(enumerate(pairs))[i : i + _PAIRS]) for i in range(0, len(pairs), _PAIRS)]
     num_loops = 2 * len(groups)
@@ -126,30 +124,14 @@ def _looped(
     summed: dict[tuple[int, int], str],
 ) -> list[str]:
     """A body from a first element on to a last one, between reading the lanes and writing them."""
-    wide, (first, last) = body.vector("double"), bounds
-    lines = [f"{name}:"]
-    for pair, part in summed:
-        place = f"%{name}.p{pair}.{part}"
+    wide = body.vector("double")
+    lines, carried = [f"{name}:"], {}
+    for (pair, part), value in summed.items():
+        place, before = f"%{name}.p{pair}.{part}", f"%{name}.b{pair}.{part}"
         lines.append(f"  {place} = getelementptr double, ptr %lanes, i64 {pair * LANES + part * body.width}")
-        lines.append(f"  %{name}.b{pair}.{part} = load {wide}, ptr {place}, align 8")
-    lines += [
-        f"  %{name}.any = icmp ult i64 {first}, {last}",
-        f"  br i1 %{name}.any, label %{name}.loop, label %{name}.done",
-        f"{name}.loop:",
-        f"  %{name}.i = phi i64 [ {first}, %{name} ], [ %{name}.next, %{name}.loop ]",
-    ]
-    ends = {
-        (pair, part): f"[ %{name}.b{pair}.{part}, %{name} ], [ {x}, %{name}.loop ]"
-        for (pair, part), x in summed.items()
-    }
-    lines += [f"  %{name}.l{pair}.{part} = phi {wide} {end}" for (pair, part), end in ends.items()]
-    lines += [
-        *body.lines,
-        f"  %{name}.next = add i64 %{name}.i, {body.width * num_parts}",
-        f"  %{name}.more = icmp ult i64 %{name}.next, {last}",
-        f"  br i1 %{name}.more, label %{name}.loop, label %{name}.done",
-        f"{name}.done:",
-    ]
-    lines += [f"  %{name}.e{pair}.{part} = phi {wide} {end}" for (pair, part), end in ends.items()]
-    lines += [f"  store {wide} %{name}.e{pair}.{part}, ptr %{name}.p{pair}.{part}, align 8" for pair, part in ends]
+        lines.append(f"  {before} = load {wide}, ptr {place}, align 8")
+        carried[f"l{pair}.{part}"] = (wide, before, value)
+    lines += turns(body, name, body.width * num_parts, bounds, carried)
+    for pair, part in summed:
+        lines.append(f"  store {wide} %{name}.l{pair}.{part}.end, ptr %{name}.p{pair}.{part}, align 8")
     return lines
